@@ -46,8 +46,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hmac
 import heapq
+import hmac
 import ipaddress
 import json
 import logging
@@ -754,10 +754,10 @@ NEXT: dict[RunStatus, frozenset[RunStatus]] = {
 TERMINAL = frozenset({"completed", "failed", "cancelled"})
 
 
-def leased(run: Run, worker_id: str, token: str, reservation_s: float, now: float) -> Run:
-    """A due run, handed to a worker: a new fence, reserved until the ack."""
+def leased(run: Run, worker_id: str, token: str, hold_s: float, acked: bool, now: float) -> Run:
+    """A due run, handed to a worker: a new fence, held for a lease, or until the ack."""
     return replace(run, status="running", fence=run.fence + 1, lease_token=token,
-                   lease_until=now + reservation_s, worker_id=worker_id, acked=0,
+                   lease_until=now + hold_s, worker_id=worker_id, acked=int(acked),
                    due_at=None, started_at=run.started_at or now)
 
 
@@ -1715,7 +1715,7 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     change: dict[str, Any] = {"status": new.status, "attempt": new.attempt}
     if new.status == "running":
         change["workerId"] = new.worker_id
-    if new.error is not None and new.error != old.error:
+    if new.error is not None and (new.status == "failed" or new.error != old.error):
         change["error"] = json.loads(new.error)
     verb = new.status if new.status in TERMINAL else "updated"
     tx.append("run", verb, new.run_id, change, now)
@@ -1796,15 +1796,18 @@ class Offer:
     """Room for up to `slots` runs at one worker, made by a held poll.
 
     `answer` is called once, on the event loop, after the commit that leased the jobs,
-    with the jobs or with an error. A withdrawn offer is never answered.
+    with the jobs or with an error. A withdrawn offer is never answered. `acked` says
+    that the worker takes the answer for its ack: its jobs have a whole lease.
     """
 
     def __init__(
-        self, worker_id: str, slots: int, answer: Callable[[list[Job] | IronflowError], None]
+        self, worker_id: str, slots: int,
+        answer: Callable[[list[Job] | IronflowError], None], acked: bool = False,
     ) -> None:
         self.worker_id = worker_id
         self.slots = slots
         self.answer = answer
+        self.acked = acked
         self.functions: list[str] = []
         self.jobs: list[Job] = []
         self.error: IronflowError | None = None
@@ -1823,6 +1826,7 @@ class Offers:
         self._fresh: list[Offer] = []  # made since the last batch
         self._taken: list[Offer] = []  # by the batch that is not committed yet
         self._standing: dict[str, list[Offer]] = {}
+        self._void = False  # the last batch was: what it took back is due once more
 
     def add(self, offer: Offer) -> None:
         with self._lock:
@@ -1858,6 +1862,9 @@ class Offers:
                 others = [o for o in self._standing.get(function_id, ()) if o.has_room()]
                 self._standing[function_id] = [*others, offer]
             tx.touched.update(offer.functions)
+        if self._void:
+            tx.touched.update(self._standing)
+            self._void = False
         wanted = [function_id for function_id in tx.touched if self._standing.get(function_id)]
         if wanted:
             lease_to_offers(tx, self, wanted, self._limits, now)
@@ -1883,6 +1890,7 @@ class Offers:
 
     def rolled_back(self) -> None:
         """The batch is void: those it filled stand again, as new ones."""
+        self._void = True
         void, self._taken = self._taken, []
         for offer in void:
             offer.jobs, offer.error, offer.state = [], None, "open"
@@ -1903,8 +1911,8 @@ def lease_to_offers(
         offer = offers.best_for(run.function_id)
         if offer is None:
             continue
-        token = tx.ids.token()
-        held = leased(run, offer.worker_id, token, limits.reservation_s, now)
+        hold_s = limits.lease_s if offer.acked else limits.reservation_s
+        held = leased(run, offer.worker_id, tx.ids.token(), hold_s, offer.acked, now)
         become(tx, run, held, now)
         offer.jobs.append(job_of(tx, held))
 
@@ -2082,11 +2090,15 @@ def heartbeat(
 
 
 def give_back(
-    tx: Transaction, run_id: str, fence: int, limits: Limits, now: float
+    tx: Transaction, run_id: str, fence: int, sent: bool, limits: Limits, now: float
 ) -> None:
-    """The worker was seen to vanish before its ack: the run is due again at once."""
+    """The worker was seen to vanish: the run is due again at once.
+
+    Of a job that was sent, only until its ack: from then on it may be worked on.
+    """
     run = tx.find_run(run_id)
-    if run is not None and run.fence == fence and run.status == "running" and not run.acked:
+    held = run is not None and run.fence == fence and run.status == "running"
+    if run is not None and held and not (sent and run.acked):
         become(tx, run, lease_ended(run, limits.lost_leases, now), now)
 
 
@@ -2101,15 +2113,13 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
 
 
 def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
-    """At start: the server was away, its workers were not. Each lease starts anew."""
-    tx.extend_leases(now + limits.lease_s, acked=True)
-    tx.extend_leases(now + limits.reservation_s, acked=False)
-    return tx.next_instant()
+    """Each lease starts anew: the server was away, its workers were not.
 
-
-def shift_leases(tx: Transaction, step_s: float, now: float) -> float:
-    """Somebody set the wall clock: leases are lengths, they move with it."""
-    tx.shift_leases(step_s)
+    So too when somebody set the wall clock: what was leased between that and its
+    discovery is in the new time, the rest in the old one, and no row says which.
+    """
+    tx.renew_leases(now + limits.lease_s, acked=True)
+    tx.renew_leases(now + limits.reservation_s, acked=False)
     return tx.next_instant()
 
 
@@ -2566,19 +2576,12 @@ class Transaction(Queries):
         """A new step, or the same one later: its sequence and its birth stay."""
         self._upsert("step", step, "run_id, step_id", "type")
 
-    def extend_leases(self, until: float, acked: bool) -> None:
+    def renew_leases(self, until: float, acked: bool) -> None:
         self._db.execute(
             """
-            UPDATE run SET lease_until = :until
-             WHERE status = 'running' AND lease_until < :until AND acked = :acked
+            UPDATE run SET lease_until = :until WHERE status = 'running' AND acked = :acked
             """,
             {"until": until, "acked": acked},
-        )
-
-    def shift_leases(self, step_s: float) -> None:
-        self._db.execute(
-            "UPDATE run SET lease_until = lease_until + :step_s WHERE status = 'running'",
-            {"step_s": step_s},
         )
 
     def due_runs(self, function_id: str, limit: int) -> list[Run]:
@@ -3112,7 +3115,9 @@ class PullDesk:
             del self._in_hand[worker_id]
             await self._journal.write(note_worker, worker_id, False)
 
-    async def wait_for_jobs(self, worker_id: str, slots: int, wait_s: float) -> list[Job]:
+    async def wait_for_jobs(
+        self, worker_id: str, slots: int, wait_s: float, acked: bool
+    ) -> list[Job]:
         """Lease up to `slots` due runs to a worker, waiting at most `wait_s` for the first.
 
         An empty list means that nothing came in time. Cancelling while waiting loses
@@ -3120,7 +3125,7 @@ class PullDesk:
         back. Raises NotFound for a worker that never registered.
         """
         waiting: asyncio.Future[list[Job]] = asyncio.get_running_loop().create_future()
-        offer = Offer(worker_id, slots, lambda got: settle_future(waiting, got))
+        offer = Offer(worker_id, slots, lambda got: settle_future(waiting, got), acked)
         self._offers.add(offer)
         try:
             await self._journal.write(look_at_offers)
@@ -3162,11 +3167,12 @@ class PullDesk:
 
     async def _give_back_when_known(self, waiting: asyncio.Future[list[Job]]) -> None:
         with contextlib.suppress(IronflowError):
-            await self.give_back(await waiting)
+            await self.give_back(await waiting, sent=False)
 
-    async def give_back(self, jobs: list[Job]) -> None:
+    async def give_back(self, jobs: list[Job], sent: bool) -> None:
         for job in jobs:
-            await self._journal.write(give_back, job.run.run_id, job.run.fence, self._limits)
+            run_id, fence = job.run.run_id, job.run.fence
+            await self._journal.write(give_back, run_id, fence, sent, self._limits)
 
     def look_after(self, jobs: list[Job], transport: asyncio.Transport | None) -> None:
         """Count jobs that were sent; a moment later, see whether their client is still there.
@@ -3181,7 +3187,7 @@ class PullDesk:
         def look() -> None:
             gone = transport is None or transport.is_closing()
             if gone and not self._closing.is_set():
-                self._chore(self.give_back(jobs))
+                self._chore(self.give_back(jobs, sent=True))
 
         asyncio.get_running_loop().call_later(GONE_AFTER_S, look)
 
@@ -3239,10 +3245,11 @@ async def post_heartbeat(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 async def poll_jobs(api: Api, request: web.BaseRequest) -> web.Response:
-    """GET .../jobs?available=N[&wait=S]: up to N jobs, or 204 when none came in time.
+    """GET .../jobs?available=N[&wait=S][&acked=true]: up to N jobs, or 204 for none in time.
 
     Held up to `wait` seconds, at most 25; JS and Go do not say `wait` and are held for
-    10, for they would sleep a second after a 204 (JS 0.29).
+    10, for they would sleep a second after a 204 (JS 0.29). Our own client says `acked`:
+    it takes the answer for the ack of its jobs, which saves a commit before each start.
     """
     wanted = Fields(request.query)
     desk, worker_id = api.desk, worker_of(request)
@@ -3251,7 +3258,8 @@ async def poll_jobs(api: Api, request: web.BaseRequest) -> web.Response:
     if slots and "wait" not in request.query:
         slots = await desk.spare_a_slot(worker_id, slots)
     wait_s = min(wanted.whole("wait", default=POLL_HOLD_S), MAX_POLL_HOLD_S)
-    jobs = await desk.wait_for_jobs(worker_id, slots, wait_s) if slots else []
+    acked = request.query.get("acked") == "true"
+    jobs = await desk.wait_for_jobs(worker_id, slots, wait_s, acked) if slots else []
     if jobs:
         desk.look_after(jobs, request.transport)
         return answer('{"jobs":[' + ",".join(map(job_to_json, jobs)) + "]}")
@@ -3467,8 +3475,8 @@ class Timekeeper:
             step_s = (self._clock.wall() - wall) - (self._clock.steady() - steady)
             wall, steady = self._clock.wall(), self._clock.steady()
             if abs(step_s) > CLOCK_STEP_S:
-                log.warning("the machine's clock was set by %+.1f s: leases move along", step_s)
-                await self._turn(shift_leases, step_s)
+                log.warning("the machine's clock was set by %+.1f s: leases start anew", step_s)
+                await self._turn(keep_leases, self._limits)
             await self._desk.miss_the_silent()
             if self._next_at <= wall:
                 await self._turn(turn_clock, self._limits)

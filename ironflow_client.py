@@ -1,0 +1,1868 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = []
+# ///
+"""ironflow_client.py: emit events, run durable functions. MIT, the ironflow.py authors.
+
+    from ironflow_client import Client, Worker, function
+
+    @function(id="ship-order", triggers=[{"event": "order.placed"}])
+    async def ship_order(ctx):
+        paid = await ctx.step.run("charge", lambda: charge(ctx.event.data["total"]))
+        await ctx.step.sleep("let it be packed", "2h")
+        return await ctx.step.run("ship", lambda: ship(paid["id"]))
+
+    Worker(functions=[ship_order]).run()
+
+and, anywhere else, `Client().emit("order.placed", {"total": 99.99})`. One file, which
+needs nothing but Python.
+
+The life of one job, and who carries it:
+
+    1. `Link._poll` waits at the server; the answer is a leased run, a `Job`
+    2. `Worker._begin` takes it in hand: the heartbeats of `Link._beat` list it now
+    3. `Worker._handle` calls the handler: a coroutine on the loop, or a plain function
+       in a thread of its own
+    4. `Step.run` looks whether the journal has this step's result; if so, that is it
+    5. if not, it calls the step's function, and `Execution.record` hands the result in
+    6. `Link._report` sends what all jobs have to say, in one request; when the server
+       has it on disk, the step returns
+    7. meanwhile `Link._beat` says, from a thread of its own, which jobs are held
+    8. `Step.sleep` ends the execution; the run leaves this process and comes back as
+       another job when its time has come: the handler runs again from its first line,
+       and each step that the journal knows returns at once what it returned before
+    9. `Execution.settle` reports the end: completed, failed or yielded, again and again
+       until the server answers, for as long as that takes
+
+What holds: a step whose result the server has accepted never runs again. The step in
+hand when a process dies does, so a step should bear that. What stands between steps
+runs on every replay, so whatever touches the world belongs in a step.
+
+What is not here yet: waits for events, child functions, branches, compensations, push.
+
+Names and shapes are those of the public Python SDK, so that a program moves
+between the two by changing an import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import http.client
+import inspect
+import json
+import logging
+import math
+import os
+import platform
+import random
+import re
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+__version__ = "0.1.0"
+__all__ = ["Client", "Context", "Duration", "Emitted", "Event", "Function",
+           "IronflowError", "NonRetryableError", "NotJSON", "RetryAfterError", "Row",
+           "Run", "RunInfo", "Step", "StepError", "StepRow", "StepTimeoutError",
+           "Worker", "WorkerAuthError", "function"]  # fmt: skip
+
+T = TypeVar("T")
+log = logging.getLogger("ironflow")
+
+LATE_S = 5.0                # past its hold, an answer to a poll is an old one
+POLL_WAIT_S = 20.0          # how long a poll asks to be held (the SDKs: at most 20)
+ANSWER_S = 30.0             # longest wait for an answer, a held poll's included
+CONNECT_S = 5.0             # longest wait for a connection
+RETRY_FIRST_S, RETRY_MAX_S = 0.1, 2.0   # low, so that a restart is hardly felt
+FAREWELL_S = 2.0            # what cancelled handlers get for their `finally` blocks
+STEP_THREADS = 64           # plain step functions of async handlers at one time
+MAX_UPDATES = 500           # updates in a request, and steps in an update
+MAX_REQUEST = 12 << 20      # bytes of either; the door takes 16 MiB
+MAX_EVENTS = 1000           # events in a request
+MAX_DEPTH = 190             # nesting of a value; the server takes 200, reports included
+MAX_ERROR_TEXT = 8000       # characters of an error's message that are reported
+
+# ======================================================================================
+# 1. Words
+# ======================================================================================
+# Clock and chance come from the first functions below and from nowhere else. Durations
+# and instants have one reader each. JSON is checked before it leaves: what the server
+# would refuse is better said where it was made.
+
+Duration = timedelta | int | float | str
+"""Seconds, a timedelta, or text like "500ms", "1h30m", "1.5d"; units ms s m h d w."""
+
+UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+LONGEST_S = 1000 * 365 * UNITS["d"]
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def monotonic() -> float:
+    return time.monotonic()
+
+
+def new_name(prefix: str) -> str:
+    return prefix + secrets.token_hex(10)
+
+
+def backoff() -> Iterator[float]:
+    """Seconds to wait before each further try: about 0.1, 0.2, 0.4 ... 2, 2, 2.
+
+    Drawn from the upper half of each, so that a thousand workers do not return at once.
+    """
+    delay = RETRY_FIRST_S
+    while True:
+        yield random.uniform(delay / 2, delay)
+        delay = min(delay * 2, RETRY_MAX_S)
+
+
+def check(fine: object, sentence: str) -> None:
+    if not fine:
+        raise ValueError(sentence)
+
+
+def seconds(value: Duration, field: str) -> float:
+    """A duration in seconds. Raises ValueError, naming `field`, for anything else."""
+    result = math.nan
+    if isinstance(value, timedelta):
+        result = value.total_seconds()
+    elif isinstance(value, str):
+        if re.fullmatch(r"([0-9]+(\.[0-9]+)?(ms|[smhdw]))+", value):
+            parts = re.findall(r"([0-9.]+)(ms|[smhdw])", value)
+            result = sum(float(number) * UNITS[unit] for number, unit in parts)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        result = value
+    check(0 <= result <= LONGEST_S,                                # NaN fails as well
+          f"{field} must be a duration, such as 30 (seconds), '500ms', '1h30m', '7d' "
+          f"or a timedelta, not negative and not over 1000 years; not {value!r}")
+    return float(result)
+
+
+def instant(value: datetime | str, field: str) -> datetime:
+    """A point in time, from an aware datetime or RFC 3339 text.
+
+    Raises ValueError for a time without an offset: it would be another instant on each
+    machine, and a run may well go on on another machine.
+    """
+    with contextlib.suppress(ValueError, AttributeError):
+        when = datetime.fromisoformat(value) if isinstance(value, str) else value
+        if when.utcoffset() is not None:
+            return when
+    raise ValueError(f"{field} must be an aware datetime or RFC 3339 text with an "
+                     f"offset, such as '2026-01-31T08:00:00Z'; not {value!r}")
+
+
+def rfc3339(when: datetime) -> str:
+    return when.astimezone(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+
+
+encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
+                          separators=(",", ":")).encode
+
+
+def json_copy(value: Any, what: str) -> Any:
+    """The value as it would come back from JSON: tuples are lists, subclasses plain.
+
+    A step returns this copy and never the object that its function made, so that a
+    first run and a replay see the same. Refused is what json.dumps would bend silently
+    (keys that are no text, NaN, infinity), and what the server refuses: integers beyond
+    64 bits, lone surrogates, NUL in keys, deep nesting (design.md section 4).
+
+    Raises NotJSON; its message says `what`, where in it, and why.
+    """
+    try:
+        return _copy(value, 0)
+    except _Flaw as flaw:
+        where = f" at {flaw.path}" if flaw.path else ""
+        raise NotJSON(f"{what} is not JSON{where}: {flaw.reason}") from None
+
+
+class _Flaw(Exception):
+    """Why a value is not JSON. Each level on the way out puts its key before `path`."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason, self.path = reason, ""
+
+
+def _copy(value: Any, depth: int) -> Any:
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, str):
+        if not value.isascii() and re.search("[\ud800-\udfff]", value):
+            raise _Flaw("text with a lone surrogate, which UTF-8 cannot carry")
+        return str.__str__(value)
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise _Flaw("an integer beyond 64 bits; send it as text")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise _Flaw(f"{value} has no spelling in JSON")
+        return float(value)
+    if depth == MAX_DEPTH:
+        raise _Flaw(f"nested deeper than {MAX_DEPTH}, or in a circle")
+    if isinstance(value, (list, tuple)):
+        return [_member(item, f"[{i}]", depth) for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str) or "\0" in key:
+                raise _Flaw(f"the key {key!r} is no text, or contains NUL")
+        return {_copy(key, depth): _member(item, f".{key}", depth)
+                for key, item in value.items()}
+    raise _Flaw(f"{value!r:.60} is a {type(value).__name__}")
+
+
+def _member(value: Any, place: str, depth: int) -> Any:
+    try:
+        return _copy(value, depth + 1)
+    except _Flaw as flaw:
+        flaw.path = place + flaw.path
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What started the run: `ctx.event`. `data` is any JSON, `timestamp` is aware."""
+
+    id: str
+    name: str
+    data: Any
+    timestamp: datetime
+    version: int = 1
+    metadata: dict[str, Any] | None = None
+    source: str | None = None
+    idempotency_key: str | None = None
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Event:
+        timestamp = instant(body["timestamp"], "event.timestamp")
+        return cls(body["id"], body["name"], body["data"], timestamp,
+                   body.get("version", 1), body.get("metadata"), body.get("source"),
+                   body.get("idempotency_key"))
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """`ctx.run`. `attempt` counts from 1; a replay after a sleep is no new attempt."""
+
+    id: str
+    function_id: str
+    attempt: int
+    max_attempts: int = 0               # 0 and "": the server did not say
+    on_exhausted: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A leased run, as a poll brings it."""
+
+    job_id: str
+    run: RunInfo
+    event: Event
+    completed: dict[str, Any]           # step id to output: what a replay looks up
+    execution_seq: int                  # with lease_token the fence that reports carry
+    lease_token: str
+    sequence_base: int                  # the place of the run's next new step
+    received_at: datetime
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Job:
+        """Raises KeyError, TypeError, ValueError, AttributeError for what is no job."""
+        run = RunInfo(body["run_id"], body["function_id"], body["attempt"],
+                      body.get("max_attempts", 0), body.get("on_exhausted", ""))
+        completed = {row["step_id"]: row["output"] for row in body["completed_steps"]
+                     if row.get("status", "completed") == "completed"}
+        return cls(body["job_id"], run, Event.from_json(body["event"]), completed,
+                   body["execution_seq"], body["lease_token"],
+                   body.get("step_sequence_base", 0), received_at=now())
+
+
+class Row(dict[str, Any]):
+    """One answer of the REST API: a dict as it came; its members are attributes too.
+
+    So `client.get_run(id).status` reads well, and a row is still JSON: a step may
+    return it. What REST leaves out while it is unset is None.
+    """
+
+    unset: frozenset[str] = frozenset()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self or name in self.unset:
+            return self.get(name)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}: {sorted(self)}")
+
+
+class Emitted(Row):
+    """What an accepted event became."""
+
+    event_id: str
+    run_ids: list[str]                  # the runs that it started, perhaps none
+
+
+class Run(Row):
+    """A run as REST has it: id, function_id, event_id, event_name, status (lower case),
+    attempt, max_attempts, input, output, error, worker_id, and as RFC 3339 text
+    created_at, updated_at, started_at, ended_at."""
+
+    unset = frozenset({"input", "output", "error", "event_name", "worker_id",
+                       "started_at", "ended_at"})
+
+
+class StepRow(Row):
+    """A recorded step as REST has it: id (the row's), run_id, step_id, name,
+    step_type, sequence, status, attempt, output, error, duration_ms, started_at,
+    ended_at."""
+
+    unset = frozenset({"name", "input", "output", "error", "duration_ms", "started_at",
+                       "ended_at"})
+
+
+# ======================================================================================
+# 2. Errors
+# ======================================================================================
+# IronflowError is what this module raises, and what a handler may raise to be precise.
+# Any other exception in a handler is as good: it fails the attempt and is retried. Bad
+# arguments are ValueError or TypeError, as everywhere in Python.
+
+
+class IronflowError(Exception):
+    """The server refused, could not be reached, or a step failed.
+
+    `code` is the server's word or one of ours, `status` the HTTP status or
+    0, `retry_after` seconds or None.
+    """
+
+    def __init__(self, message: str, status_code: int = 0, code: str = "",
+                 retryable: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = self.status_code = status_code
+        self.code = code
+        self.retryable = retryable
+        self.retry_after = retry_after
+
+
+class NonRetryableError(IronflowError):
+    """Raise it in a handler or a step to fail the run for good."""
+
+    def __init__(self, message: str, code: str = "NON_RETRYABLE") -> None:
+        super().__init__(message, code=code)
+
+
+class NotJSON(NonRetryableError):
+    """A value that should travel as JSON cannot; the message says where and why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "SERIALIZATION_ERROR")
+
+
+class RetryAfterError(IronflowError):
+    """Raise it in a handler or a step to be tried again after the given duration.
+
+    The server caps the delay at the function's `max_delay`, and counts the attempt.
+    """
+
+    def __init__(self, message: str, retry_after: Duration,
+                 code: str = "RETRY_AFTER") -> None:
+        super().__init__(message, 0, code, True, seconds(retry_after, "retry_after"))
+
+
+class StepError(IronflowError):
+    """The function of a step raised; `__cause__` is what it raised.
+
+    A handler that catches it may go on: a further step, also of the same name, is
+    another step. Uncaught it fails the attempt, which is retried unless the cause was a
+    NonRetryableError.
+    """
+
+    def __init__(self, message: str, *, step_id: str, retryable: bool,
+                 retry_after: float | None = None) -> None:
+        super().__init__(message, 0, "STEP_FAILED", retryable, retry_after)
+        self.step_id = step_id
+
+
+class StepTimeoutError(IronflowError):
+    """A step took longer than its timeout. Retryable."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        message = f"step {name!r} timed out after {seconds:g}s"
+        super().__init__(message, 0, "STEP_TIMEOUT", True)
+
+
+class WorkerAuthError(IronflowError):
+    """The server refuses the worker's key (401, 403); a worker that hears it stops."""
+
+
+class _Unwind(BaseException):
+    """Leaves a handler whose execution is over: it sleeps, or the job is not ours now.
+
+    No Exception, so that `except Exception` in a handler lets it pass. What becomes of
+    the run is kept in the Execution: a handler that swallows this changes nothing.
+    """
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Everything is, but a NonRetryableError and a step that failed with one."""
+    if isinstance(error, StepError):
+        return error.retryable
+    return not isinstance(error, NonRetryableError)
+
+
+def decisive(error: BaseException) -> BaseException:
+    """Of a group, as TaskGroup raises it, the member that decides: one for good."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [decisive(member) for member in error.exceptions]
+    return next((leaf for leaf in leaves if not is_retryable(leaf)), leaves[0])
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """The `error` member of a failed report."""
+    error = decisive(error)
+    body = {"message": message_of(error), "code": "ERROR",
+            "retryable": is_retryable(error)}
+    if isinstance(error, IronflowError):
+        body["code"] = sound_text(error.code) or "ERROR"
+        if error.retry_after is not None and body["retryable"]:
+            body["retry_after_ms"] = round(error.retry_after * 1000)
+    return body
+
+
+def message_of(error: BaseException) -> str:
+    return sound_text(str(error)) or type(error).__name__
+
+
+def sound_text(text: str) -> str:
+    """Text of any origin, short and clean enough for a report."""
+    return text[:MAX_ERROR_TEXT].encode("utf-8", "replace").decode()
+
+
+# ======================================================================================
+# 3. The wire
+# ======================================================================================
+# One keep-alive HTTP/1.1 connection. We write the request ourselves, head and body in
+# one send: http.client sends them apart, and the server wakes up twice. It reads the
+# answer for us, for that part is long. Nothing here follows redirects or asks proxies.
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the server is, and the header lines that every request to it carries."""
+
+    url: str
+    tls: bool
+    host: str
+    port: int
+    base: str                           # path before /api, without a slash at the end
+    head: str
+
+    @classmethod
+    def of(cls, server_url: str | None, api_key: str | None) -> Address:
+        """Arguments beat IRONFLOW_SERVER_URL and IRONFLOW_API_KEY.
+
+        Raises ValueError for what is no http or https URL.
+        """
+        env = os.environ.get
+        url = server_url or env("IRONFLOW_SERVER_URL") or "http://localhost:9123"
+        key = api_key or env("IRONFLOW_API_KEY")
+        parts = urlsplit(url)
+        tls = parts.scheme == "https"
+        check(parts.scheme in ("http", "https") and parts.hostname
+              and not parts.username and not parts.query,
+              f"server_url must be like http://host:9123, not {url!r}")
+        headers = {"Host": parts.netloc, "Accept": "application/json",
+                   "User-Agent": f"ironflow_client.py/{__version__}",
+                   "X-Ironflow-SDK": f"python/{__version__}",
+                   "Authorization": key and f"Bearer {key}",
+                   "X-Ironflow-Environment": env("IRONFLOW_ENV")}
+        lines = [f"{name}: {value}" for name, value in headers.items() if value]
+        for line in lines:
+            check(line.isascii() and line.isprintable(), f"no header: {line[:20]!r}...")
+        return cls(url.rstrip("/"), tls, parts.hostname or "",
+                   parts.port or (443 if tls else 80), quote(parts.path.rstrip("/")),
+                   "\r\n".join([*lines, ""]))
+
+
+NO_HEADERS = http.client.HTTPMessage()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer: HTTP status, JSON body (None when there is none), headers."""
+
+    status: int
+    body: Any = None
+    headers: http.client.HTTPMessage = NO_HEADERS
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def transient(self) -> bool:
+        """Says something about the moment, and nothing about the request."""
+        return self.status in (408, 429) or (self.status >= 500 and self.status != 501)
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds that the server asks us to wait; 0 when it does not."""
+        text = self.headers.get("Retry-After", "")
+        return float(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0.0
+
+    def error(self, doing: str) -> IronflowError:
+        """The refusal as an exception. Reads all spellings of 1.4 and 4.7."""
+        body = self.body if isinstance(self.body, dict) else {}
+        code, shout = str(body.get("code", "")), str(body.get("error", ""))
+        if re.fullmatch(r"[A-Z][A-Z0-9_]+", shout):
+            code = shout
+        message = body.get("message") or shout or f"HTTP status {self.status}"
+        return IronflowError(f"{doing}: {message}", self.status, code,
+                             bool(body.get("retryable", self.transient)),
+                             self.retry_after or None)
+
+
+def said(error: OSError) -> str:
+    """What an OSError says, without its number."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+class Connection:
+    """One connection to the server, opened when needed, kept for the next request.
+
+    Used by one thread at a time. Only `close` may be called from another: the request
+    in the air then fails at once, and so does every later one.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._socket: socket.socket | None = None
+        self.closed = False
+
+    def request(self, method: str, path: str, body: bytes | None,
+                timeout: float) -> Reply:
+        """Send one request, read its answer; `timeout` (s) bounds each wait for bytes.
+
+        When a kept connection turns out to be closed by the server, the request is sent
+        again on a new one, perhaps for the second time: all requests here bear that.
+
+        Raises OSError when there is no answer, or one that is neither HTTP nor JSON.
+        """
+        if self._socket is not None:
+            with contextlib.suppress(ConnectionError):
+                return self._exchange(method, path, body, timeout)
+        return self._exchange(method, path, body, timeout)
+
+    def close(self) -> None:
+        """Wake whoever waits here for an answer, and who then frees the socket."""
+        self.closed = True
+        if (waiting := self._socket) is not None:
+            with contextlib.suppress(OSError):          # it has ended by itself
+                # Not SSLSocket.shutdown, which takes TLS away from under the reader.
+                socket.socket.shutdown(waiting, socket.SHUT_RDWR)
+
+    def drop(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _exchange(self, method: str, path: str, body: bytes | None,
+                  timeout: float) -> Reply:
+        head = f"{method} {self._address.base}{path} HTTP/1.1\r\n{self._address.head}"
+        if body is not None:
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        try:
+            if self._socket is None and not self.closed:
+                self._socket = self._connect(min(timeout, CONNECT_S))
+            if self._socket is None or self.closed:
+                raise ConnectionAbortedError("closed")
+            self._socket.settimeout(timeout)
+            self._socket.sendall(f"{head}\r\n".encode("ascii") + (body or b""))
+            response = http.client.HTTPResponse(self._socket, method=method)
+            response.begin()
+            content = response.read()
+            if response.will_close:
+                self.drop()
+            return Reply(response.status, _body(response.status, content),
+                         response.headers)
+        except BaseException as error:
+            self.drop()                     # whatever else comes on it would be misread
+            if isinstance(error, http.client.HTTPException):
+                raise ConnectionError(f"a broken answer: {error!r}") from error
+            raise
+
+    def _connect(self, timeout: float) -> socket.socket:
+        address = self._address
+        plain = socket.create_connection((address.host, address.port), timeout)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not address.tls:
+            return plain
+        import ssl  # only here: it is slow to import
+
+        context = ssl.create_default_context()
+        return context.wrap_socket(plain, server_hostname=address.host)
+
+
+def _body(status: int, content: bytes) -> Any:
+    try:
+        return json.loads(content) if content else None
+    except ValueError:
+        if status >= 300:                   # the page of a proxy
+            return {"message": content[:200].decode("utf-8", "replace")}
+        raise OSError("the answer is no JSON; is this an ironflow server?") from None
+
+
+# ======================================================================================
+# 4. The calls, and Client
+# ======================================================================================
+# A call is described once, as a value: method, path, how to read the answer, body.
+# Client performs it and blocks; another client may perform the same values in another
+# way. All of them may be sent twice: reads, a cancel, and emits, which carry a key.
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    method: str
+    path: str
+    read: Callable[[Any], T]            # makes the result from the answer's JSON
+    body: Any = None
+
+
+def new_event(name: str, data: Any = None, version: int = 1,
+              metadata: Mapping[str, Any] | None = None,
+              idempotency_key: str | None = None) -> dict[str, Any]:
+    """An event as the server takes it. Raises ValueError or NotJSON."""
+    check(isinstance(name, str) and name, f"an event's name must be text, not {name!r}")
+    event: dict[str, Any] = {"name": name, "data": data, "version": version,
+                             "idempotency_key": idempotency_key or new_name("once-")}
+    if metadata is not None:
+        event["metadata"] = dict(metadata)
+    copy: dict[str, Any] = json_copy(event, f"event {name!r}")
+    return copy
+
+
+def emit_call(event: dict[str, Any]) -> Call[Emitted]:
+    return Call("POST", "/api/v1/events", Emitted, event)
+
+
+def emit_many_call(events: list[dict[str, Any]]) -> Call[list[Emitted]]:
+    return Call("POST", "/api/v1/events", rows_of("events", Emitted), events)
+
+
+def get_run_call(run_id: str) -> Call[Run]:
+    return Call("GET", f"/api/v1/runs/{quote(run_id, safe='')}", Run)
+
+
+def list_runs_call(filters: Mapping[str, Any]) -> Call[list[Run]]:
+    query = urlencode({name: one for name, one in filters.items() if one is not None})
+    return Call("GET", f"/api/v1/runs?{query}", rows_of("runs", Run))
+
+
+def run_steps_call(run_id: str) -> Call[list[StepRow]]:
+    path = f"/api/v1/runs/{quote(run_id, safe='')}/steps"
+    return Call("GET", path, rows_of("steps", StepRow))
+
+
+def cancel_run_call(run_id: str, reason: str | None) -> Call[Run]:
+    body = {} if reason is None else {"reason": reason}
+    return Call("POST", f"/api/v1/runs/{quote(run_id, safe='')}/cancel", Run, body)
+
+
+def list_call(what: str) -> Call[list[Row]]:
+    return Call("GET", f"/api/v1/{what}", rows_of(what, Row))
+
+
+def health_call() -> Call[Row]:
+    return Call("GET", "/health", Row)
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+def rows_of(member: str, kind: type[RowT]) -> Callable[[Any], list[RowT]]:
+    return lambda body: [kind(row) for row in body[member]]
+
+
+class Client:
+    """The API, blocking. Safe to share between threads; a context manager.
+
+    A call is repeated, for at most `timeout` (a duration), while the server cannot be
+    reached or answers 408, 429 or 503. Then, and for every other refusal, it raises
+    IronflowError with the server's `code`, `message` and `status`.
+    """
+
+    def __init__(self, server_url: str | None = None, api_key: str | None = None,
+                 timeout: Duration = 30) -> None:
+        self._idle: list[Connection] = []   # append and pop are atomic: no lock
+        self._closed = False
+        self._address = Address.of(server_url, api_key)
+        self._timeout = seconds(timeout, "timeout")
+
+    def emit(self, name: str, data: Any = None, *, version: int = 1,
+             metadata: Mapping[str, Any] | None = None,
+             idempotency_key: str | None = None) -> Emitted:
+        """Record one event; returns when it is on the server's disk.
+
+        The result has `event_id`, and `run_ids` of the runs that it started. A repeat
+        with the same key and name returns the first result and starts nothing.
+        Without a key the event gets a new one, so that the retry after a lost answer
+        cannot double it; two calls of emit are two events.
+        """
+        event = new_event(name, data, version, metadata, idempotency_key)
+        return self._do(emit_call(event))
+
+    def emit_many(self, events: Iterable[Mapping[str, Any]]) -> list[Emitted]:
+        """Record many events; the results are in the order given.
+
+        Each is a mapping with the arguments of `emit`: name, data, version, metadata,
+        idempotency_key. A thousand go in one request, all or nothing; with more, an
+        error leaves the thousands before it recorded.
+        """
+        ready = [new_event(**event) for event in events]
+        parts = [ready[at:at + MAX_EVENTS] for at in range(0, len(ready), MAX_EVENTS)]
+        return [one for part in parts for one in self._do(emit_many_call(part))]
+
+    def get_run(self, run_id: str) -> Run:
+        return self._do(get_run_call(run_id))
+
+    def list_runs(self, function_id: str | None = None, status: str | None = None,
+                  limit: int | None = None, **filters: Any) -> list[Run]:
+        """Runs, newest first, 50 unless `limit` says otherwise.
+
+        Further filters: offset, event_id, search, since, until.
+        """
+        known = {"function_id": function_id, "status": status, "limit": limit}
+        return self._do(list_runs_call({**known, **filters}))
+
+    def run_steps(self, run_id: str) -> list[StepRow]:
+        """The recorded steps of a run, in the order of their sequence."""
+        return self._do(run_steps_call(run_id))
+
+    def cancel_run(self, run_id: str, reason: str | None = None) -> Run:
+        """Cancel a run that has not ended; its worker hears it at its next report."""
+        return self._do(cancel_run_call(run_id, reason))
+
+    def list_functions(self) -> list[Row]:
+        return self._do(list_call("functions"))
+
+    def list_workers(self) -> list[Row]:
+        return self._do(list_call("workers"))
+
+    def health(self) -> Row:
+        return self._do(health_call())
+
+    def close(self) -> None:
+        """Close the idle connections; calls under way in other threads end first."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().drop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()                        # so that `Client().emit(...)` is enough
+
+    def _do(self, call: Call[T]) -> T:
+        if self._closed:
+            raise RuntimeError("this Client is closed")
+        deadline = monotonic() + self._timeout
+        body = None if call.body is None else encode(call.body).encode()
+        for delay in backoff():
+            cause: OSError | None = None
+            try:
+                reply = self._exchange(call, body, max(deadline - monotonic(), 0.001))
+            except OSError as error:
+                cause, trouble = error, IronflowError(
+                    f"cannot reach the ironflow server at {self._address.url} "
+                    f"({said(error)}); is it running? `python ironflow.py` starts one, "
+                    "IRONFLOW_SERVER_URL says where it is", 0, "unavailable", True)
+            else:
+                if reply.ok:
+                    return call.read(reply.body)
+                trouble = reply.error(f"{call.method} {call.path.partition('?')[0]}")
+                if reply.status not in (408, 429, 503):
+                    raise trouble
+                delay = max(delay, reply.retry_after)
+            if monotonic() + delay >= deadline:
+                raise trouble from cause
+            time.sleep(delay)
+        raise AssertionError("backoff() never ends")
+
+    def _exchange(self, call: Call[T], body: bytes | None, timeout: float) -> Reply:
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = Connection(self._address)
+        try:
+            return connection.request(call.method, call.path, body, timeout)
+        finally:
+            self._idle.append(connection)
+            if self._closed:
+                self.close()
+
+
+# ======================================================================================
+# 5. Functions
+# ======================================================================================
+# A function is a handler and what the server must know of it. All of it is checked
+# where it is written down, by an error that names the field: a mistake should not wait
+# for the first registration, on another machine, at night.
+
+Handler = Callable[[Any], Any]
+RETRY_FIELDS = {"max_attempts": "maxAttempts", "initial_delay": "initialDelayMs",
+                "backoff_factor": "backoffFactor", "max_delay": "maxDelayMs",
+                "on_exhausted": "onExhausted"}
+
+
+class Function:
+    """A handler and its registration. Call it with a context to test the handler."""
+
+    def __init__(self, handler: Handler, registration: dict[str, Any],
+                 mode: str | None, step_timeout: float | None) -> None:
+        functools.update_wrapper(self, handler)
+        self.handler = handler
+        self.id: str = registration["id"]
+        self.registration = registration    # the body of RegisterFunction without mode
+        self.mode = mode
+        self.step_timeout = step_timeout
+        self.is_async = (inspect.iscoroutinefunction(handler)
+                         or inspect.iscoroutinefunction(type(handler).__call__))
+
+    def __call__(self, ctx: Any) -> Any:
+        return self.handler(ctx)
+
+    def __repr__(self) -> str:
+        return f"<Function {self.id!r}>"
+
+
+def function(
+    *, id: str, triggers: Sequence[Mapping[str, str]] = (), mode: str | None = None,
+    retry: Mapping[str, Any] | None = None, timeout: Duration | None = None,
+    step_timeout: Duration | None = None, recording: bool | None = None,
+    name: str | None = None, description: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Callable[[Handler], Function]:
+    """Make a handler, an `async def` or `def` of one argument, a durable function.
+
+    - `triggers`: what starts it, `[{"event": "order.placed"}]`; also patterns such as
+      `order.*` and `order.>`. Without any it runs only when it is invoked.
+    - `retry`: any of max_attempts (the first included), initial_delay, backoff_factor,
+      max_delay, on_exhausted ("fail" or "pause"). Else 3, 1 s, 2, 5 min, "fail".
+    - `timeout`: of one call of a push endpoint; pull runs have none.
+    - `step_timeout`: for each step.run that gives none itself.
+    - `mode`: "pull" or "push"; when unset, a Worker registers pull.
+
+    Delays and timeouts are durations. Raises ValueError that names function and field.
+    What the server does not support it refuses itself, at registration.
+    """
+    at = f"@function(id={id!r})"
+    check(isinstance(id, str) and re.fullmatch(r"[^*>\s\x00-\x1f\x7f]+", id)
+          and "" not in id.split("."),
+          f"{at}: id must be text without blanks, '*', '>' or empty dot segments")
+    check(mode in (None, "pull", "push"), f"{at}: mode must be 'pull' or 'push'")
+    fields = {
+        "id": id, "name": name or id, "description": description,
+        "triggers": [_trigger(trigger, at) for trigger in triggers],
+        "retry": None if retry is None else _retry(retry, at),
+        "timeoutMs": None if timeout is None else _ms(timeout, f"{at}: timeout"),
+        "metadata": None if metadata is None else dict(metadata),
+        "recording": recording,
+    }
+    given = {key: value for key, value in fields.items() if value is not None}
+    registration = json_copy(given, at)
+    limit = None
+    if step_timeout is not None:
+        limit = seconds(step_timeout, f"{at}: step_timeout")
+
+    def decorate(handler: Handler) -> Function:
+        try:
+            inspect.signature(handler).bind(None)
+        except TypeError as error:
+            raise ValueError(f"{at}: a handler takes one argument, ctx") from error
+        return Function(handler, registration, mode, limit)
+
+    return decorate
+
+
+def _trigger(trigger: Mapping[str, str], at: str) -> dict[str, str]:
+    known = ("event", "expression", "cron")
+    check(isinstance(trigger, Mapping) and ("event" in trigger or "cron" in trigger)
+          and all(key in known and isinstance(value, str) and value
+                  for key, value in trigger.items()),
+          f"{at}: triggers must be like [{{'event': 'order.placed'}}], not {trigger!r}")
+    return dict(trigger)
+
+
+def _retry(retry: Mapping[str, Any], at: str) -> dict[str, Any]:
+    wire: dict[str, Any] = {}
+    for field, value in retry.items():
+        where = f"{at}: retry[{field!r}]"
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        check(field in RETRY_FIELDS, f"{where} is none of {', '.join(RETRY_FIELDS)}")
+        if field in ("initial_delay", "max_delay"):
+            value = _ms(value, where)
+        elif field == "on_exhausted":
+            check(value in ("fail", "pause"), f"{where} must be 'fail' or 'pause'")
+        else:
+            check(number and 1 <= value < math.inf, f"{where} must be a number from 1")
+            check(field == "backoff_factor" or value == int(value),
+                  f"{where} must be a whole number")
+        wire[RETRY_FIELDS[field]] = value
+    return wire
+
+
+def _ms(value: Duration, field: str) -> int:
+    return round(seconds(value, field) * 1000)
+
+
+# ======================================================================================
+# 6. Steps
+# ======================================================================================
+# What a handler writes with. One core serves both kinds of handler: coroutines that
+# await nothing but their host. In an async handler the host really waits, and the
+# handler awaits the coroutine. In a plain one the host blocks its thread and never
+# suspends, so that one `send` runs the coroutine to its end. No second core can drift.
+#
+# A step's id is counted when the step is called, and not when it is awaited: with
+# asyncio.gather the ids follow the order in the text, whatever the loop does.
+
+_STEP: ContextVar[str | None] = ContextVar("ironflow_step", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The handler's one argument."""
+
+    event: Event
+    run: RunInfo
+    step: Step
+    logger: logging.LoggerAdapter[logging.Logger]
+
+
+class Step:
+    """The durable steps of one execution: `ctx.step`.
+
+    In an async handler every call must be awaited; in a plain one it blocks and returns
+    the value. Names are free text and may repeat: the uses of each name are counted.
+    """
+
+    def __init__(self, execution: Execution, host: Host, scope: str) -> None:
+        self._execution = execution
+        self._host = host
+        self._scope = scope
+
+    def run(self, name: str, fn: Callable[[], Any], *,
+            timeout: Duration | None = None) -> Any:
+        """The result of `fn()`, called once per run and remembered from then on.
+
+        `fn` is sync or async. Returned is what JSON makes of its result, the first time
+        as on every replay, and only when the server has it on disk (unless the worker
+        has a `checkpoint_interval`).
+
+        A sync `fn` runs in a thread when the handler is async, so that the loop stays
+        free; in a plain handler it runs in the handler's own thread. It cannot be
+        interrupted. Over its timeout the step fails: in an async handler at once, while
+        the thread works on and its result is dropped; in a plain one after `fn`.
+
+        Raises StepError from what `fn` raised, StepTimeoutError, NotJSON when the
+        output cannot be kept, NonRetryableError for a step inside another's function.
+        """
+        limit = self._host.step_timeout
+        if timeout is not None:
+            limit = seconds(timeout, f"step {name!r}: timeout")
+        step_id = self._execution.new_step_id(self._scope, name)
+        return self._host.play(self._run(step_id, name, fn, limit))
+
+    def sleep(self, name: str, duration: Duration) -> Any:
+        """Suspend the run; while it sleeps it costs neither a worker nor the server.
+
+        The handler ends here, and is replayed when the time is over. Steps under way at
+        that moment (asyncio.gather) end first, and are kept.
+        """
+        length = timedelta(seconds=seconds(duration, f"step {name!r}: duration"))
+        return self.sleep_until(name, now() + length)
+
+    def sleep_until(self, name: str, when: datetime | str) -> Any:
+        """Suspend the run until an aware datetime, or RFC 3339 text.
+
+        A time in the past is no error, for a retry may come late: the run goes on.
+        """
+        until = rfc3339(instant(when, f"step {name!r}: when"))
+        step_id = self._execution.new_step_id(self._scope, name)
+        return self._host.play(self._sleep(step_id, name, until))
+
+    async def _run(self, step_id: str, name: str, fn: Callable[[], Any],
+                   timeout: float | None) -> Any:
+        execution = self._execution
+        with execution.step(name):
+            if step_id in execution.job.completed:
+                return execution.job.completed[step_id]
+            begun = now()
+            try:
+                value = await self._host.call(name, fn, timeout)
+                output = json_copy(value, f"step {name!r}: its output")
+            except (Exception, SystemExit) as raised:
+                error = decisive(raised)
+                message, retryable = message_of(error), is_retryable(error)
+                execution.keep(step_row(step_id, name, begun, "failed", error={
+                    "message": message, "retryable": retryable}))
+                if isinstance(raised, (NotJSON, StepTimeoutError)):
+                    raise
+                after = error.retry_after if isinstance(error, IronflowError) else None
+                raise StepError(message, step_id=step_id, retryable=retryable,
+                                retry_after=after) from raised
+            row = step_row(step_id, name, begun, "completed", output=output)
+            await execution.record(row, self._host)
+            return output
+
+    async def _sleep(self, step_id: str, name: str, until: str) -> None:
+        with self._execution.step(name):
+            if step_id not in self._execution.job.completed:
+                pause = {"type": "sleep", "step_id": step_id, "step_name": name,
+                         "until": until}
+                self._execution.fate = {"status": "yielded", "yield": pause}
+                raise _Unwind
+
+
+def step_row(step_id: str, name: str, begun: datetime, status: str, **more: Any) -> str:
+    """The row of a step that has just ended, as JSON text.
+
+    As text at once: a handler may change what a step returned, not what is reported.
+    """
+    ended = now()
+    took_ms = max(0, round((ended - begun).total_seconds() * 1000))
+    return encode({"id": step_id, "name": name, "type": "invoke", "status": status,
+                   **more, "started_at": rfc3339(begun), "ended_at": rfc3339(ended),
+                   "duration_ms": took_ms})
+
+
+class Host:
+    """How a handler waits. This one is for async handlers, and waits on the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, threads: asyncio.Semaphore,
+                 step_timeout: float | None) -> None:
+        self.loop = loop
+        self.threads = threads              # bounds how many steps have one at a time
+        self.step_timeout = step_timeout
+
+    def play(self, steps: Coroutine[Any, Any, T]) -> Any:
+        return steps
+
+    async def call(self, name: str, fn: Callable[[], Any],
+                   timeout: float | None) -> Any:
+        if inspect.iscoroutinefunction(fn):
+            return await within(timeout, name, fn())
+        async with self.threads:
+            value = await within(timeout, name, in_thread(fn, f"step {name}"))
+        if inspect.isawaitable(value):      # lambda: some_async_function(1)
+            return await within(timeout, name, value)
+        return value
+
+    async def wait(self, future: Future[T]) -> T:
+        return await asyncio.wrap_future(future)
+
+
+class PlainHost(Host):
+    """For plain handlers: blocks their thread, so that no coroutine here suspends."""
+
+    def play(self, steps: Coroutine[Any, Any, T]) -> Any:
+        try:
+            steps.send(None)
+        except StopIteration as done:
+            return done.value
+        raise AssertionError("a step of a plain handler suspended")
+
+    async def call(self, name: str, fn: Callable[[], Any],
+                   timeout: float | None) -> Any:
+        started = monotonic()
+        value = fn()
+        if inspect.isawaitable(value):
+            work = within(timeout, name, value)
+            return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+        if timeout is not None and monotonic() - started > timeout:
+            raise StepTimeoutError(name, timeout)
+        return value
+
+    async def wait(self, future: Future[T]) -> T:
+        return future.result()
+
+
+async def within(timeout: float | None, name: str, work: Any) -> Any:
+    """Await the work of a step. A TimeoutError of its own is not taken for ours."""
+    limit = asyncio.timeout(timeout)
+    try:
+        async with limit:
+            return await work
+    except TimeoutError:
+        if timeout is None or not limit.expired():
+            raise
+        raise StepTimeoutError(name, timeout) from None
+
+
+async def in_thread(fn: Callable[[], T], name: str) -> T:
+    """What `fn` returns or raises, from a daemon thread of its own.
+
+    Not asyncio's default executor: user code may fill that one, and its threads hold up
+    the end of the process. The outcome travels as a value, since a Future refuses some
+    exceptions (StopIteration). Cancelling ends the waiting; the thread works on.
+    """
+    outcome: Future[tuple[list[T], BaseException | None]] = Future()
+    outcome.set_running_or_notify_cancel()
+
+    def body() -> None:
+        try:
+            outcome.set_result(([fn()], None))
+        except BaseException as error:
+            outcome.set_result(([], error))
+
+    threading.Thread(target=copy_context().run, args=(body,), name=name,
+                     daemon=True).start()
+    value, error = await asyncio.wrap_future(outcome)
+    if error is not None:
+        raise error
+    return value[0]
+
+
+# ======================================================================================
+# 7. An execution
+# ======================================================================================
+# One lease on one run: what the journal knew when it began, what was added since, and
+# how it ends. `lost` says that the run is not ours any more; `fate` how it ends when
+# that is not for the handler to say: it sleeps, or the server refused a step. A handler
+# that goes on after either meets _Unwind at its next step; what it returns is ignored.
+#
+# It ends only after the steps in flight have ended too: with asyncio.gather a branch
+# may be at work while another one fails or sleeps. To report at once would let another
+# process start the same step again beside it.
+#
+# Several threads touch it: the handler's, the loop's, and the link's, which brings the
+# server's verdicts. Its lock is never held while anything else is called.
+
+
+class Execution:
+    """A job in hand. `send` takes an update as JSON text and promises the answer."""
+
+    def __init__(self, job: Job, send: Callable[[Execution, str], Future[Reply]],
+                 flush_later: Callable[[Execution], None] | None = None) -> None:
+        self.job = job
+        self.name = f"run {job.run.id} attempt {job.run.attempt}"
+        self.lost = False
+        self.fate: dict[str, Any] | None = None
+        self.cancel: Callable[[], None] = lambda: None  # how to wake an async handler
+        self.rows: list[str] = []           # of ended steps, not sent yet
+        self._sequence = job.sequence_base  # of the first of them
+        self._send, self._flush_later = send, flush_later
+        self._lock = threading.Lock()
+        self._uses: Counter[str] = Counter()
+        self._in_air: list[Future[Reply]] = []
+        self._open = 0                      # steps in flight
+        self._quiet: Future[None] | None = None         # set once the handler has ended
+
+    # -- what steps ask ----------------------------------------------------------------
+
+    def new_step_id(self, scope: str, name: str) -> str:
+        """The id of the next use of `name`, byte for byte as in all SDKs (6)."""
+        check(isinstance(name, str) and name and "\0" not in name,
+              f"a step's name must be text, and not empty, not {name!r}")
+        json_copy(name, f"the name of step {name!r}")
+        head, colon, rest = name.partition(":")
+        if colon and head in ("compensate", "publish"):     # this colon stays as it is
+            scope, name = f"{scope}:{head}", rest
+        stem = f"{scope}:" + name.replace("\\", "\\\\").replace(":", "\\:")
+        with self._lock:
+            self._uses[stem] += 1
+            return f"{stem}:{self._uses[stem] - 1}"
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Surrounds a step. Raises NonRetryableError for one inside another's `fn`."""
+        if (outer := _STEP.get()) is not None:
+            raise NonRetryableError(
+                f"step {name!r} is called inside the function of step {outer!r}, and a "
+                "replay would skip both; call it from the handler", "NESTED_STEP")
+        with self._lock:
+            if self.lost or self.fate or self._quiet:
+                raise _Unwind
+            self._open += 1
+        _STEP.set(name)
+        try:
+            yield
+        finally:
+            _STEP.set(None)
+            with self._lock:
+                self._open -= 1
+                last = self._quiet if self._open == 0 else None
+            if last is not None:
+                last.set_result(None)
+
+    def keep(self, row: str) -> None:
+        """Keep a row for the next update; that of a failed step can wait for it."""
+        with self._lock:
+            self.rows.append(row)
+
+    async def record(self, row: str, host: Host) -> None:
+        """Hand in a completed step; with checkpoint_interval=0, wait for the yes."""
+        self.keep(row)
+        if self._flush_later is not None:
+            self._flush_later(self)
+        else:
+            await host.wait(self.flush())
+        if self.lost or self.fate:
+            raise _Unwind
+
+    # -- what the server is told -------------------------------------------------------
+
+    def ack(self) -> Future[Reply]:
+        return self._send(self, self._text({"status": "ack"}))
+
+    def flush(self) -> Future[Reply]:
+        """Send the rows that wait, as progress."""
+        sent = self._send(self, self._with_rows({"status": "progress"}))
+        with self._lock:
+            self._in_air = [*(one for one in self._in_air if not one.done()), sent]
+        return sent
+
+    async def settle(self, fields: dict[str, Any]) -> None:
+        """Report the end once all steps have ended; returns when the server has it.
+
+        `fields` is how the handler ended. What the server refuses to keep (413: an
+        output over the limit) fails the run with the server's words; see `judge`.
+        """
+        await asyncio.wrap_future(self._all_steps_ended())
+        while len(self.rows) > portion(self.rows) and not self.lost:
+            await asyncio.wrap_future(self.flush())
+        for progress in self._in_air:       # after the report it would be refused
+            await asyncio.wrap_future(progress)
+        for _ in range(2):
+            if not self.lost:
+                report = self._with_rows(self.fate or fields)
+                if (await asyncio.wrap_future(self._send(self, report))).ok:
+                    return
+
+    def judge(self, reply: Reply) -> None:
+        """Hear the answer to an update; the link calls this before its sender hears it.
+
+        409: another lease, or a cancel, has taken the run. Any other refusal
+        would come again if the step were tried again, so it fails the run.
+        """
+        if reply.ok or self.lost:
+            return
+        error = reply.error("the server refuses the report")
+        if reply.status == 409 or reply is WORKER_STOPPED:
+            log.warning("%s is abandoned: %s", self.name, error.message)
+            self.lost = True
+        else:
+            log.error("%s: %s", self.name, error.message)
+            self.fate = {"status": "failed",
+                         "error": failure(NonRetryableError(error.message, error.code))}
+        self.cancel()
+
+    def _all_steps_ended(self) -> Future[None]:
+        """Let no more steps begin; resolves when those in flight have ended."""
+        with self._lock:
+            quiet = self._quiet = Future[None]()
+            waiting = self._open > 0
+        if not waiting:
+            quiet.set_result(None)
+        return quiet
+
+    def _with_rows(self, fields: dict[str, Any]) -> str:
+        """An update with the rows that wait, as many as fit: text put into text."""
+        with self._lock:
+            count = portion(self.rows)
+            rows, self.rows = self.rows[:count], self.rows[count:]
+            first, self._sequence = self._sequence, self._sequence + count
+        return (f'{self._text(fields)[:-1]},"steps":[{",".join(rows)}],'
+                f'"step_offset":{first}}}')
+
+    def _text(self, fields: dict[str, Any]) -> str:
+        return encode({"job_id": self.job.job_id, "run_id": self.job.run.id,
+                       "execution_seq": self.job.execution_seq,
+                       "lease_token": self.job.lease_token, **fields})
+
+
+def portion(texts: Sequence[str]) -> int:
+    """How many of these fit into one request: at most 500, and 12 MB; at least one."""
+    size = 0
+    for count, text in enumerate(texts[:MAX_UPDATES]):
+        size += len(text) if text.isascii() else len(text.encode())
+        if count and size > MAX_REQUEST:
+            return count
+    return min(len(texts), MAX_UPDATES)
+
+
+# ======================================================================================
+# 8. The link
+# ======================================================================================
+# What a worker says to its server and hears from it: three threads, a connection each.
+# One polls, one beats, one reports. They are threads and not tasks, so that a handler
+# that holds the loop or the processor for an hour does not cost the worker its leases.
+#
+# The reporter is a group commit: while one request is on the wire, whatever the jobs
+# have to say gathers, and goes together in the next. A worker with ten jobs costs the
+# server hardly more requests than a worker with one.
+#
+# Each thread asks until it is answered. A server that is gone for an hour costs an
+# hour, and one line in the log when it goes and one when it is back.
+
+REGISTER = ("/RegisterFunction", "/register")
+WORKER_STOPPED = Reply(499, {"code": "canceled", "message": "the worker has stopped"})
+
+
+class _Closed(Exception):
+    """This thread's connection was closed, for the worker stops."""
+
+
+class Update(NamedTuple):
+    execution: Execution
+    text: str
+    answer: Future[Reply]
+
+
+class Link:
+    """Keeps `functions` registered, brings jobs to `begin`, and carries their reports.
+
+    `failed` hears of what ends the worker: a refused key, a refused registration.
+    """
+
+    def __init__(self, address: Address, registration: dict[str, Any],
+                 functions: Sequence[Function], begin: Callable[[Job, bool], None],
+                 failed: Callable[[BaseException], None], heartbeat_s: float,
+                 checkpoint_s: float) -> None:
+        self._url = address.url
+        self._registration, self._functions = registration, functions
+        self._begin, self._failed = begin, failed
+        self._heartbeat_s, self._checkpoint_s = heartbeat_s, checkpoint_s
+        self._path = f"/api/v1/workers/{quote(registration['worker_id'], safe='')}"
+        self._slots: int = registration["max_concurrent_jobs"]
+        self._wires = {role: Connection(address) for role in ("poll", "beat", "report")}
+        self._registering = threading.Lock()
+        self._registered = 0                # how often we did
+        self.first_word: Future[None] = Future()    # registered, or it has to wait
+        guard = threading.RLock()           # of all that follows
+        self._changed = threading.Condition(guard)
+        self._queued = threading.Condition(guard)   # wakes the reporter alone
+        self._held: list[Execution] = []
+        self._queue: list[Update] = []
+        self._unflushed: dict[Execution, float] = {}    # when their rows are due
+        self._lost_at: float | None = None  # since when the server is not there
+        self._returns = 0                   # how often it came back
+
+    def open(self) -> dict[str, asyncio.Task[None]]:
+        """Start the threads; each task ends with its thread."""
+        loops = {"poll": self._poll, "beat": self._beat, "report": self._report}
+        return {role: asyncio.create_task(in_thread(
+                    functools.partial(self._guard, self._wires[role], loop), role))
+                for role, loop in loops.items()}
+
+    def close(self, *roles: str) -> None:
+        """Let threads end, and wake them. Without the poll no more jobs come.
+
+        The server takes back the offer of a poll that vanishes. A job handed out in
+        that instant is run if its answer still reached us; if not, it has no ack, and
+        comes back when its reservation ends (15 s, design.md section 4).
+        """
+        with self._changed:
+            for role in roles:
+                self._wires[role].close()
+            if "report" in roles:
+                for execution in self._held:
+                    execution.judge(WORKER_STOPPED)
+            self._changed.notify_all()
+            self._queued.notify()
+
+    def hold(self, execution: Execution) -> None:
+        with self._changed:
+            self._held.append(execution)
+
+    def release(self, execution: Execution) -> None:
+        with self._changed:
+            self._held.remove(execution)
+            self._changed.notify_all()
+
+    def send(self, execution: Execution, text: str) -> Future[Reply]:
+        """Queue an update; the future gives the server's answer, whenever that comes,
+        or WORKER_STOPPED. `execution.judge` has heard it before."""
+        answer: Future[Reply] = Future()
+        answer.set_running_or_notify_cancel()       # nobody can withdraw a report
+        with self._changed:
+            self._queue.append(Update(execution, text, answer))
+            self._queued.notify()
+            if self._wires["report"].closed:
+                self._give_up()
+        return answer
+
+    def flush_later(self, execution: Execution) -> None:
+        with self._changed:
+            self._unflushed.setdefault(execution, monotonic() + self._checkpoint_s)
+            self._queued.notify()
+
+    # -- the three loops ---------------------------------------------------------------
+
+    def _guard(self, wire: Connection, loop: Callable[[Connection], None]) -> None:
+        try:
+            loop(wire)
+        except _Closed:
+            pass
+        except BaseException as error:
+            self._failed(error)
+        finally:
+            wire.close()
+            wire.drop()
+            with self._changed:
+                self._first_word_is_out()
+                if wire is self._wires["report"]:
+                    self._give_up()
+
+    def _poll(self, wire: Connection) -> None:
+        self._register(wire, 0)
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: wire.closed or len(self._held) < self._slots)
+                free = self._slots - len(self._held)
+            wait = f"wait={POLL_WAIT_S:.0f}&acked=true"
+            asked_at = monotonic()
+            reply = self._ask(wire, "GET", f"{self._path}/jobs?available={free}&{wait}")
+            late = monotonic() - asked_at > POLL_WAIT_S + LATE_S
+            bodies = reply.body["jobs"] if reply.body else []
+            for body in bodies:
+                try:
+                    job = Job.from_json(body)
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    log.error("no job, its lease will end: %r in %.300r", error, body)
+                else:
+                    self._begin(job, late)
+            if not bodies and "Ironflow-Poll-Wait" not in reply.headers:
+                self._pause(wire, 1)        # the server does not hold polls
+
+    def _beat(self, wire: Connection) -> None:
+        """Heartbeats. An abandoned job is not listed: its lease is not ours."""
+        def body() -> bytes:
+            with self._changed:
+                held = [execution.job for execution in self._held if not execution.lost]
+            jobs = [{"job_id": job.job_id, "started_at": rfc3339(job.received_at)}
+                    for job in held]
+            return encode({"worker_id": self._registration["worker_id"],
+                           "active_jobs": len(jobs), "jobs": jobs}).encode()
+
+        while True:
+            self._pause(wire, self._heartbeat_s)
+            if self._registered:
+                self._ask(wire, "POST", f"{self._path}/heartbeat", body)
+
+    def _report(self, wire: Connection) -> None:
+        while True:
+            unanswered = batch = self._next_batch(wire)
+            try:
+                unanswered = self._deliver(wire, batch)
+            finally:                        # also for _give_up, if we are leaving
+                left = [update for update in unanswered if not update.answer.done()]
+                with self._changed:
+                    self._queue[:0] = left
+            if left:
+                self._pause(wire, RETRY_MAX_S)
+
+    def _deliver(self, wire: Connection, batch: list[Update]) -> list[Update]:
+        """Send a batch and hand out the answers; returns what must be sent again."""
+        body = f'{{"updates":[{",".join(update.text for update in batch)}]}}'
+        path = f"{self._path}/jobs"
+        reply = self._ask(wire, "PUT", path, body.encode, refusable=True)
+        if not reply.ok and len(batch) > 1:     # one spoils it for all: send each alone
+            return [left for one in batch for left in self._deliver(wire, [one])]
+        answers = [reply]
+        if reply.ok:
+            results = reply.body["results"]
+            answers = [Reply(one["status"], one.get("body")) for one in results]
+        again = []
+        for update, answer in zip(batch, answers, strict=True):
+            if answer.transient:
+                again.append(update)
+            else:
+                update.execution.judge(answer)
+                update.answer.set_result(answer)
+        return again
+
+    def _next_batch(self, wire: Connection) -> list[Update]:
+        """Wait for updates; returns the oldest, as many as one request may carry."""
+        while True:
+            with self._changed:
+                due = min(self._unflushed.values(), default=math.inf)
+                if not (self._queue or wire.closed or due <= monotonic()):
+                    self._queued.wait(None if due == math.inf else due - monotonic())
+                if wire.closed:
+                    raise _Closed
+                ripe = [execution for execution, due in self._unflushed.items()
+                        if due <= monotonic()]
+                for execution in ripe:
+                    del self._unflushed[execution]
+            for execution in ripe:
+                while execution.rows:
+                    execution.flush()       # comes back to `send`
+            with self._changed:
+                if count := portion([one.text for one in self._queue[:MAX_UPDATES]]):
+                    batch, self._queue = self._queue[:count], self._queue[count:]
+                    return batch
+
+    def _give_up(self) -> None:
+        while self._queue:
+            update = self._queue.pop()
+            update.execution.judge(WORKER_STOPPED)
+            update.answer.set_result(WORKER_STOPPED)
+
+    # -- asking until answered ---------------------------------------------------------
+
+    def _ask(self, wire: Connection, method: str, path: str,
+             body: Callable[[], bytes] | None = None, refusable: bool = False) -> Reply:
+        """The server's answer, however long it takes; `body` is made for each try.
+
+        Registers again when the server has forgotten this worker (404). Raises _Closed
+        when the connection is closed, WorkerAuthError for 401 and 403, and, unless it
+        is `refusable`, IronflowError for every other refusal.
+        """
+        doing = f"{method} {self._url}{path.partition('?')[0]}"
+        for delay in backoff():
+            registered = self._registered
+            try:
+                reply = wire.request(method, path, body() if body else None, ANSWER_S)
+            except OSError as error:
+                if wire.closed:
+                    raise _Closed from None
+                self._lost(said(error))
+            else:
+                refusal = reply.error(doing)
+                if reply.status in (401, 403):
+                    raise WorkerAuthError(f"{refusal} (is IRONFLOW_API_KEY right?)",
+                                          reply.status, refusal.code)
+                if reply.transient:
+                    self._lost(str(refusal))
+                    delay = max(delay, reply.retry_after)
+                else:
+                    self._back()
+                    if reply.status == 404 and not path.endswith(REGISTER):
+                        self._register(wire, registered)
+                    elif reply.ok or refusable:
+                        return reply
+                    else:
+                        raise refusal
+            self._pause(wire, delay)
+        raise AssertionError("backoff() never ends")
+
+    def _register(self, wire: Connection, seen: int) -> None:
+        """Register functions and worker, unless it was done since `seen`."""
+        with self._registering:
+            if self._registered != seen:
+                return
+            for function in self._functions:
+                body = {**function.registration,
+                        "preferredMode": "EXECUTION_MODE_PULL"}
+                self._ask(wire, "POST", "/ironflow.v1.IronflowService/RegisterFunction",
+                          encode(body).encode)
+            self._ask(wire, "POST", f"{self._path}/register",
+                      encode(self._registration).encode)
+            self._registered += 1
+            log.info("%s is registered at %s with %s", self._registration["worker_id"],
+                     self._url, ", ".join(function.id for function in self._functions))
+            with self._changed:
+                self._first_word_is_out()
+
+    def _pause(self, wire: Connection, delay: float) -> None:
+        """Wait; less if the server comes back or the connection is closed."""
+        with self._changed:
+            seen = self._returns
+            self._changed.wait_for(lambda: wire.closed or self._returns != seen, delay)
+            if wire.closed:
+                raise _Closed
+
+    def _first_word_is_out(self) -> None:
+        if not self.first_word.done():
+            self.first_word.set_result(None)
+
+    def _lost(self, why: str) -> None:
+        with self._changed:
+            if self._lost_at is None:
+                self._lost_at = monotonic()
+                self._first_word_is_out()
+                log.warning("no answer from %s (%s); trying until it is back",
+                            self._url, why)
+
+    def _back(self) -> None:
+        with self._changed:
+            if self._lost_at is not None:
+                away, self._lost_at = monotonic() - self._lost_at, None
+                self._returns += 1
+                self._changed.notify_all()
+                log.warning("%s is back after %.1f s", self._url, away)
+
+
+# ======================================================================================
+# 9. The worker
+# ======================================================================================
+# Runs handlers. The link brings jobs; here each becomes a task that lives from the ack
+# to the report. `start` owns the link's threads and these tasks, and ends after them.
+
+
+class Worker:
+    """Runs `functions` for a server, at most `max_concurrent_jobs` at a time.
+
+    - `server_url`, `api_key`: else IRONFLOW_SERVER_URL, IRONFLOW_API_KEY, localhost.
+    - `heartbeat_interval`: well below the server's lease, which is 90 s.
+    - `checkpoint_interval`: with 0 a step's result is sent when it ends, and the
+      handler goes on after the server's yes: only the step in hand can run twice. With
+      more, up to so much later and in fewer requests; what a process has not sent when
+      it dies runs again.
+    - `drain_timeout`: how long running jobs may go on when the worker is to end.
+
+    Intervals and timeouts are durations. A server that restarts, or is not there, is
+    waited for as long as it takes, and finished work is reported when it is back.
+    Raises ValueError or TypeError for bad arguments, naming them.
+    """
+
+    def __init__(self, functions: Sequence[Function], server_url: str | None = None,
+                 api_key: str | None = None, worker_id: str | None = None, *,
+                 max_concurrent_jobs: int = 10, heartbeat_interval: Duration = 30,
+                 checkpoint_interval: Duration = 0, drain_timeout: Duration = 60,
+                 labels: Mapping[str, str] | None = None) -> None:
+        for item in functions:
+            if not isinstance(item, Function):
+                raise TypeError(f"functions: {item!r} was not made by @function")
+            check(item.mode != "push", f"functions: {item.id!r} has mode 'push'")
+        self._functions = {item.id: item for item in functions}
+        check(functions and len(self._functions) == len(functions),
+              "functions must not be empty, and no id may be in it twice")
+        check(isinstance(max_concurrent_jobs, int) and max_concurrent_jobs >= 1,
+              "max_concurrent_jobs must be an integer from 1")
+        self.worker_id = worker_id or new_name("worker-")
+        self._address = Address.of(server_url, api_key)
+        self._heartbeat_s = seconds(heartbeat_interval, "heartbeat_interval")
+        check(self._heartbeat_s, "heartbeat_interval must be more than 0")
+        self._checkpoint_s = seconds(checkpoint_interval, "checkpoint_interval")
+        self._drain_s = seconds(drain_timeout, "drain_timeout")
+        runtime = f"python-{platform.python_version()}"
+        self._registration = {
+            "worker_id": self.worker_id, "hostname": socket.gethostname(),
+            "function_ids": list(self._functions),
+            "max_concurrent_jobs": max_concurrent_jobs,
+            "labels": json_copy(dict(labels or {}), "labels"),
+            "version": {"sdk": __version__, "runtime": runtime}}
+        self._running = False
+
+    def run(self) -> None:
+        """Work until SIGTERM or SIGINT, then let running jobs end (`drain_timeout`).
+
+        A second signal stops at once. Call it from the main thread. If nothing has set
+        up logging, it does (IRONFLOW_LOG_LEVEL, else INFO). Raises what `start` raises.
+        """
+        if not logging.getLogger().handlers:
+            level = os.environ.get("IRONFLOW_LOG_LEVEL", "INFO").upper()
+            logging.basicConfig(
+                level=level, format="%(asctime)s %(levelname)s %(message)s")
+        try:
+            asyncio.run(self._run())
+        except KeyboardInterrupt:
+            log.warning("stopped at once; running jobs come back when their leases end")
+
+    async def _run(self) -> None:
+        signals: list[int] = []
+
+        def on_signal(number: int, frame: object) -> None:
+            signals.append(number)
+            if len(signals) > 1:
+                raise KeyboardInterrupt     # also into a handler that holds the loop
+            log.warning("%s: running jobs may end", signal.Signals(number).name)
+            self._from_thread(self._leave.set)
+
+        working = asyncio.create_task(self.start())
+        await asyncio.sleep(0)              # it has begun, and can be told to leave
+        before = {number: signal.signal(number, on_signal)
+                  for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            await working
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def start(self) -> None:
+        """Work until `drain` or `stop` is called. To cancel it is to stop at once.
+
+        Raises WorkerAuthError when the server refuses the key, and IronflowError when
+        it refuses a function. A server that is not there is waited for.
+        """
+        if self._running:
+            raise RuntimeError("this worker is running already")
+        self._running = True
+        self._loop = asyncio.get_running_loop()
+        self._leave, self._hurry, self._over = (asyncio.Event() for _ in range(3))
+        self._patience_s = self._drain_s
+        self._fatal: BaseException | None = None
+        self._step_threads = asyncio.Semaphore(STEP_THREADS)
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._link = Link(
+            self._address, self._registration, list(self._functions.values()),
+            self._begin, lambda error: self._from_thread(self._fail, error),
+            self._heartbeat_s, self._checkpoint_s)
+        threads = self._link.open()
+        try:
+            await self._leave.wait()
+            await self._let_jobs_end(threads["poll"])
+        finally:
+            self._link.close("poll", "beat", "report")
+            for job in self._jobs:
+                job.cancel()
+            ending = [*threads.values(), *self._jobs]
+            _, left = await asyncio.wait(ending, timeout=FAREWELL_S)
+            if left:
+                log.warning("%d threads or handlers, still busy, are left", len(left))
+            self._running = False
+            self._over.set()
+        if self._fatal is not None:
+            raise self._fatal
+
+    async def drain(self, timeout: Duration | None = None) -> None:
+        """Take no more jobs; returns when the running ones have ended and are reported.
+
+        After `timeout` (else `drain_timeout`) async handlers are cancelled, and plain
+        ones end at their next step. Their runs go to another worker when the leases
+        end, with all steps that are recorded.
+        """
+        if self._running:
+            if timeout is not None:
+                self._patience_s = seconds(timeout, "timeout")
+            self._leave.set()
+            await self._over.wait()
+
+    async def stop(self) -> None:
+        """Stop now: drain without patience."""
+        if self._running:
+            self._hurry.set()
+            self._leave.set()
+            await self._over.wait()
+
+    async def __aenter__(self) -> Self:
+        """Work beside the caller, from the moment that the functions are registered.
+
+        When the server is not there the caller does not wait for it, but goes on.
+        """
+        self._beside = asyncio.create_task(self.start(), name="ironflow worker")
+        await asyncio.sleep(0)              # it has begun: there is a link
+        await asyncio.shield(asyncio.wrap_future(self._link.first_word))
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Drain. Raises what ended the worker before, if anything did."""
+        await self.drain()
+        await self._beside
+
+    async def _let_jobs_end(self, poll: asyncio.Task[None]) -> None:
+        """Wait for the jobs in hand, those included that the last poll just brought."""
+        async def all_ended() -> None:
+            await asyncio.wait([poll])
+            while self._jobs:
+                await asyncio.wait(self._jobs)
+
+        self._link.close("poll")
+        waits = [asyncio.create_task(one) for one in (self._hurry.wait(), all_ended())]
+        await asyncio.wait(waits, timeout=self._patience_s,
+                           return_when=asyncio.FIRST_COMPLETED)
+        for one in waits:
+            one.cancel()
+
+    def _fail(self, error: BaseException) -> None:
+        log.error("the worker stops: %s", error)
+        self._fatal = self._fatal or error
+        self._hurry.set()
+        self._leave.set()
+
+    def _from_thread(self, call: Callable[..., object], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):     # the loop is closed, nobody is left
+            self._loop.call_soon_threadsafe(call, *args)
+
+    # -- one job -----------------------------------------------------------------------
+
+    def _begin(self, job: Job, late: bool) -> None:
+        """Take a job in hand, from the polling thread.
+
+        The poll said that its answer counts as the ack, which saves a request before
+        each start. An answer that was long on the way (the process was suspended, say)
+        may bring a lease that is over: then the ack is sent, and its yes awaited.
+        """
+        later = self._link.flush_later if self._checkpoint_s else None
+        execution = Execution(job, self._link.send, later)
+        self._link.hold(execution)
+        self._from_thread(self._spawn, execution, execution.ack() if late else None)
+
+    def _spawn(self, execution: Execution, ack: Future[Reply] | None) -> None:
+        task = self._loop.create_task(self._work(execution, ack))
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
+
+    async def _work(self, execution: Execution, ack: Future[Reply] | None) -> None:
+        """One job from start to report. Without a yes to an ack it is not ours."""
+        try:
+            if ack is None or (await asyncio.wrap_future(ack)).ok:
+                await execution.settle(await self._handle(execution))
+        except Exception as error:          # a mistake of ours
+            log.exception("%s: the worker failed", execution.name)
+            self._fail(error)
+        finally:
+            self._link.release(execution)
+
+    async def _handle(self, execution: Execution) -> dict[str, Any]:
+        """Run the handler; returns the report that its end makes."""
+        job = execution.job
+        known = self._functions.get(job.run.function_id)
+        if known is None:
+            message = f"this worker has no function {job.run.function_id!r}"
+            error = NonRetryableError(message, "FUNCTION_NOT_FOUND")
+            return {"status": "failed", "error": failure(error)}
+        kind = Host if known.is_async else PlainHost
+        host = kind(self._loop, self._step_threads, known.step_timeout)
+        ctx = Context(job.event, job.run, Step(execution, host, scope=job.run.id),
+                      RunLogger(log, {"run": execution.name}))
+
+        async def call() -> Any:
+            try:
+                return await (known(ctx) if known.is_async
+                              else in_thread(lambda: known(ctx), execution.name))
+            except SystemExit as error:     # would end the loop
+                raise RuntimeError(f"the handler called sys.exit({error})") from error
+
+        running = asyncio.create_task(call())
+        if known.is_async:
+            execution.cancel = lambda: self._from_thread(running.cancel)
+        try:
+            output = json_copy(await running, f"the output of {known.id!r}")
+            return {"status": "completed", "output": output}
+        except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as end:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise                       # not the handler alone: this job is
+            if not execution.lost and not execution.fate:
+                cause = end.__cause__ if isinstance(end, StepError) else end
+                log.warning("%s failed: %s", execution.name, end, exc_info=cause)
+            return {"status": "failed", "error": failure(end)}
+
+
+class RunLogger(logging.LoggerAdapter[logging.Logger]):
+    """`ctx.logger`: puts run and attempt before each line."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return f"[{(self.extra or {})['run']}] {msg}", kwargs
