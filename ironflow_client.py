@@ -76,7 +76,7 @@ __version__ = "0.1.0"
 __all__ = ["Client", "Context", "Duration", "Emitted", "Event", "Function",
            "IronflowError", "NonRetryableError", "NotJSON", "RetryAfterError", "Row",
            "Run", "RunInfo", "Step", "StepError", "StepRow", "StepTimeoutError",
-           "Worker", "WorkerAuthError", "function"]  # fmt: skip
+           "Worker", "WorkerAuthError", "function"]
 
 T = TypeVar("T")
 log = logging.getLogger("ironflow")
