@@ -2927,7 +2927,8 @@ class Journal:
         except BaseException:
             self._lock.release()
             raise
-        self._queue: queue.SimpleQueue[Wish | None] = queue.SimpleQueue()
+        self._gathered: list[Wish] = []
+        self._queue: queue.SimpleQueue[list[Wish] | None] = queue.SimpleQueue()
         self._queued_bytes = 0
         self._open = True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
@@ -2947,7 +2948,13 @@ class Journal:
         if self._queued_bytes + wish.size > QUEUE_BYTES and self._queued_bytes:
             raise Overloaded("too much is waiting to be written: try again in a moment")
         self._queued_bytes += wish.size
-        self._queue.put(wish)
+        if not self._gathered:  # what this turn of the loop brings goes over at once:
+            self._loop.call_soon(self._hand_over)  # one wake-up, and a larger commit
+        self._gathered.append(wish)
+
+    def _hand_over(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        self._queue.put(gathered)
 
     async def read(self, query: Callable[..., T], *args: Any) -> T:
         """What `query(queries, *args)` returns, from a connection of its own."""
@@ -2980,18 +2987,18 @@ class Journal:
     def _next_batch(self) -> list[Wish] | None:
         """All that is in the queue, within bounds; None when the journal closes."""
         try:
-            wish = self._queue.get(timeout=IDLE_S if self._unfolded else None)
+            wishes = self._queue.get(timeout=IDLE_S if self._unfolded else None)
         except queue.Empty:
             self._file.checkpoint("TRUNCATE")  # idle: the log's pages go to the file
             self._unfolded = 0
             return []
-        batch, size = [], 0
-        while wish is not None:
-            batch.append(wish)
-            size += wish.size
-            if len(batch) >= BATCH_RULES or size >= BATCH_BYTES or self._queue.empty():
+        batch: list[Wish] = []
+        while wishes is not None:
+            batch += wishes
+            full = len(batch) >= BATCH_RULES or sum(w.size for w in batch) >= BATCH_BYTES
+            if full or self._queue.empty():
                 return batch
-            wish = self._queue.get()
+            wishes = self._queue.get()
         if batch:
             self._queue.put(None)  # close after this one
             return batch
@@ -3039,7 +3046,7 @@ class Journal:
         self._open = False
         gone = Unavailable(f"{self.path} cannot be written any more: the server stops")
         while not self._queue.empty():
-            batch += filter(None, [self._queue.get()])
+            batch += self._queue.get() or []
         for wish in batch:
             settle_future(wish.future, gone)
         self._on_failure(error)
@@ -3047,6 +3054,7 @@ class Journal:
     async def close(self) -> None:
         """Commit what is queued, fold the log into the file, let go of the lock."""
         self._open = False
+        self._hand_over()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         self._pool.shutdown()
@@ -3446,6 +3454,7 @@ def step_name(step_id: str) -> str:
 
 CLOCK_CHECK_S = 30.0  # how long a step of the wall clock can go unnoticed
 CLOCK_STEP_S = 1.0  # less than this is drift
+RETRY_S = 1.0  # between two tries of the timers to write
 STOP_S = 10.0  # how long requests in progress may take when stopping
 
 
@@ -3468,7 +3477,7 @@ class Timekeeper:
 
     async def keep(self) -> None:
         """Until cancelled. An error here ends the server: nothing would ever be due."""
-        await self._turn(keep_leases, self._limits)
+        await self._turn(keep_leases)
         wall, steady = self._clock.wall(), self._clock.steady()
         while True:
             await self._sleep()
@@ -3476,10 +3485,10 @@ class Timekeeper:
             wall, steady = self._clock.wall(), self._clock.steady()
             if abs(step_s) > CLOCK_STEP_S:
                 log.warning("the machine's clock was set by %+.1f s: leases start anew", step_s)
-                await self._turn(keep_leases, self._limits)
+                await self._turn(keep_leases)
             await self._desk.miss_the_silent()
             if self._next_at <= wall:
-                await self._turn(turn_clock, self._limits)
+                await self._turn(turn_clock)
 
     async def _sleep(self) -> None:
         self._rung.clear()
@@ -3488,14 +3497,18 @@ class Timekeeper:
             async with asyncio.timeout(delay):
                 await self._rung.wait()
 
-    async def _turn(self, rule: Callable[..., float], *args: Any) -> None:
-        """A commit of the same batch may ring while the rule's answer is on its way."""
-        self._next_at = math.inf
-        try:
-            instant = await self._journal.write(rule, *args)
-        except (DiskFull, Unavailable, Overloaded) as error:
-            log.warning("timers wait: %s", error.message)
-            instant = self._clock.wall() + 1.0
+    async def _turn(self, rule: Callable[..., float]) -> None:
+        """Have a rule of time carried out, however long the disk refuses.
+
+        A commit of the same batch may ring while the rule's answer is on its way.
+        """
+        while True:
+            self._next_at = math.inf
+            try:
+                instant = await self._journal.write(rule, self._limits)
+                break
+            except (DiskFull, Unavailable, Overloaded):  # the journal said so in the log
+                await asyncio.sleep(RETRY_S)
         self._next_at = min(self._next_at, instant)
 
 
