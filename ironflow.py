@@ -29,12 +29,12 @@ The life of one event, and who carries it:
 What holds, always: whatever was acknowledged survives kill -9 and power loss; a step
 recorded as completed never runs again; what happens, happens in one transaction.
 
-What is not here yet: push endpoints, waits for events, invokes, cron, filters, limits on
-concurrency, and live subscriptions. Each is refused with a sentence, never ignored.
+What is not here yet: push endpoints, waits for events, invokes, cron, filters, limits
+on concurrency, live subscriptions. Each is refused with a sentence, never ignored.
 
 The file reads from top to bottom: words and laws (2 to 5), the way in (6), the engine
-(7), the disk (8), the way out (10), the server around it all (12), its command line (13).
-The numbers that are missing belong to the chapters that are still to come.
+(7), the disk (8), the way out (10), the server (12), its command line (13). The missing
+numbers belong to chapters that are still to come.
 """
 
 # ======================================================================================
@@ -77,8 +77,7 @@ from urllib.parse import unquote, urlsplit
 
 NO_AIOHTTP = (
     "ironflow.py needs aiohttp, which this Python does not have: "
-    "run `pip install aiohttp`, or start it with `uv run ironflow.py`."
-)
+    "run `pip install aiohttp`, or start it with `uv run ironflow.py`.")
 try:
     from aiohttp import web
     from aiohttp.http import HttpProcessingError
@@ -101,7 +100,6 @@ OLDEST_SQLITE = (3, 37, 0)  # STRICT tables
 
 log = logging.getLogger("ironflow")
 T = TypeVar("T")
-
 KIB, MIB = 1024, 1024 * 1024
 
 
@@ -132,6 +130,7 @@ UPDATES_PER_REQUEST = 500
 MAX_NESTING = 200
 MAX_KEY_BYTES = 255  # of an idempotency key, as in the SDKs
 MAX_ERROR_TEXT = 64 * KIB  # of an error message that a run keeps
+MAX_INT32 = 2**31 - 1
 POLL_HOLD_S = 10  # for workers that do not say `wait`: JS and Go
 MAX_POLL_HOLD_S = 25  # Python's transport gives up at 30
 WORKER_LIVE_S = 90.0  # silent for longer: disconnected
@@ -148,10 +147,8 @@ GONE_AFTER_S = 1.0  # an ack comes within milliseconds; see `PullDesk.look_after
 # socket to the disk and back: it is parsed once, when it comes in, to be judged.
 # Instants are Unix seconds with three decimals; names say `_s` or `_ms` for lengths.
 
-RunStatus = Literal[
-    "waiting_for_capacity", "running", "waiting", "paused", "completed", "failed",
-    "cancelled",
-]
+RunStatus = Literal["waiting_for_capacity", "running", "waiting", "paused",
+                    "completed", "failed", "cancelled"]
 StepStatus = Literal["completed", "failed", "sleeping", "waiting", "timed_out"]
 Json = str  # JSON text
 
@@ -159,37 +156,26 @@ Json = str  # JSON text
 @dataclass(frozen=True, slots=True)
 class NewEvent:
     """An event as a caller hands it in."""
-
     name: str
     data: Json = "{}"
     version: int = 1
     metadata: Json | None = None
     idempotency_key: str | None = None
     source: str = "api"
-    run_id: str | None = None  # the run inside which it was emitted
-    or_function: bool = False  # if it triggers nothing, `name` may be a function's id
+    subject: str | None = None  # the run inside which it was emitted
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class Event(NewEvent):
     """An event on disk; `seq` is its place in the journal's one order."""
-
-    seq: int
-    at: float
-    name: str
-    data: Json
-    event_id: str
-    version: int
-    source: str
-    idempotency_key: str | None
-    metadata: Json | None
-    subject: str | None  # the run inside which it was emitted
+    event_id: str = ""
+    seq: int = 0
+    at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What the caller of `accept_event` hears: the event's id and the runs it started."""
-
+    """What the caller of `accept_event` hears: the event's id, the runs it started."""
     event_id: str
     run_ids: list[str]
 
@@ -197,7 +183,6 @@ class Accepted:
 @dataclass(frozen=True, slots=True)
 class Retry:
     """When a failed attempt is tried again (defaults: the SDKs' own)."""
-
     max_attempts: int = 3
     initial_delay_ms: int = 1_000
     backoff_factor: float = 2.0
@@ -209,11 +194,11 @@ class Retry:
         delay_ms: float = self.max_delay_ms
         with contextlib.suppress(OverflowError):  # 10.0 ** 400: far beyond any cap
             delay_ms = self.initial_delay_ms * self.backoff_factor ** (attempt - 1)
-        return min(delay_ms if retry_after_ms is None else retry_after_ms,
-                   self.max_delay_ms) / 1000
+        wanted_ms = delay_ms if retry_after_ms is None else retry_after_ms
+        return min(wanted_ms, self.max_delay_ms) / 1000
 
     def to_text(self) -> Json:
-        return dumps({f.name: getattr(self, f.name) for f in fields(self)})
+        return dumps(columns_of(self))
 
     @staticmethod
     @lru_cache(maxsize=512)
@@ -222,13 +207,17 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
+class NewFunction:
+    """A registration as it came in, checked: `config` holds the wire's members."""
+    function_id: str
+    config: Json
+    retry: Json
+    events: list[str]  # names and patterns of its triggers
+
+
+@dataclass(frozen=True, slots=True)
 class Function:
-    """A registered function: what it is called, what starts it, how it is retried.
-
-    `config` is the stored registration in the wire's camelCase members; its triggers'
-    names stand once more in a table of their own, where `accept_event` looks them up.
-    """
-
+    """A registered function. Its triggers have a table of their own as well."""
     function_id: str
     config: Json
     retry: Json
@@ -278,7 +267,7 @@ class Run:
 
     @property
     def job_id(self) -> str:
-        """A name for this dispatch, new with every lease, that leads back to the run."""
+        """A name for this dispatch, new with each lease, that leads back to the run."""
         return f"job_{self.run_id.removeprefix('run_')}_{self.fence}"
 
 
@@ -291,51 +280,34 @@ def run_and_fence(job_id: str) -> tuple[str, int | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One recorded piece of a run. `sequence` counts from 0 within the run."""
-
-    run_id: str
-    sequence: int
+class ReportedStep:
+    """A step as a worker reports it: run to its end, one way or the other."""
     step_id: str  # the SDK's: opaque, compared and returned verbatim
     name: str
     type: str  # invoke, compensate, sleep
     status: StepStatus
     output: Json | None
     error: Json | None
-    attempt: int
     duration_ms: int | None
     compensation_for: str | None
-    sleep_until: float | None
     started_at: float | None
     ended_at: float | None
-    created_at: float
-    updated_at: float
-
-    @property
-    def row_id(self) -> str:
-        return f"step_{self.run_id.removeprefix('run_')}_{self.sequence}"
 
 
 @dataclass(frozen=True, slots=True)
-class ReportedStep:
-    """A step as a worker reports it: run to its end, one way or the other."""
-
-    step_id: str
-    name: str
-    type: str
-    status: StepStatus
-    output: Json | None
-    error: Json | None
-    duration_ms: int | None
-    compensation_for: str | None
-    started_at: float | None
-    ended_at: float | None
+class Step(ReportedStep):
+    """One recorded piece of a run. `sequence` counts from 0 within the run."""
+    run_id: str
+    sequence: int
+    attempt: int
+    created_at: float
+    updated_at: float
+    sleep_until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Yield:
     """Why a worker let go of a run before its end."""
-
     kind: str
     step_id: str
     name: str
@@ -345,10 +317,9 @@ class Yield:
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a worker says of a leased run; `status` as on the wire."""
-
     status: Literal["ack", "progress", "completed", "failed", "yielded"]
     fence: int
-    lease_token: str | None  # None: the server's own last word on an unreadable report
+    lease_token: str | None  # None: the server's own word on an unreadable report
     steps: list[ReportedStep] = field(default_factory=list)
     step_offset: int | None = None
     output: Json = "null"
@@ -359,7 +330,6 @@ class Report:
 @dataclass(frozen=True, slots=True)
 class Worker:
     """A process that pulls runs, as it registered itself."""
-
     worker_id: str
     hostname: str
     function_ids: Json  # a list of strings
@@ -373,15 +343,25 @@ class Worker:
 @dataclass(frozen=True, slots=True)
 class Job:
     """A leased run with all that a worker needs to carry it on."""
-
     run: Run
     event: Event
     completed: list[Step]
     next_sequence: int
 
 
+@lru_cache(maxsize=64)
+def column_names(row: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(row))
+
+
+def columns_of(row: Any) -> dict[str, Any]:
+    """A row as a dict. `asdict` would copy every value, at ten times the price."""
+    kind: Any = type(row)
+    return {name: getattr(row, name) for name in column_names(kind)}
+
+
 class Clock:
-    """The machine's clocks, in seconds: the one place that reads them. Tests have their own."""
+    """The machine's clocks, in seconds, read here alone. Tests have their own."""
 
     def wall(self) -> float:
         """Unix time. Steps when somebody sets the machine's clock."""
@@ -401,8 +381,8 @@ class Ids:
     `randbits` takes the place of both sources of chance, for a life that repeats.
     """
 
-    # 32 characters, for reading aloud and typing by hand; a pair of them holds ten bits
-    PAIRS = ["".join(pair) for pair in product("0123456789abcdefghjkmnpqrstvwxyz", repeat=2)]
+    ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # for reading aloud, typing by hand
+    PAIRS = ["".join(pair) for pair in product(ALPHABET, repeat=2)]  # ten bits each
 
     def __init__(self, randbits: Callable[[int], int] | None = None) -> None:
         self._randbits = randbits or random.Random(secrets.randbits(256)).getrandbits
@@ -422,12 +402,13 @@ class Ids:
         return f"lt_{self._spell(self._secret_bits(100))}"
 
     def _spell(self, number: int) -> str:
-        return "".join([self.PAIRS[number >> shift & 1023] for shift in range(90, -1, -10)])
+        return "".join([self.PAIRS[number >> at & 1023] for at in range(90, -1, -10)])
 
 
 def to_rfc3339(instant: float) -> str:
     """2026-01-01T00:00:00.123Z"""
-    return datetime.fromtimestamp(instant, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    moment = datetime.fromtimestamp(instant, UTC)
+    return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 def from_rfc3339(text: str) -> float:
@@ -438,51 +419,45 @@ def from_rfc3339(text: str) -> float:
     return round(moment.astimezone(UTC).timestamp(), 3)
 
 
-# --- JSON in and out -------------------------------------------------------------------
+# --- JSON in and out ------------------------------------------------------------------
 # Refused: NaN, numbers that overflow a double, integers beyond 64 bits, lone
 # surrogates, NUL in a key, nesting over 200. orjson would turn a large integer into a
 # float and json would let an infinity pass, so neither is asked: whatever could hold
 # such a thing shows in the bytes, and only then the slow and strict reading is done.
 
 SUSPECT = re.compile(rb"[0-9]{19}|[eE]\+?[0-9]{3}|\\u(?:[dD][89a-fA-F]|0000)")
+TOO_DEEP = f"body is nested deeper than {MAX_NESTING} levels"
 
 
 def parse_json(body: bytes) -> Any:
-    """The value that `body` holds. Raises InvalidInput that says what is wrong where."""
-    deep = len(body) > 2 * MAX_NESTING and body.count(b"[") + body.count(b"{") > MAX_NESTING
-    if deep or SUSPECT.search(body):
-        return parse_strictly(body)
-    try:
-        if orjson is not None:
-            return orjson.loads(body)
-        return _from_text.decode(body.decode())
-    except (ValueError, RecursionError):
-        return parse_strictly(body)  # for the sentence, and so that one judge decides
+    """The value that `body` holds. Raises InvalidInput that says what is wrong."""
+    opened = body.count(b"[") + body.count(b"{") if len(body) > 2 * MAX_NESTING else 0
+    if opened <= MAX_NESTING and not SUSPECT.search(body):
+        with contextlib.suppress(ValueError, RecursionError):
+            return orjson.loads(body) if orjson else _from_text.decode(body.decode())
+    return parse_strictly(body)  # for the sentence, and so that one judge decides
 
 
 def parse_strictly(body: bytes) -> Any:
     try:
-        value = json.loads(
-            body.decode(),
-            parse_int=check_integer,
-            parse_float=check_float,
-            parse_constant=refuse_constant,
-        )
+        value = json.loads(body.decode(), parse_int=check_integer,
+                           parse_float=check_float, parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
-        raise InvalidInput(f"body is not UTF-8 at byte {error.start}: send UTF-8") from None
-    except json.JSONDecodeError as error:
         raise InvalidInput(
-            f"body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from None
+            f"body is not UTF-8 at byte {error.start}: send UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"body is not JSON: {error.msg} at line {error.lineno}, "
+                           f"column {error.colno}") from None
     except RecursionError:
-        raise InvalidInput(f"body is nested deeper than {MAX_NESTING} levels") from None
+        raise InvalidInput(TOO_DEEP) from None
     check_value(value)
     return value
 
 
 def check_integer(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
-        raise InvalidInput(f"integer {digits[:24]} needs more than 64 bits: send a string")
+        raise InvalidInput(
+            f"integer {digits[:24]} needs more than 64 bits: send a string")
     return int(digits)
 
 
@@ -500,30 +475,30 @@ def check_value(root: Any) -> None:
     """Refuse what a JSON text can spell but nobody else could read back."""
     level, depth = [root], 0
     while level:
-        depth += any(isinstance(value, (dict, list)) for value in level)
+        objects = [value for value in level if isinstance(value, dict)]
+        lists = [value for value in level if isinstance(value, list)]
+        depth += bool(objects or lists)
         if depth > MAX_NESTING:
-            raise InvalidInput(f"body is nested deeper than {MAX_NESTING} levels")
-        keys = [key for value in level if isinstance(value, dict) for key in value]
+            raise InvalidInput(TOO_DEEP)
+        keys = [key for value in objects for key in value]
         if any("\0" in key for key in keys):
             raise InvalidInput("a key holds a NUL character: leave it out")
         for text in [*keys, *(value for value in level if isinstance(value, str))]:
             if any("\ud800" <= char <= "\udfff" for char in text):
-                raise InvalidInput("a string holds half of a surrogate pair: send whole "
-                                   "characters")
-        level = [inner for value in level if isinstance(value, (dict, list))
-                 for inner in (value.values() if isinstance(value, dict) else value)]
+                raise InvalidInput("a string holds half of a surrogate pair: send whole"
+                                   " characters")
+        level = [inner for value in objects for inner in value.values()]
+        level += [inner for value in lists for inner in value]
 
 
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-_from_text = json.JSONDecoder(parse_constant=lambda name: refuse_constant(name))
+_from_text = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def dumps(value: Any) -> Json:
     """Compact JSON text of a value that came through `parse_json`, or of our own."""
-    if orjson is not None:
-        text: Json = orjson.dumps(value).decode()
-        return text
-    return _to_text.encode(value)
+    text: Json = orjson.dumps(value).decode() if orjson else _to_text.encode(value)
+    return text
 
 
 def join(members: dict[str, Json | None]) -> Json:
@@ -531,7 +506,16 @@ def join(members: dict[str, Json | None]) -> Json:
 
     Absent, never null: the SDKs drop messages in which an unset member is null.
     """
-    return "{" + ",".join([f'"{k}":{v}' for k, v in members.items() if v is not None]) + "}"
+    found = [f'"{name}":{text}' for name, text in members.items() if text is not None]
+    return "{" + ",".join(found) + "}"
+
+
+def listed(texts: Iterable[Json]) -> Json:
+    return f"[{','.join(texts)}]"
+
+
+def as_texts(values: dict[str, Any]) -> dict[str, Json | None]:
+    return {name: dumps(value) for name, value in values.items()}
 
 
 def quoted(text: str | None) -> Json | None:
@@ -580,25 +564,21 @@ class IronflowError(Exception):
 
 class InvalidInput(IronflowError):
     """The request cannot be understood, or asks for what cannot be."""
-
     status, code = 400, "invalid_argument"
 
 
 class FailedPrecondition(IronflowError):
     """Understood, but not possible in the state that things are in."""
-
     status, code = 400, "failed_precondition"
 
 
 class Unauthenticated(IronflowError):
     """No key, or not the right one. Workers stop for good when they hear this."""
-
     status, code = 401, "unauthenticated"
 
 
 class Forbidden(IronflowError):
     """A host or an origin that this server does not answer."""
-
     status, code = 403, "permission_denied"
 
 
@@ -612,51 +592,43 @@ class MethodNotAllowed(IronflowError):
 
 class AlreadyExists(IronflowError):
     """An idempotency key that belongs to something else."""
-
     status, code = 409, "already_exists"
 
 
 class StaleFence(IronflowError):
-    """A report came with an old fence: the run was leased again, or ended, after that."""
-
+    """A report with an old fence: the run was leased again, or ended, after that."""
     status, code, error = 409, "aborted", "STALE_EXECUTION"
 
 
 class RunNotRunning(IronflowError):
     """A final report for a run that ended some other way."""
-
     status, code, error = 409, "aborted", "RUN_NOT_RUNNING"
 
 
 class TooLarge(IronflowError):
     """A limit was exceeded; the sentence names it, the size, and the flag."""
-
     status, code = 413, "resource_exhausted"
 
     def __init__(self, what: str, size: int, limit: int, flag: str) -> None:
-        super().__init__(f"{what} is {size} bytes, the limit is {limit}: send less, or start "
-                         f"the server with a larger {flag}")
+        super().__init__(f"{what} is {size} bytes, the limit is {limit}: send less, or "
+                         f"start the server with a larger {flag}")
 
 
 class Unimplemented(IronflowError):
     status, code = 501, "unimplemented"
 
 
-class Overloaded(IronflowError):
-    """Too much is in flight; nothing of this request was kept."""
-
-    status, code, retry_after_s = 503, "unavailable", 1
-
-
 class Unavailable(IronflowError):
     """The journal cannot be written right now; whether this was kept is unknown."""
-
     status, code, retry_after_s = 503, "unavailable", 1
+
+
+class Overloaded(Unavailable):
+    """Too much is in flight; nothing of this request was kept."""
 
 
 class DiskFull(IronflowError):
     """No room on the disk. Writing resumes by itself when there is."""
-
     status, code, retry_after_s = 507, "resource_exhausted", 5
 
 
@@ -675,63 +647,56 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def check_event_name(name: str) -> str:
-    """An event's name, as given. Free text, but no wildcard segments, no control characters."""
+    """An event's name, as given: free text without wildcards or control characters."""
     if not name:
-        raise InvalidInput("event name is empty: give the event a name, such as order.placed")
+        raise InvalidInput("event name is empty: give the event a name, such as "
+                           "order.placed")
     if CONTROL.search(name):
         raise InvalidInput("event name holds a control character: leave it out")
     if is_wild(name):
-        raise InvalidInput(
-            f"event name {name[:80]!r} has a segment that is a wildcard: `*` and `>` are for "
-            "triggers and subscriptions, an event has a plain name"
-        )
+        raise InvalidInput(f"event name {name[:80]!r} has a segment that is a wildcard:"
+                           " `*` and `>` are for triggers and subscriptions, an event"
+                           " has a plain name")
     return name
 
 
 def check_trigger(pattern: str) -> str:
-    """The event name or pattern of a trigger. Raises InvalidInput if it could not match."""
+    """A trigger's event name or pattern. Raises InvalidInput if it could not match."""
     if CONTROL.search(pattern):
         raise InvalidInput("trigger event holds a control character: leave it out")
-    segments = pattern.split(".")
-    for i, segment in enumerate(segments):
-        if segment == ">" and i != len(segments) - 1:
-            raise InvalidInput(f"trigger {pattern[:80]!r}: `>` can only be the last segment")
-        if segment not in ("*", ">") and ("*" in segment or ">" in segment):
-            raise InvalidInput(f"trigger {pattern[:80]!r}: `*` and `>` stand for whole "
-                               f"segments, {segment[:40]!r} mixes one with text")
+    segments, trigger = pattern.split("."), f"trigger {pattern[:80]!r}"
+    for i, segment in enumerate(segments, 1):
+        if segment == ">" and i < len(segments):
+            raise InvalidInput(f"{trigger}: `>` can only be the last segment")
+        if segment not in ("*", ">") and re.search("[*>]", segment):
+            raise InvalidInput(f"{trigger}: `*` and `>` stand for whole segments, "
+                               f"{segment[:40]!r} mixes one with text")
     return pattern
 
 
 def check_function_id(function_id: str) -> str:
-    """A function's id: one or more dot segments, no wildcard, blank or control character."""
-    if (
-        not function_id
-        or re.search(r"[*>\s]", function_id)
-        or CONTROL.search(function_id)
-        or "" in function_id.split(".")
-    ):
-        raise InvalidInput(
-            f"function id {function_id[:80]!r}: use letters, digits, `-`, `_`, `/` and dots "
-            "between them; no `*`, `>`, blank or empty segment"
-        )
+    """A function's id: dot segments, no wildcard, blank or control character."""
+    strange = re.search(r"[*>\s]", function_id) or CONTROL.search(function_id)
+    if strange or "" in function_id.split("."):
+        raise InvalidInput(f"function id {function_id[:80]!r}: use letters, digits, "
+                           "`-`, `_`, `/` and dots between them; no `*`, `>`, blank or "
+                           "empty segment")
     return function_id
 
 
 def is_wild(pattern: str) -> bool:
-    return any(segment in ("*", ">") for segment in pattern.split("."))
+    return not {"*", ">"}.isdisjoint(pattern.split("."))
 
 
 def matches(pattern: str, name: str) -> bool:
     """Whether `name` is one of those that `pattern` stands for."""
     wanted, found = pattern.split("."), name.split(".")
-    if wanted[-1] == ">":
-        wanted = wanted[:-1]
-        if len(found) <= len(wanted):
+    if wanted[-1] == ">":  # for one segment or more
+        if len(found) < len(wanted):
             return False
-        found = found[: len(wanted)]
+        wanted, found = wanted[:-1], found[: len(wanted) - 1]
     return len(wanted) == len(found) and all(
-        w in ("*", f) for w, f in zip(wanted, found, strict=True)
-    )
+        w in ("*", f) for w, f in zip(wanted, found, strict=True))
 
 
 # ======================================================================================
@@ -743,8 +708,8 @@ def matches(pattern: str, name: str) -> bool:
 
 NEXT: dict[RunStatus, frozenset[RunStatus]] = {
     "waiting_for_capacity": frozenset({"running", "paused", "cancelled"}),
-    "running": frozenset({"waiting_for_capacity", "waiting", "paused", "completed", "failed",
-                          "cancelled"}),
+    "running": frozenset({"waiting_for_capacity", "waiting", "paused",
+                          "completed", "failed", "cancelled"}),
     "waiting": frozenset({"waiting_for_capacity", "paused", "failed", "cancelled"}),
     "paused": frozenset({"waiting_for_capacity", "failed", "cancelled"}),
     "failed": frozenset({"waiting_for_capacity"}),  # a person may resume it
@@ -754,8 +719,9 @@ NEXT: dict[RunStatus, frozenset[RunStatus]] = {
 TERMINAL = frozenset({"completed", "failed", "cancelled"})
 
 
-def leased(run: Run, worker_id: str, token: str, hold_s: float, acked: bool, now: float) -> Run:
-    """A due run, handed to a worker: a new fence, held for a lease, or until the ack."""
+def leased(run: Run, worker_id: str, token: str, hold_s: float, acked: bool,
+           now: float) -> Run:
+    """A due run, handed out: a new fence, held for a lease, or until the ack."""
     return replace(run, status="running", fence=run.fence + 1, lease_token=token,
                    lease_until=now + hold_s, worker_id=worker_id, acked=int(acked),
                    due_at=None, started_at=run.started_at or now)
@@ -772,8 +738,9 @@ def check_fence(run: Run, said: Report) -> None:
         return
     if run.status in TERMINAL and said.status not in ("ack", "progress"):
         raise RunNotRunning(f"run {run.run_id} is {run.status}: drop this result")
-    raise StaleFence(f"the lease with fence {said.fence} of run {run.run_id} is over, the run "
-                     f"is {run.status} with fence {run.fence}: drop this result")
+    raise StaleFence(f"the lease with fence {said.fence} of run {run.run_id} is over, "
+                     f"the run is {run.status} with fence {run.fence}: drop this "
+                     "result")
 
 
 def renewed(run: Run, lease_s: float, now: float) -> Run:
@@ -783,14 +750,19 @@ def renewed(run: Run, lease_s: float, now: float) -> Run:
 
 
 def lease_ended(run: Run, max_lost: int, now: float) -> Run:
-    """Due again at once, same attempt: a crash spends none. Too often in a row: paused."""
+    """Due again, same attempt: a crash spends none. Too often in a row: paused."""
     lost = replace(run, lost_leases=run.lost_leases + 1)
     if lost.lost_leases < max_lost:
         return queued(replace(lost, lease_until=None), now)
-    message = (f"{lost.lost_leases} workers in a row took this run and were not heard of "
-               "again, without recording a step: look at the worker's log, then resume "
-               "the run")
-    return parked(lost, dumps({"message": message, "code": "WORKER_LOST"}))
+    return parked(lost, failure("WORKER_LOST", (
+        f"{lost.lost_leases} workers in a row took this run and were not heard of "
+        "again, without recording a step: look at the worker's log, then resume the "
+        "run")))
+
+
+def failure(code: str, message: str) -> Json:
+    """An error of a run that is not its function's own."""
+    return dumps({"message": message, "code": code})
 
 
 def parked(run: Run, error: Json) -> Run:
@@ -805,12 +777,13 @@ def unleased(run: Run) -> Run:
 
 def settled(run: Run, how: str) -> Run:
     """The holder let go; its report, should it come twice, is recognised."""
-    return replace(unleased(run), settled_fence=run.fence, settled_as=how, lost_leases=0)
+    return replace(unleased(run), settled_fence=run.fence, settled_as=how,
+                   lost_leases=0)
 
 
 def completed(run: Run, output: Json, now: float) -> Run:
-    done = settled(run, "completed")
-    return replace(done, status="completed", output=output, error=None, ended_at=now)
+    return replace(settled(run, "completed"), status="completed", output=output,
+                   error=None, ended_at=now)
 
 
 def attempt_failed(run: Run, error: dict[str, Any], now: float) -> Run:
@@ -819,24 +792,29 @@ def attempt_failed(run: Run, error: dict[str, Any], now: float) -> Run:
     `error` is the report's: message, and optionally code, retryable (the flag alone
     decides, whatever the SDK) and retry_after_ms.
     """
-    policy, run = run.policy, settled(run, "failed")
-    kept = dumps({k: v for k, v in error.items() if k not in ("retryable", "retry_after_ms")})
-    if error.get("retryable") and run.attempt < policy.max_attempts:
+    run, policy, retryable = settled(run, "failed"), run.policy, error.get("retryable")
+    advice = ("retryable", "retry_after_ms")
+    kept = dumps({name: value for name, value in error.items() if name not in advice})
+    if retryable and run.attempt < policy.max_attempts:
         due_at = now + policy.delay_s(run.attempt, error.get("retry_after_ms"))
-        return replace(run, status="waiting", attempt=run.attempt + 1, due_at=due_at, error=kept)
-    if error.get("retryable") and policy.on_exhausted == "pause":
+        return replace(run, status="waiting", attempt=run.attempt + 1, due_at=due_at,
+                       error=kept)
+    if retryable and policy.on_exhausted == "pause":
         return parked(run, kept)
     return ended_in_failure(run, kept, now)
 
 
 def ended_in_failure(run: Run, error: Json, now: float) -> Run:
-    return replace(unleased(run), status="failed", error=error, due_at=None, ended_at=now)
+    return replace(unleased(run), status="failed", error=error, due_at=None,
+                   ended_at=now)
 
 
 def asleep(run: Run, until: float, now: float) -> Run:
     """Let go until an instant; a holder that yields what is past is due at once."""
     run = settled(run, "yielded")
-    return queued(run, now) if until <= now else replace(run, status="waiting", due_at=until)
+    if until <= now:
+        return queued(run, now)
+    return replace(run, status="waiting", due_at=until)
 
 
 def queued(run: Run, now: float) -> Run:
@@ -847,9 +825,8 @@ def queued(run: Run, now: float) -> Run:
 def cancelled(run: Run, reason: str, now: float) -> Run:
     """Over, from any live status; the fence moves, so that its holder hears of it."""
     message = "the run was cancelled" + (f": {reason}" if reason else "")
-    error = dumps({"message": message, "code": "CANCELLED"})
     return replace(unleased(run), status="cancelled", fence=run.fence + 1, due_at=None,
-                   error=error, ended_at=now)
+                   error=failure("CANCELLED", message), ended_at=now)
 
 
 # ======================================================================================
@@ -869,55 +846,49 @@ PARSED_IN_THREAD = MIB  # larger bodies would hold up everybody else
 JSON_HEADERS = {"Content-Type": "application/json"}
 CORS_HEADERS = {
     "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
-    "Access-Control-Allow-Headers": "Content-Type, Authorization, X-Ironflow-Environment,"
-    " X-Ironflow-Environment-ID, X-Ironflow-SDK, X-Ironflow-Run-ID, If-Match,"
-    " If-None-Match, Connect-Protocol-Version, Connect-Timeout-Ms",
+    "Access-Control-Allow-Headers": "Content-Type, Authorization,"
+    " X-Ironflow-Environment, X-Ironflow-Environment-ID, X-Ironflow-SDK,"
+    " X-Ironflow-Run-ID, If-Match, If-None-Match, Connect-Protocol-Version,"
+    " Connect-Timeout-Ms",
     "Access-Control-Expose-Headers": "ETag, Ironflow-Poll-Wait",
     "Access-Control-Max-Age": "7200",
     "Vary": "Origin",
 }
+HELD = "ironflow.held"  # bytes of a request that `Api.in_flight` counts
+PASSING = frozenset({"data", "metadata", "output", "error"})  # JSON text already
 Handler: TypeAlias = "Callable[[Api, web.BaseRequest], Awaitable[web.StreamResponse]]"
 
 
 def doors() -> dict[str, Handler]:
     """Every door there is. A worker may say POST or, as Go does, PUT."""
     service, pubsub = f"POST {CONNECT}IronflowService", f"POST {CONNECT}PubSubService"
-    worker, jobs = "/api/v1/workers/{worker_id}", "/api/v1/workers/{worker_id}/jobs"
-    return {
-        "GET /health": get_health,
-        f"{service}/Health": get_health,
-        "GET /ready": get_ready,
-        "GET /api/v1/capabilities": get_capabilities,
-        f"{service}/GetCapabilities": get_capabilities,
-        "POST /api/v1/events": post_events,
-        "GET /api/v1/events/{event_id}": get_event,
-        f"{service}/Trigger": trigger,
-        f"{service}/Emit": trigger,
-        f"{pubsub}/Emit": trigger,
-        f"{service}/RegisterFunction": post_function,
-        "GET /api/v1/functions": get_functions,
-        "GET /api/v1/workers": get_workers,
-        f"{service}/GetRun": get_run,
-        f"{service}/ListRuns": list_runs,
-        f"{service}/GetRunSteps": list_steps,
-        f"{service}/CancelRun": cancel,
-        "GET /api/v1/runs": list_runs,
-        "GET /api/v1/runs/{run_id}": get_run,
-        "GET /api/v1/runs/{run_id}/steps": list_steps,
-        "POST /api/v1/runs/{run_id}/cancel": cancel,
-        f"POST {worker}/register": post_worker,  # from here on: chapter 10
-        f"PUT {worker}/register": post_worker,
-        f"POST {worker}/heartbeat": post_heartbeat,
-        f"PUT {worker}/heartbeat": post_heartbeat,
-        f"GET {jobs}": poll_jobs,
-        f"PUT {jobs}": put_updates,
-        f"PUT {jobs}/{{job_id}}/ack": put_ack,
-        f"PUT {jobs}/{{job_id}}": put_update,
+    runs, worker = "/api/v1/runs", "/api/v1/workers/{worker_id}"
+    handlers: dict[Handler, list[str]] = {
+        get_health: ["GET /health", f"{service}/Health"],
+        get_ready: ["GET /ready"],
+        get_capabilities: ["GET /api/v1/capabilities", f"{service}/GetCapabilities"],
+        post_events: ["POST /api/v1/events"],
+        get_event: ["GET /api/v1/events/{event_id}"],
+        trigger: [f"{service}/Trigger", f"{service}/Emit", f"{pubsub}/Emit"],
+        post_function: [f"{service}/RegisterFunction"],
+        get_functions: ["GET /api/v1/functions"],
+        get_workers: ["GET /api/v1/workers"],
+        list_runs: [f"GET {runs}", f"{service}/ListRuns"],
+        get_run: [f"GET {runs}/{{run_id}}", f"{service}/GetRun"],
+        list_steps: [f"GET {runs}/{{run_id}}/steps", f"{service}/GetRunSteps"],
+        cancel: [f"POST {runs}/{{run_id}}/cancel", f"{service}/CancelRun"],
+        # from here on: chapter 10
+        post_worker: [f"POST {worker}/register", f"PUT {worker}/register"],
+        post_heartbeat: [f"POST {worker}/heartbeat", f"PUT {worker}/heartbeat"],
+        poll_jobs: [f"GET {worker}/jobs"],
+        put_updates: [f"PUT {worker}/jobs"],
+        put_update: [f"PUT {worker}/jobs/{{job_id}}"],
+        put_ack: [f"PUT {worker}/jobs/{{job_id}}/ack"],
     }
+    return {door: handler for handler, doors in handlers.items() for door in doors}
 
 
-# --- What every request has in common --------------------------------------------------
-
+# --- What every request has in common -------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class Guard:
@@ -939,24 +910,22 @@ class Guard:
             return
         name = host_name(headers.get("Host", ""))
         if not is_loopback(name) and name not in self.allow_hosts:
-            raise Forbidden(f"host {name[:80]!r} is not served: use localhost, or start the "
-                            "server with --allow-host NAME")
+            raise Forbidden(f"host {name[:80]!r} is not served: use localhost, or "
+                            "start the server with --allow-host NAME")
         origin = headers.get("Origin")
-        if origin is not None and not self._may_call(origin):
-            raise Forbidden(f"origin {origin[:80]!r} may not call this server: start it with "
-                            "--cors-origin ORIGIN")
+        if origin is None or origin in self.cors_origins:
+            return
+        if not is_loopback(host_name(origin.partition("://")[2])):
+            raise Forbidden(f"origin {origin[:80]!r} may not call this server: start "
+                            "it with --cors-origin ORIGIN")
 
     def _check_key(self, header: str, key: str) -> None:
         scheme, _, given = header.partition(" ")
         # compared as a whole, so that the time taken tells nothing of the key
         same = hmac.compare_digest(given.strip().encode(errors="replace"), key.encode())
         if scheme.lower() != "bearer" or not same:
-            raise Unauthenticated("authentication required: send `Authorization: Bearer "
-                                  "KEY` with the server's IRONFLOW_API_KEY")
-
-    def _may_call(self, origin: str) -> bool:
-        name = host_name(origin.partition("://")[2])
-        return origin in self.cors_origins or is_loopback(name)
+            raise Unauthenticated("authentication required: send `Authorization: "
+                                  "Bearer KEY` with the server's IRONFLOW_API_KEY")
 
 
 @lru_cache(maxsize=256)
@@ -982,43 +951,46 @@ class Doors:
     """The table of doors: which handler a method and a path lead to."""
 
     def __init__(self, doors: dict[str, Handler]) -> None:
-        self._plain: dict[str, dict[str, Handler]] = {}
+        self._plain: dict[str, dict[str, Handler]] = {}  # by path, then by method
+        self._named: dict[str, dict[str, Handler]] = {}  # paths with {names}
         for door, handler in doors.items():
             method, path = door.split(" ")
-            self._plain.setdefault(path, {})[method] = handler
-        self._patterns = [path.split("/") for path in self._plain if "{" in path]
+            table = self._named if "{" in path else self._plain
+            table.setdefault(path, {})[method] = handler
 
     def find(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
         """The handler, and what stands in the path for its `{names}`.
 
         Raises NotFound, Unimplemented (Connect), MethodNotAllowed.
         """
-        methods, given = self._plain.get(path), {}
-        if methods is None:
-            segments = [unquote(segment) for segment in path.split("/")]
-            for pattern in self._patterns:
-                if len(pattern) == len(segments) and all(
-                    p == s or (p[:1] == "{" and s)
-                    for p, s in zip(pattern, segments, strict=True)
-                ):
-                    methods = self._plain["/".join(pattern)]
-                    given = {p[1:-1]: s for p, s in zip(pattern, segments) if p[:1] == "{"}
-        if methods is None:
-            if path.startswith(CONNECT):
-                raise Unimplemented(f"{path[:120]} is not supported by this server yet")
-            raise NotFound(f"{method} {path[:120]}: there is no such door here")
+        given: dict[str, str] = {}
+        methods = self._plain.get(path) or self._find_named(path, given)
         handler = methods.get("GET" if method == "HEAD" else method)
-        if handler is None and not given:
-            raise MethodNotAllowed(f"{path[:120]} takes {', '.join(methods)}, not {method}")
-        if handler is None:
-            raise NotFound(f"{method} {path[:120]}: there is no such door here")
-        return handler, given
+        if handler is not None:
+            return handler, given
+        if methods and not given:
+            raise MethodNotAllowed(
+                f"{path[:120]} takes {', '.join(methods)}, not {method}")
+        if path.startswith(CONNECT):
+            raise Unimplemented(f"{path[:120]} is not supported by this server yet")
+        raise NotFound(f"{method} {path[:120]}: there is no such door here")
+
+    def _find_named(self, path: str, given: dict[str, str]) -> dict[str, Handler]:
+        segments = [unquote(segment) for segment in path.split("/")]
+        for pattern, methods in self._named.items():
+            names = pattern.split("/")
+            if len(names) != len(segments):
+                continue
+            pairs = list(zip(names, segments, strict=True))
+            if all(s if n[:1] == "{" else n == s for n, s in pairs):
+                given |= {n[1:-1]: s for n, s in pairs if n[:1] == "{"}
+                return methods
+        return {}
 
 
 @dataclass(slots=True)
 class Api:
     """What the handlers need, and the gate that they all stand behind."""
-
     journal: Journal
     desk: PullDesk
     guard: Guard
@@ -1042,17 +1014,17 @@ class Api:
             else:
                 self._check_environment(headers)
                 handler, given = self.doors.find(method, path)
-                if given:
-                    request.update(given)
+                request.update(given)
                 response = await handler(self, request)
         except IronflowError as error:
             response = error_response(path, error)
         except (web.RequestPayloadError, HttpProcessingError) as error:
-            wrong = InvalidInput(f"the request's body cannot be read: {error}")
-            response = error_response(path, wrong)
+            why = f"the request's body cannot be read: {error}"
+            response = error_response(path, InvalidInput(why))
         except Exception:
             log.exception("%s %s", method, path)
-            response = error_response(path, IronflowError("internal error: see the log"))
+            bare = IronflowError("internal error: see the log")
+            response = error_response(path, bare)
         finally:
             self.in_flight -= request.get(HELD, 0)
         origin = headers.get("Origin")
@@ -1063,9 +1035,8 @@ class Api:
 
     def _check_environment(self, headers: Mapping[str, str]) -> None:
         """One server, one environment; data of two can never mix."""
-        named = headers.get("X-Ironflow-Environment") or headers.get(
-            "X-Ironflow-Environment-ID"
-        )
+        named = headers.get("X-Ironflow-Environment")
+        named = named or headers.get("X-Ironflow-Environment-ID")
         if named and named not in (self.environment, "default"):
             raise InvalidInput(
                 f"this server serves the environment {self.environment!r}, not "
@@ -1075,7 +1046,7 @@ class Api:
     async def read_json(self, request: web.BaseRequest) -> Any:
         """What the body holds. Raises as `read_body`, and InvalidInput."""
         body = await self.read_body(request)
-        if not body and request.raw_path.startswith(CONNECT):
+        if not body and is_connect(request):
             return {}
         if len(body) > PARSED_IN_THREAD:
             return await asyncio.to_thread(parse_json, body)
@@ -1084,16 +1055,12 @@ class Api:
     async def read_body(self, request: web.BaseRequest) -> bytes:
         """The body, within the limits. Raises TooLarge, Overloaded, Unimplemented."""
         headers = request.headers
-        if "application/proto" in (kind := headers.get("Content-Type", "")) or (
-            "application/connect+proto" in kind
-        ):
+        if re.search("application/(connect[+])?proto", headers.get("Content-Type", "")):
             raise Unimplemented(
                 "binary protobuf is not supported by this server yet: send JSON, for "
-                "example events to POST /api/v1/events"
-            )
-        limit, announced = self.limits.body_bytes, request.content_length or 0
-        if announced > limit:
-            raise TooLarge("the request's body", announced, limit, "--max-body-bytes")
+                "example events to POST /api/v1/events")
+        announced = request.content_length or 0
+        self._check_size(announced)
         if headers.get("Expect", "").lower() == "100-continue":  # curl, over 1 MiB
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
@@ -1103,11 +1070,15 @@ class Api:
             return body
         parts, size = [], 0
         async for part in request.content.iter_any():
-            if (size := size + len(part)) > limit:
-                raise TooLarge("the request's body", size, limit, "--max-body-bytes")
+            size += len(part)
+            self._check_size(size)
             self._hold(request, len(part))
             parts.append(part)
         return b"".join(parts)
+
+    def _check_size(self, size: int) -> None:
+        if size > (limit := self.limits.body_bytes):
+            raise TooLarge("the request's body", size, limit, "--max-body-bytes")
 
     def _hold(self, request: web.BaseRequest, size: int) -> None:
         if self.in_flight + size > BODIES_IN_FLIGHT:
@@ -1116,11 +1087,12 @@ class Api:
         request[HELD] = request.get(HELD, 0) + size
 
 
-HELD = "ironflow.held"  # bytes of this request that `in_flight` counts
+def is_connect(request: web.BaseRequest) -> bool:
+    return request.raw_path.startswith(CONNECT)
 
 
 def error_response(path: str, error: IronflowError) -> web.Response:
-    """The one place where an error becomes an answer, in both shapes: each SDK reads another member."""
+    """The one place where an error becomes an answer; each SDK reads another member."""
     body = error_body(error)
     if path.startswith(CONNECT):
         del body["error"]
@@ -1143,74 +1115,80 @@ def answer(text: Json, status: int = 200) -> web.Response:
 
 
 class Fields:
-    """One JSON object of a request, or its query: each member under any of its spellings.
+    """One JSON object of a request, or its query: a member under any of its spellings.
 
     A member is asked for in camelCase and found in snake_case too; null is unset. A
     wrong type or value raises InvalidInput that names the member.
     """
 
     def __init__(self, value: Any, where: str = "") -> None:
-        if type(value) is not dict and not isinstance(value, Mapping):
-            raise InvalidInput(f"{where or 'body'} is {kind_of(value)}: send a JSON object")
+        if not isinstance(value, Mapping):
+            raise InvalidInput(
+                f"{where or 'body'} is {kind_of(value)}: send a JSON object")
         self.all = value
-        self._where = f"{where}." if where else ""
+        self.where = f"{where}." if where else ""
 
     def get(self, *names: str) -> Any:
         for name in names:
-            value = self.all.get(name)
-            if value is None:
-                value = self.all.get(snake(name))
-            if value is not None:
-                return value
+            for spelling in (name, snake(name)):
+                if (value := self.all.get(spelling)) is not None:
+                    return value
         return None
 
-    def _typed(self, names: tuple[str, ...], kind: Any, wanted: str, default: Any) -> Any:
+    def _typed(self, names: tuple[str, ...], kind: Any, wanted: str, default: T) -> T:
         value = self.get(*names)
         if value is None:
             return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise InvalidInput(f"{self._where}{names[0]} is {kind_of(value)}: send {wanted}")
-        return value
+        disguised = isinstance(value, bool) and kind is not bool  # an int, to Python
+        if disguised or not isinstance(value, kind):
+            raise self._wrong(names, kind_of(value), wanted)
+        found: T = value
+        return found
+
+    def _wrong(self, names: tuple[str, ...], found: str, wanted: str) -> InvalidInput:
+        return InvalidInput(f"{self.where}{names[0]} is {found}: send {wanted}")
 
     def text(self, *names: str, default: str = "") -> str:
-        value: str = self._typed(names, str, "a string", default)
-        return value
+        return self._typed(names, str, "a string", default)
 
     def flag(self, *names: str) -> bool:
-        value: bool = self._typed(names, bool, "true or false", False)
-        return value
+        return self._typed(names, bool, "true or false", False)
 
     def items(self, *names: str) -> list[Any]:
-        value: list[Any] = self._typed(names, list, "a list", [])
-        return value
+        return self._typed(names, list, "a list", [])
+
+    def objects(self, name: str) -> list[Fields]:
+        """The objects in a list, each knowing its place."""
+        return [Fields(item, f"{name}[{i}]") for i, item in enumerate(self.items(name))]
 
     def inner(self, *names: str) -> Fields:
         """The object under a name; an empty one if it is unset."""
-        return Fields(self._typed(names, dict, "an object", {}), self._where + names[0])
+        return Fields(self._typed(names, dict, "an object", {}), self.where + names[0])
 
     def number(self, *names: str) -> float | None:
-        value: float | None = self._typed(names, (int, float), "a number", None)
-        return value
+        return self._typed(names, (int, float), "a number", None)
 
-    def whole(self, *names: str, default: int = 0, low: int = 0, high: int = 2**53) -> int:
-        """An integer within bounds; 7.0 and "7" are integers too, as Go and protobuf write them."""
+    def whole(self, *names: str, default: int = 0, low: int = 0,
+              high: int = 2**53) -> int:
+        """An integer within bounds; Go and protobuf write some as 7.0 or "7"."""
         value = self._typed(names, (int, float, str), "a whole number", None)
         if value is None:
             return default
         if not re.fullmatch(r"-?[0-9]{1,18}(\.0)?", str(value)):
-            raise InvalidInput(f"{self._where}{names[0]} is {str(value)[:40]!r}: send a whole number")
+            raise self._wrong(names, repr(str(value)[:40]), "a whole number")
         if not low <= (number := int(float(value))) <= high:
-            raise InvalidInput(f"{self._where}{names[0]} is {number}: send {low} to {high}")
+            raise self._wrong(names, str(number), f"{low} to {high}")
         return number
 
     def instant(self, *names: str) -> float | None:
         """Unix seconds of a timestamp with an offset (RFC 3339)."""
-        value = self._typed(names, str, "a timestamp such as 2026-01-01T00:00:00Z", None)
+        example = "a timestamp such as 2026-01-01T00:00:00Z"
+        value: str | None = self._typed(names, str, example, None)
         try:
             return None if value is None else from_rfc3339(value)
         except (ValueError, OverflowError) as error:
-            raise InvalidInput(f"{self._where}{names[0]} is no timestamp such as "
-                               f"2026-01-01T00:00:00Z: {error}") from None
+            raise InvalidInput(
+                f"{self.where}{names[0]} is no {example[2:]}: {error}") from None
 
 
 def kind_of(value: Any) -> str:
@@ -1221,15 +1199,12 @@ def kind_of(value: Any) -> str:
 
 def is_empty(value: Any) -> bool:
     """Unset, in any of the ways in which the SDKs spell it."""
-    if isinstance(value, dict):
-        return all(map(is_empty, value.values()))
-    if isinstance(value, list):
-        return all(map(is_empty, value))
+    if isinstance(value, dict | list):
+        return all(map(is_empty, value.values() if isinstance(value, dict) else value))
     return value in (None, "", 0, False)
 
 
-# --- Health ----------------------------------------------------------------------------
-
+# --- Health ---------------------------------------------------------------------------
 
 async def get_health(api: Api, request: web.BaseRequest) -> web.Response:
     now = to_rfc3339(api.clock.wall())
@@ -1237,78 +1212,71 @@ async def get_health(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 async def get_ready(api: Api, request: web.BaseRequest) -> web.Response:
-    """GET /ready: 503 while the last write failed; `journal` tells one file from another."""
-    journal = api.journal
-    issues = [journal.last_trouble] if journal.last_trouble else []
-    body = {"status": "not ready" if issues else "ready", "issues": issues, "warnings": [],
-            "journal": journal.journal_id}
+    """GET /ready: 503 while the last write failed; `journal` tells files apart."""
+    issues = [api.journal.last_trouble] if api.journal.last_trouble else []
+    body = {"status": "not ready" if issues else "ready", "issues": issues,
+            "warnings": [], "journal": api.journal.journal_id}
     return answer(dumps(body), 503 if issues else 200)
 
 
 async def get_capabilities(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/capabilities: only what is built."""
-    guard = api.guard
-    return answer(dumps({
-        "transports": ["connectrpc"], "features": [], "version": PROTOCOL_VERSION,
-        "auth_required": guard.api_key is not None and not guard.dev,
-    }))
+    needs_key = api.guard.api_key is not None and not api.guard.dev
+    return answer(dumps({"transports": ["connectrpc"], "features": [],
+                         "version": PROTOCOL_VERSION, "auth_required": needs_key}))
 
 
-# --- Events ----------------------------------------------------------------------------
-
+# --- Events ---------------------------------------------------------------------------
 
 async def post_events(api: Api, request: web.BaseRequest) -> web.Response:
-    """POST /api/v1/events: an object, or an array accepted all or nothing.
-
-    Answers only after everything is on disk.
-    """
+    """POST /api/v1/events: one, or an array all or nothing. Answers once on disk."""
     body = await api.read_json(request)
-    limits, run_id = api.limits, emitted_by(request)
+    limits, run_id, write = api.limits, emitted_by(request), api.journal.write
     if not isinstance(body, list):
         event = read_event(Fields(body), "name", limits, run_id)
-        accepted = await api.journal.write(accept_event, event, size=size_of(event))
+        accepted = await write(accept_event, event, size=size_of(event))
         return answer(accepted_to_rest(accepted))
     if len(body) > EVENTS_PER_REQUEST:
-        raise InvalidInput(f"{len(body)} events in one request: send up to {EVENTS_PER_REQUEST}")
-    events = [read_event(Fields(item, f"events[{i}]"), "name", limits, run_id, f"events[{i}]: ")
+        raise InvalidInput(
+            f"{len(body)} events in one request: send up to {EVENTS_PER_REQUEST}")
+    events = [read_event(Fields(item, f"events[{i}]"), "name", limits, run_id)
               for i, item in enumerate(body)]
-    size = sum(map(size_of, events))
-    done = await api.journal.write(accept_events, events, size=size)
-    return answer('{"events":[' + ",".join(map(accepted_to_rest, done)) + "]}")
+    done = await write(accept_events, events, size=sum(map(size_of, events)))
+    return answer(join({"events": listed(map(accepted_to_rest, done))}))
 
 
 async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Trigger and Emit, PubSubService/Emit: one event."""
     body = Fields(await api.read_json(request))
     event = read_event(body, "event", api.limits, emitted_by(request))
-    if request.raw_path.endswith("/Trigger"):  # the browser's invoke(id) comes this way
-        event = replace(event, or_function=True)
-    accepted = await api.journal.write(accept_event, event, size=size_of(event))
+    # the browser's invoke(id) comes by Trigger
+    rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
+    accepted = await api.journal.write(rule, event, size=size_of(event))
     return answer(dumps({"runIds": accepted.run_ids, "eventId": accepted.event_id}))
 
 
-def read_event(
-    body: Fields, name_member: str, limits: Limits, run_id: str | None, at: str = ""
-) -> NewEvent:
-    """An event as the SDKs spell it; `at` says where in an array it is."""
+def read_event(body: Fields, name_member: str, limits: Limits,
+               run_id: str | None) -> NewEvent:
+    """An event as the SDKs spell it; an error says where in an array it is."""
     try:
         name = check_event_name(body.text(name_member))
         key = body.text("idempotencyKey") or None
         if key is not None and (len(key.encode()) > MAX_KEY_BYTES or "\0" in key):
-            raise InvalidInput(f"idempotencyKey: send up to {MAX_KEY_BYTES} bytes, no NUL")
+            raise InvalidInput(f"idempotencyKey: send up to {MAX_KEY_BYTES} bytes, no"
+                               " NUL")
         data, metadata = body.get("data", "dataValue"), body.get("metadata")
         if metadata is not None:
             metadata = dumps(body.inner("metadata").all)
         if data is None and not body.all.keys() & {"data", "dataValue", "data_value"}:
             data = {}
-        event = NewEvent(name, dumps(data), body.whole("version", high=2**31 - 1) or 1,
-                         metadata, key, run_id=run_id)
-        if (size := size_of(event)) > limits.event_bytes:
-            raise TooLarge(f"event {name[:80]!r}", size, limits.event_bytes, "--max-event-bytes")
+        version = body.whole("version", high=MAX_INT32) or 1
+        event = NewEvent(name, dumps(data), version, metadata, key, subject=run_id)
+        if (size := size_of(event)) > (limit := limits.event_bytes):
+            raise TooLarge(f"event {name[:80]!r}", size, limit, "--max-event-bytes")
         return event
     except IronflowError as error:
-        if at and not error.message.startswith("events["):
-            error.message = at + error.message
+        if not error.message.startswith(body.where):
+            error.message = f"{body.where[:-1]}: {error.message}"
         raise
 
 
@@ -1322,37 +1290,32 @@ def emitted_by(request: web.BaseRequest) -> str | None:
     """The run inside which a call was made; the SDKs' handlers say so."""
     run_id = request.headers.get("X-Ironflow-Run-ID") or None
     if run_id is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", run_id):
-        raise InvalidInput("X-Ironflow-Run-ID is no run id: send the run's id, or leave it out")
+        raise InvalidInput(
+            "X-Ironflow-Run-ID is no run id: send the run's id, or leave it out")
     return run_id
 
 
 def accepted_to_rest(accepted: Accepted) -> Json:
-    event_id, run_ids = accepted.event_id, dumps(accepted.run_ids)
-    return (f'{{"event_id":"{event_id}","id":"{event_id}","run_ids":{run_ids},'
-            f'"eventId":"{event_id}","runIds":{run_ids}}}')
+    event_id, run_ids = quoted(accepted.event_id), dumps(accepted.run_ids)
+    return join({"event_id": event_id, "id": event_id, "run_ids": run_ids,
+                 "eventId": event_id, "runIds": run_ids})
 
 
 async def get_event(api: Api, request: web.BaseRequest) -> web.Response:
     event_id = request["event_id"]
-    event = await api.journal.read(Queries.find_event_by_id, event_id)
+    event = await api.journal.read(lambda file: file.find(Event, event_id=event_id))
     if event is None:
         raise NotFound(f"event {event_id[:80]!r} not found")
     return answer(join(event_members(event) | {
-        "source": quoted(event.source), "created_at": stamp(event.at), "processed": "true",
-        "run_id": quoted(event.subject),
-    }))
-
-
-EVENT_WIRE = ("name", "data", "version", "metadata", "source", "idempotency_key")
+        "created_at": stamp(event.at), "processed": "true",
+        "run_id": quoted(event.subject)}))
 
 
 def event_members(event: Event) -> dict[str, Json | None]:
     """What a worker is told of an event, and what everybody else is told too."""
+    wire = ("name", "data", "version", "metadata", "source", "idempotency_key")
     id_and_time = {"id": quoted(event.event_id), "timestamp": stamp(event.at)}
-    return id_and_time | members(event, EVENT_WIRE)
-
-
-PASSING = frozenset({"data", "metadata", "output", "error"})  # JSON text already
+    return id_and_time | members(event, wire)
 
 
 def members(row: Any, names: Iterable[str]) -> dict[str, Json | None]:
@@ -1368,39 +1331,37 @@ def members(row: Any, names: Iterable[str]) -> dict[str, Json | None]:
     return found
 
 
-# --- Functions and workers -------------------------------------------------------------
+def in_camel(members: dict[str, Json | None]) -> dict[str, Json | None]:
+    return {camel(name): text for name, text in members.items()}
 
-NOT_YET = ("concurrency", "debounce", "throttle", "cancelOn", "actorKey", "circuitBreaker",
-           "secrets", "endpointUrl")
-MODES = {"": "EXECUTION_MODE_PULL", "pull": "EXECUTION_MODE_PULL", "push": "EXECUTION_MODE_PUSH"}
+
+# --- Functions and workers ------------------------------------------------------------
+
+NOT_YET = ("concurrency", "debounce", "throttle", "cancelOn", "actorKey",
+           "circuitBreaker", "secrets", "endpointUrl")
 
 
 async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/RegisterFunction: an upsert; the same again changes nothing."""
     new = read_function(Fields(await api.read_json(request)))
     function, created = await api.journal.write(register_function, new)
-    return answer(f'{{"function":{function_to_connect(function)},"created":{dumps(created)}}}')
+    return answer(join({"function": function_to_connect(function),
+                        "created": dumps(created)}))
 
 
 def read_function(body: Fields) -> NewFunction:
     """A registration under any SDK's spelling. Nothing is silently ignored."""
     function_id = check_function_id(body.text("id"))
-    for member in NOT_YET:
-        if not is_empty(body.get(member)):
-            raise InvalidInput(f"function {function_id!r}: {member} is not supported by this "
-                               "server yet: leave it out")
-    events = [read_trigger(Fields(item, f"triggers[{i}]"), f"triggers[{i}]")
-              for i, item in enumerate(body.items("triggers"))]
+    refuse_not_yet(body, NOT_YET, f"function {function_id!r}: ")
+    events = list(map(read_trigger, body.objects("triggers")))
     retry = read_retry(body.inner("retry"))
     config = {
-        "id": function_id,
-        "name": body.text("name") or function_id,
+        "id": function_id, "name": body.text("name") or function_id,
         "description": body.text("description"),
         "triggers": [{"event": event} for event in events],
-        "retry": {camel(name): value for name, value in json.loads(retry.to_text()).items()},
-        "timeoutMs": body.whole("timeoutMs", high=2**31 - 1),
-        "preferredMode": read_mode(body),
-        "recording": body.flag("recording"),
+        "retry": {camel(name): value for name, value in columns_of(retry).items()},
+        "timeoutMs": body.whole("timeoutMs", high=MAX_INT32),
+        "preferredMode": read_mode(body), "recording": body.flag("recording"),
         "recordingProfile": body.text("recordingProfile"),
         "recordingRetention": body.get("recordingRetention"),
         "metadata": body.inner("metadata").all,
@@ -1408,14 +1369,19 @@ def read_function(body: Fields) -> NewFunction:
     return NewFunction(function_id, dumps(config), retry.to_text(), events)
 
 
-def read_trigger(item: Fields, where: str) -> str:
-    for member in ("cron", "expression"):
-        if not is_empty(item.get(member)):
-            raise InvalidInput(f"{where}.{member} is not supported by this server yet: "
+def refuse_not_yet(body: Fields, names: Iterable[str], where: str) -> None:
+    for name in names:
+        if not is_empty(body.get(name)):
+            raise InvalidInput(f"{where}{name} is not supported by this server yet: "
                                "leave it out")
+
+
+def read_trigger(item: Fields) -> str:
+    refuse_not_yet(item, ("cron", "expression"), item.where)
     event = item.text("event")
     if not event:
-        raise InvalidInput(f"{where}.event is empty: name the event that starts the function")
+        raise InvalidInput(f"{item.where}event is empty: name the event that starts"
+                           " the function")
     return check_trigger(event)
 
 
@@ -1424,60 +1390,56 @@ def read_retry(body: Fields) -> Retry:
     default = Retry()
     on_exhausted = body.text("onExhausted") or default.on_exhausted
     if on_exhausted not in ("fail", "pause"):
-        raise InvalidInput(f"retry.onExhausted is {on_exhausted[:40]!r}: send fail or pause")
+        raise InvalidInput(
+            f"retry.onExhausted is {on_exhausted[:40]!r}: send fail or pause")
     factor = body.number("backoffFactor") or default.backoff_factor
     if not 0 < factor <= 1000:
-        raise InvalidInput(f"retry.backoffFactor is {factor}: send more than 0, up to 1000")
+        raise InvalidInput(
+            f"retry.backoffFactor is {factor}: send more than 0, up to 1000")
     return Retry(
-        max_attempts=body.whole("maxAttempts", high=10_000) or default.max_attempts,
-        initial_delay_ms=body.whole("initialDelayMs", high=2**31 - 1) or default.initial_delay_ms,
-        backoff_factor=factor,
-        max_delay_ms=body.whole("maxDelayMs", high=2**31 - 1) or default.max_delay_ms,
-        on_exhausted=on_exhausted,
+        body.whole("maxAttempts", high=10_000) or default.max_attempts,
+        body.whole("initialDelayMs", high=MAX_INT32) or default.initial_delay_ms,
+        factor,
+        body.whole("maxDelayMs", high=MAX_INT32) or default.max_delay_ms,
+        on_exhausted,
     )
 
 
 def read_mode(body: Fields) -> str:
-    """Push without an endpoint is what Go sends for any function: a worker may take it."""
+    """Push without an endpoint is what Go sends for all: a worker may take it."""
     mode = body.get("preferredMode", "mode") or ""
-    word = {0: "", 1: "push", 2: "pull"}.get(mode, mode) if isinstance(mode, int) else mode
-    found = MODES.get(str(word).lower().removeprefix("execution_mode_").replace("unspecified", ""))
-    if found is None:
+    if isinstance(mode, int) and mode in (1, 2):
+        word = "push" if mode == 1 else "pull"
+    else:
+        word = str(mode).lower().removeprefix("execution_mode_")
+    word = word.replace("unspecified", "") or "pull"
+    if word not in ("push", "pull"):
         raise InvalidInput(f"preferredMode is {str(mode)[:40]!r}: send pull or push")
-    return found
+    return f"EXECUTION_MODE_{word.upper()}"
 
 
 def function_to_connect(function: Function) -> Json:
-    found: dict[str, Json | None] = {
-        name: dumps(value) for name, value in json.loads(function.config).items()
-    }
-    return join(found | {
-        "status": f'"FUNCTION_STATUS_{function.status.upper()}"',
-        "version": str(function.version),
-        "createdAt": stamp(function.created_at), "updatedAt": stamp(function.updated_at),
-    })
+    found = in_camel(members(function, ("version", "created_at", "updated_at")))
+    return join(found | as_texts(json.loads(function.config)) | {
+        "status": f'"FUNCTION_STATUS_{function.status.upper()}"'})
 
 
 async def get_functions(api: Api, request: web.BaseRequest) -> web.Response:
-    """GET /api/v1/functions; `workers` counts the connected ones that carry it.
-
-    A function with due runs and no worker keeps them waiting, visibly, for ever.
-    """
+    """GET /api/v1/functions; without `workers` its due runs wait, visibly, for ever."""
     query = Fields(request.query)
-    rows = await api.journal.read(Queries.functions)
+    functions = await api.journal.read(Queries.functions)
     workers = await api.journal.read(Queries.connected_workers)
-    carried = [f for worker in workers for f in json.loads(worker.function_ids)]
+    carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
+    rows = [function_to_rest(function) | {"workers": carried[function.function_id]}
+            for function in functions]
     name, status, mode = query.text("name"), query.text("status"), query.text("mode")
-    found = []
-    for function in rows:
-        row: dict[str, Any] = function_to_rest(function)
-        row["workers"] = carried.count(function.function_id)
-        if (name in row["id"] and status in ("", row["status"])
-                and mode in ("", row["preferred_mode"])):
-            found.append(row)
+    found = [row for row in rows
+             if name in row["id"] and status in ("", row["status"])
+             and mode in ("", row["preferred_mode"])]
     offset, limit = query.whole("offset"), query.whole("limit", default=1000, low=1)
     page = found[offset : offset + limit]
-    return answer(dumps({"functions": page, "count": len(page), "total_count": len(found)}))
+    return answer(dumps({"functions": page, "count": len(page),
+                         "total_count": len(found)}))
 
 
 def function_to_rest(function: Function) -> dict[str, Any]:
@@ -1485,13 +1447,13 @@ def function_to_rest(function: Function) -> dict[str, Any]:
     config, retry = json.loads(function.config), Retry.from_text(function.retry)
     mode = config["preferredMode"].removeprefix("EXECUTION_MODE_").lower()
     return {
-        "id": function.function_id, "slug": function.function_id, "name": config["name"],
-        "description": config["description"], "status": function.status,
-        "preferred_mode": mode, "execution_mode": mode, "triggers": config["triggers"],
-        "retry_attempts": retry.max_attempts, "retry_delay_ms": retry.initial_delay_ms,
-        "retry_backoff": retry.backoff_factor, "timeout_ms": config["timeoutMs"],
-        "metadata": config["metadata"], "version": function.version,
-        "created_at": to_rfc3339(function.created_at),
+        "id": function.function_id, "slug": function.function_id,
+        "name": config["name"], "description": config["description"],
+        "status": function.status, "preferred_mode": mode, "execution_mode": mode,
+        "triggers": config["triggers"], "retry_attempts": retry.max_attempts,
+        "retry_delay_ms": retry.initial_delay_ms, "retry_backoff": retry.backoff_factor,
+        "timeout_ms": config["timeoutMs"], "metadata": config["metadata"],
+        "version": function.version, "created_at": to_rfc3339(function.created_at),
         "updated_at": to_rfc3339(function.updated_at),
     }
 
@@ -1500,90 +1462,76 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/workers: those connected now, with the runs they hold."""
     rows = await api.journal.read(Queries.connected_workers)
     held = await api.journal.read(Queries.held_runs)
-    seen = api.desk.last_seen
     workers = [
-        {"id": w.worker_id, "hostname": w.hostname, "function_ids": json.loads(w.function_ids),
-         "max_concurrent": w.max_concurrent_jobs, "labels": json.loads(w.labels),
-         "active_jobs": held.get(w.worker_id, 0), "registered_at": to_rfc3339(w.registered_at),
-         "last_heartbeat": to_rfc3339(seen(w.worker_id) or w.registered_at),
-         "transport": "polling", "version": json.loads(w.version)}
-        for w in rows
+        join(members(worker, ("hostname", "registered_at")) | {
+            "id": quoted(worker.worker_id), "function_ids": worker.function_ids,
+            "max_concurrent": str(worker.max_concurrent_jobs), "labels": worker.labels,
+            "active_jobs": str(held.get(worker.worker_id, 0)),
+            "last_heartbeat": stamp(api.desk.last_seen(worker)),
+            "transport": '"polling"', "version": worker.version})
+        for worker in rows
     ]
-    return answer(dumps({"workers": workers, "count": len(workers)}))
+    return answer(join({"workers": listed(workers), "count": str(len(workers))}))
 
 
-# --- Runs ------------------------------------------------------------------------------
+# --- Runs -----------------------------------------------------------------------------
 # Each call has a REST and a Connect form; `asked` reads both, `.._to_wire` writes both.
-
 
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {name: request[name] for name in ("run_id",) if name in request}
+    path = {"run_id": request["run_id"]} if "run_id" in request else {}
     return Fields({**Fields(body).all, **request.query, **path})
 
 
 async def get_run(api: Api, request: web.BaseRequest) -> web.Response:
     """GetRun {id}, GET /api/v1/runs/{id}."""
     run_id = (await asked(api, request)).text("runId", "id")
-    return answer(run_to_wire(request, *await api.journal.read(known_run, run_id)))
+    return answer(run_to_wire(request, *await api.journal.read(run_and_input, run_id)))
 
 
 async def cancel(api: Api, request: web.BaseRequest) -> web.Response:
     """CancelRun {id, reason}, POST /api/v1/runs/{id}/cancel; the run as it is then."""
-    wanted = await asked(api, request)
-    run_id, reason = wanted.text("runId", "id"), wanted.text("reason")
-    await api.journal.write(cancel_run, run_id, reason)
-    return answer(run_to_wire(request, *await api.journal.read(known_run, run_id)))
+    asks = await asked(api, request)
+    run_id = asks.text("runId", "id")
+    await api.journal.write(cancel_run, run_id, asks.text("reason"))
+    return answer(run_to_wire(request, *await api.journal.read(run_and_input, run_id)))
 
 
-def known_run(journal: Queries, run_id: str) -> tuple[Run, Json]:
-    """A run and its input. Raises NotFound."""
-    found = journal.run_with_input(run_id)
-    if found is None:
-        raise no_run(run_id)
-    return found
+def run_and_input(journal: Queries, run_id: str) -> tuple[Run, Json]:
+    run = known_run(journal, run_id)
+    return run, journal.input_of(run)
 
 
 async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
     """ListRuns, GET /api/v1/runs: newest first, 50 a page."""
-    wanted = await asked(api, request)
-    limit = wanted.whole("limit", high=1000) or 50
+    asks = await asked(api, request)
+    limit, offset = asks.whole("limit", high=1000) or 50, asks.whole("offset")
+    wanted = {
+        "function_id": asks.text("functionId"), "status": read_status(asks),
+        "event_id": asks.text("eventId"), "search": asks.text("search"),
+        "since": asks.instant("since"), "until": asks.instant("until"),
+    }
     page, total, more = await api.journal.read(
-        Queries.runs_with_input,
-        RunFilter(
-            wanted.text("functionId") or None, read_status(wanted),
-            wanted.text("eventId") or None, wanted.text("search") or None,
-            wanted.instant("since"), wanted.instant("until"),
-        ),
-        limit, wanted.whole("offset"), wanted.text("cursor") or None,
-    )
-    runs = ",".join(run_to_wire(request, *found) for found in page)
-    cursor = dumps(page[-1][0].run_id if more else "")
+        Queries.runs_with_input, wanted, limit, offset, asks.text("cursor"))
+    found: dict[str, Json | None] = {
+        "runs": listed(run_to_wire(request, *each) for each in page),
+        "next_cursor": dumps(page[-1][0].run_id if more else ""),
+        "total_count": str(total)}
     if is_connect(request):
-        return answer(f'{{"runs":[{runs}],"nextCursor":{cursor},"totalCount":{total}}}')
-    return answer(f'{{"runs":[{runs}],"count":{len(page)},"total_count":{total},'
-                  f'"next_cursor":{cursor}}}')
+        return answer(join(in_camel(found)))
+    return answer(join(found | {"count": str(len(page))}))
 
 
 RUN_STATUS_NUMBERS = {"2": "running", "3": "completed", "4": "failed", "5": "cancelled",
                       "6": "paused", "7": "waiting_for_capacity", "8": "waiting"}
 
 
-def read_status(wanted: Fields) -> str | None:
+def read_status(asks: Fields) -> str | None:
     """A status in any SDK's spelling; an unknown one does not filter."""
-    word = str(wanted.get("status")).lower().removeprefix("run_status_")
+    word = str(asks.get("status")).lower().removeprefix("run_status_")
     word = RUN_STATUS_NUMBERS.get(word, word)
     return word if word in NEXT else None
-
-
-def is_connect(request: web.BaseRequest) -> bool:
-    return request.raw_path.startswith(CONNECT)
-
-
-RUN_WIRE = ("function_id", "event_id", "event_name", "worker_id", "status", "attempt",
-            "output", "error", "function_version", "created_at", "updated_at",
-            "started_at", "ended_at")
 
 
 def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
@@ -1591,18 +1539,21 @@ def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
 
     In Connect JSON, Go reads RUN_STATUS_COMPLETED, everybody else `completed`.
     """
-    found = members(run, RUN_WIRE) | {
-        "id": quoted(run.run_id), "max_attempts": str(run.policy.max_attempts), "input": data
-    }
+    wire = ("function_id", "event_id", "event_name", "worker_id", "status", "attempt",
+            "output", "error", "function_version", "created_at", "updated_at",
+            "started_at", "ended_at")
+    found = members(run, wire) | {
+        "id": quoted(run.run_id), "max_attempts": str(run.policy.max_attempts),
+        "input": data, "execution_mode": '"pull"'}
     if not is_connect(request):
-        return join(found | {"execution_mode": '"pull"'})
+        return join(found)
+    found["execution_mode"] = '"EXECUTION_MODE_PULL"'
     if request.headers.get("User-Agent", "").startswith("Go-http-client/"):
         found["status"] = f'"RUN_STATUS_{run.status.upper()}"'
     for name in ("input", "output"):
         if (value := found[name]) is not None and not value.startswith("{"):
             found[f"{name}_value"] = value
-    return join({camel(name): value for name, value in found.items()} | {
-        "executionMode": '"EXECUTION_MODE_PULL"'})
+    return join(in_camel(found))
 
 
 async def list_steps(api: Api, request: web.BaseRequest) -> web.Response:
@@ -1610,57 +1561,60 @@ async def list_steps(api: Api, request: web.BaseRequest) -> web.Response:
     run_id = (await asked(api, request)).text("runId", "id")
     await api.journal.read(known_run, run_id)
     steps = await api.journal.read(Queries.steps, run_id)
-    rows = ",".join(step_to_wire(request, step) for step in steps)
-    return answer(f'{{"steps":[{rows}],"count":{len(steps)}}}')
-
-
-STEP_WIRE = ("run_id", "step_id", "name", "sequence", "status", "output", "error",
-             "attempt", "duration_ms", "compensation_for", "sleep_until", "started_at",
-             "ended_at", "created_at", "updated_at")
+    return answer(join({"steps": listed(step_to_wire(request, step) for step in steps),
+                        "count": str(len(steps))}))
 
 
 def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
     """A step in the caller's shape."""
-    found = members(step, STEP_WIRE) | {
-        "id": quoted(step.row_id), "step_type": quoted(step.type)
-    }
+    wire = ("run_id", "step_id", "name", "sequence", "status", "output", "error",
+            "attempt", "duration_ms", "compensation_for", "sleep_until", "started_at",
+            "ended_at", "created_at", "updated_at")
+    found = members(step, wire) | {
+        "id": f'"step_{step.run_id.removeprefix("run_")}_{step.sequence}"',
+        "step_type": quoted(step.type)}
     if not is_connect(request):
         return join(found)
     found["step_type"] = f'"STEP_TYPE_{step.type.upper()}"'
     found["status"] = f'"STEP_STATUS_{step.status.upper()}"'
     if step.output is not None and not step.output.startswith("{"):
         found["output_value"] = found.pop("output")
-    return join({camel(name): value for name, value in found.items()})
+    return join(in_camel(found))
 
 
 # ======================================================================================
 # 7. The engine
 # ======================================================================================
-# Every decision, as synchronous functions over a transaction: `rule(tx, ..., now)`. They
-# know no SQL, no HTTP, no clock, and never wait. A rule looks before it writes: one that
-# refuses has changed nothing, so its neighbours in the same commit need not notice.
-# Whatever a rule changes, the row that says so is appended in the same transaction.
+# Every decision, as synchronous functions over a transaction: `rule(tx, ..., now)`.
+# They know no SQL, no HTTP, no clock, and never wait. A rule looks before it writes:
+# one that refuses has changed nothing, so its neighbours in the same commit need not
+# notice. What a rule changes, a row of `journal` says in the same transaction.
 
 
-def accept_event(tx: Transaction, event: NewEvent, now: float) -> Accepted:
+def accept_event(tx: Transaction, event: NewEvent, now: float,
+                 by_id: bool = False) -> Accepted:
     """Record an event and a run for each function it triggers: all or nothing.
 
     A repeat, by its idempotency key, gets the answer that the first one got and leaves
     no trace. Raises AlreadyExists if the key belongs to an event of another name.
     """
-    first = find_original(tx, event)
-    if first is not None:
+    if (first := find_original(tx, event, {})) is not None:
         return Accepted(first.event_id, tx.run_ids_of(first.seq))
-    event_id = tx.ids.new("evt", now)
-    seq = tx.append_event(event, event_id, now)
+    kept = tx.append_event(event, tx.ids.new("evt", now), now)
     functions = tx.functions_triggered_by(event.name)
-    if not functions and event.or_function and (named := tx.find_function(event.name)):
-        functions = [named]
-    return Accepted(event_id, [start_run(tx, f, seq, event_id, event.name, now)
-                               for f in functions])
+    if by_id and not functions:
+        functions = list(filter(None, [tx.find(Function, function_id=event.name)]))
+    run_ids = [start_run(tx, function, kept, now) for function in functions]
+    return Accepted(kept.event_id, run_ids)
 
 
-def accept_events(tx: Transaction, events: list[NewEvent], now: float) -> list[Accepted]:
+def accept_call(tx: Transaction, event: NewEvent, now: float) -> Accepted:
+    """As `accept_event`; if it triggers nothing, its name may be a function's id."""
+    return accept_event(tx, event, now, by_id=True)
+
+
+def accept_events(tx: Transaction, events: list[NewEvent],
+                  now: float) -> list[Accepted]:
     """Record many events in order, all of them or none.
 
     Raises AlreadyExists, with the index of the event whose key belongs to another.
@@ -1668,40 +1622,34 @@ def accept_events(tx: Transaction, events: list[NewEvent], now: float) -> list[A
     names: dict[str, str] = {}
     for i, event in enumerate(events):
         try:
-            find_original(tx, event)
-            if event.idempotency_key is not None:
-                first = names.setdefault(event.idempotency_key, event.name)
-                check_same_name(event, first)
+            find_original(tx, event, names)
         except AlreadyExists as error:
             raise AlreadyExists(f"events[{i}]: {error.message}") from None
     return [accept_event(tx, event, now) for event in events]
 
 
-def find_original(tx: Transaction, event: NewEvent) -> Event | None:
-    if event.idempotency_key is None:
+def find_original(tx: Transaction, event: NewEvent,
+                  names: dict[str, str]) -> Event | None:
+    """The event on disk that has this one's key; `names`: of keys met on the way.
+
+    A second, different event must not be swallowed as if it were the first again.
+    """
+    if (key := event.idempotency_key) is None:
         return None
-    first = tx.find_event_by_key(event.idempotency_key)
-    if first is not None:
-        check_same_name(event, first.name)
+    first = tx.find(Event, idempotency_key=key)
+    name = first.name if first else names.setdefault(key, event.name)
+    if event.name != name:
+        raise AlreadyExists(f"idempotency key {key!r} belongs to an event {name!r}: "
+                            f"use another key for {event.name!r}")
     return first
 
 
-def check_same_name(event: NewEvent, first: str) -> None:
-    """A second, different event must not be swallowed as if it were the first again."""
-    if event.name != first:
-        raise AlreadyExists(
-            f"idempotency key {event.idempotency_key!r} belongs to an event {first!r}: "
-            f"use another key for {event.name!r}"
-        )
-
-
-def start_run(
-    tx: Transaction, function: Function, seq: int, event_id: str, event_name: str, now: float
-) -> str:
+def start_run(tx: Transaction, function: Function, event: Event, now: float) -> str:
     """A run of one function for one event, due at once; its id."""
     run_id = tx.ids.new("run", now)
-    tx.insert_run(run_id, function, seq, event_id, event_name, now)
-    tx.append("run", "created", run_id, {"status": "waiting_for_capacity", "attempt": 1}, now)
+    tx.insert_run(run_id, function, event, now)
+    change = {"status": "waiting_for_capacity", "attempt": 1}
+    tx.append("run", "created", run_id, change, now)
     return run_id
 
 
@@ -1722,76 +1670,71 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     return new
 
 
-# --- Functions and workers -------------------------------------------------------------
+def known_run(tx: Queries, run_id: str) -> Run:
+    """A run. Raises NotFound."""
+    if (run := tx.find_run(run_id)) is None:
+        raise NotFound(f"run {run_id[:80]!r} not found")
+    return run
 
 
-@dataclass(frozen=True, slots=True)
-class NewFunction:
-    """A registration as it came in, checked: `config` holds the wire's members."""
-
-    function_id: str
-    config: Json
-    retry: Json
-    events: list[str]  # names and patterns of its triggers
+def known_worker(tx: Queries, worker_id: str) -> Worker:
+    """A worker that once registered. Raises NotFound."""
+    if (worker := tx.find(Worker, worker_id=worker_id)) is None:
+        raise NotFound(f"worker {worker_id[:80]!r} never registered here: register it "
+                       "first")
+    return worker
 
 
-def register_function(tx: Transaction, new: NewFunction, now: float) -> tuple[Function, bool]:
+# --- Functions and workers ------------------------------------------------------------
+
+def register_function(tx: Transaction, new: NewFunction,
+                      now: float) -> tuple[Function, bool]:
     """The function as it is stored now, and whether it was not there before.
 
     Registering again what is there already changes nothing, and writes nothing: a
     thousand workers may start at once.
     """
-    old = tx.find_function(new.function_id)
+    old = tx.find(Function, function_id=new.function_id)
     if old is not None and (old.config, old.retry) == (new.config, new.retry):
         return old, False
-    function = Function(
-        new.function_id, new.config, new.retry,
-        status=old.status if old else "active",
-        version=old.version + 1 if old else 1,
-        created_at=old.created_at if old else now,
-        updated_at=now,
-    )
+    known = (old.status, old.version + 1, old.created_at) if old else ("active", 1, now)
+    function = Function(new.function_id, new.config, new.retry, *known, updated_at=now)
     tx.save_function(function, new.events)
-    tx.append("function", "updated" if old else "registered", function.function_id,
-              {"id": function.function_id, "version": function.version,
-               "status": function.status}, now)
+    change = {"id": new.function_id, "version": function.version,
+              "status": function.status}
+    verb = "updated" if old else "registered"
+    tx.append("function", verb, new.function_id, change, now)
     return function, old is None
 
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
     """Remember a worker for good: one that ever registered is never told 404 again."""
-    old = tx.find_worker(worker.worker_id)
-    if old == replace(worker, registered_at=old.registered_at if old else now):
+    old = tx.find(Worker, worker_id=worker.worker_id)
+    if old is not None and old == replace(worker, registered_at=old.registered_at):
         return
-    tx.save_worker(worker)
+    tx.save(worker)
     if old is None or not old.connected:
-        tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
+        change = {"status": "connected"}
+        tx.append("worker", "connected", worker.worker_id, change, now)
 
 
 def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) -> None:
     """A worker was heard of again, or not for too long. Raises NotFound if unknown."""
-    worker = tx.find_worker(worker_id)
-    if worker is None:
-        raise unknown_worker(worker_id)
-    if bool(worker.connected) == connected:
-        return
-    tx.save_worker(replace(worker, connected=int(connected)))
-    verb = "connected" if connected else "disconnected"
-    tx.append("worker", verb, worker_id, {"status": verb}, now)
+    worker = known_worker(tx, worker_id)
+    if worker.connected != connected:
+        tx.save(replace(worker, connected=int(connected)))
+        verb = "connected" if connected else "disconnected"
+        tx.append("worker", verb, worker_id, {"status": verb}, now)
 
 
-def unknown_worker(worker_id: str) -> NotFound:
-    return NotFound(f"worker {worker_id[:80]!r} never registered here: register it first")
-
-
-# --- Offers: who would take work now ---------------------------------------------------
+# --- Offers: who would take work now --------------------------------------------------
 # Nothing polls the database. A held poll is an offer, and as the last act of each batch
 # the writer leases what is due to the offers: an event reaches a waiting worker in the
 # commit that records it. Between the loop (which makes and withdraws offers) and the
 # writer (which takes them) stands one lock; a poll that times out and the batch that
 # would serve it cannot both win.
 
-
+@dataclass(slots=True, eq=False)
 class Offer:
     """Room for up to `slots` runs at one worker, made by a held poll.
 
@@ -1800,18 +1743,14 @@ class Offer:
     that the worker takes the answer for its ack: its jobs have a whole lease.
     """
 
-    def __init__(
-        self, worker_id: str, slots: int,
-        answer: Callable[[list[Job] | IronflowError], None], acked: bool = False,
-    ) -> None:
-        self.worker_id = worker_id
-        self.slots = slots
-        self.answer = answer
-        self.acked = acked
-        self.functions: list[str] = []
-        self.jobs: list[Job] = []
-        self.error: IronflowError | None = None
-        self.state: Literal["open", "taken", "over"] = "open"
+    worker_id: str
+    slots: int
+    answer: Callable[[list[Job] | IronflowError], None]
+    acked: bool = False
+    functions: list[str] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    error: IronflowError | None = None
+    state: Literal["open", "taken", "over"] = "open"
 
     def has_room(self) -> bool:
         return self.state != "over" and len(self.jobs) < self.slots
@@ -1852,34 +1791,34 @@ class Offers:
         with self._lock:
             fresh, self._fresh = self._fresh, []
         for offer in fresh:
-            worker = tx.find_worker(offer.worker_id)
-            if worker is None:
-                offer.error = unknown_worker(offer.worker_id)
+            try:
+                worker = known_worker(tx, offer.worker_id)
+            except NotFound as error:
+                offer.error = error
                 self.take(offer)
                 continue
             offer.functions = json.loads(worker.function_ids)
             for function_id in offer.functions:
-                others = [o for o in self._standing.get(function_id, ()) if o.has_room()]
-                self._standing[function_id] = [*others, offer]
+                self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
         if self._void:
             tx.touched.update(self._standing)
             self._void = False
-        wanted = [function_id for function_id in tx.touched if self._standing.get(function_id)]
+        wanted = [f for f in tx.touched if self._standing.get(f)]
         if wanted:
             lease_to_offers(tx, self, wanted, self._limits, now)
 
+    def standing(self, function_id: str) -> list[Offer]:
+        return [o for o in self._standing.get(function_id, ()) if o.has_room()]
+
     def room(self, function_ids: list[str]) -> int:
-        standing = {o: o.slots for f in function_ids for o in self._standing[f] if o.has_room()}
-        return sum(standing.values())
+        able = {offer for f in function_ids for offer in self.standing(f)}
+        return sum(offer.slots for offer in able)
 
     def best_for(self, function_id: str) -> Offer | None:
-        """The one with the fewest jobs so far, oldest first; it is taken from now on."""
-        able = [offer for offer in self._standing[function_id] if offer.has_room()]
-        for offer in sorted(able, key=lambda offer: len(offer.jobs)):
-            if self.take(offer):
-                return offer
-        return None
+        """The one with the fewest jobs so far, oldest first; it is taken now."""
+        able = sorted(self.standing(function_id), key=lambda offer: len(offer.jobs))
+        return next(filter(self.take, able), None)
 
     def committed(self) -> list[Offer]:
         """Those that this batch filled; they stand no longer."""
@@ -1901,47 +1840,40 @@ def look_at_offers(tx: Transaction, now: float) -> None:
     """Nothing; but a batch ends with a look at the offers, and so does an empty one."""
 
 
-def lease_to_offers(
-    tx: Transaction, offers: Offers, functions: list[str], limits: Limits, now: float
-) -> None:
+def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
+                    limits: Limits, now: float) -> None:
     """Lease due runs of `functions` to the offers that stand, the longest due first."""
     room = offers.room(functions)
     due = [tx.due_runs(function_id, room) for function_id in functions]
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
-        offer = offers.best_for(run.function_id)
-        if offer is None:
+        if (offer := offers.best_for(run.function_id)) is None:
             continue
         hold_s = limits.lease_s if offer.acked else limits.reservation_s
         held = leased(run, offer.worker_id, tx.ids.token(), hold_s, offer.acked, now)
         become(tx, run, held, now)
-        offer.jobs.append(job_of(tx, held))
+        event = tx.find(Event, seq=run.event_seq)
+        assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
+        offer.jobs.append(Job(held, event, tx.completed_steps(run.run_id),
+                              tx.next_sequence(run.run_id)))
 
 
-def job_of(tx: Transaction, run: Run) -> Job:
-    event = tx.find_event(run.event_seq)
-    assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key holds it
-    return Job(run, event, tx.completed_steps(run.run_id), tx.next_sequence(run.run_id))
+# --- Reports --------------------------------------------------------------------------
 
-
-# --- Reports ---------------------------------------------------------------------------
-
-
-def report(
-    tx: Transaction, job_id: str, said: Report, limits: Limits, now: float
-) -> None:
+def report(tx: Transaction, job_id: str, said: Report, limits: Limits,
+           now: float) -> None:
     """What a worker says of its run: ack, progress, completed, failed or yielded.
 
     The same final report twice is answered the same way and changes nothing. Raises
     NotFound for a run never heard of, StaleFence and RunNotRunning as `check_fence`.
     """
     run_id, fence = run_and_fence(job_id)
-    run = tx.find_run(run_id)
-    if run is None:
+    if (run := tx.find_run(run_id)) is None:
         raise NotFound(f"job {job_id[:80]!r} belongs to no run of this journal")
     if run.settled_fence == said.fence and run.settled_as == said.status:
         return
     if fence is not None and fence != said.fence:
-        raise StaleFence(f"job {job_id} is fence {fence}, this report carries {said.fence}")
+        raise StaleFence(f"job {job_id} is fence {fence}, this report carries "
+                         f"{said.fence}")
     check_fence(run, said)
     held = renewed(run, limits.lease_s, now)
     if run.status != "running":  # the lease had ended, nobody took it: it is back
@@ -1954,16 +1886,14 @@ def report(
         held = replace(held, lost_leases=0)
     if unkept is not None:
         how = "failed" if said.status == "progress" else said.status
-        become(tx, run, ended_in_failure(settled(held, how), unkept, now), now)
-    elif said.status == "progress":
-        become(tx, run, held, now)
-    else:
-        become(tx, run, settle(tx, held, said, limits, now), now)
+        held = ended_in_failure(settled(held, how), unkept, now)
+    elif said.status != "progress":
+        held = settle(tx, held, said, limits, now)
+    become(tx, run, held, now)
 
 
-def record_steps(
-    tx: Transaction, run: Run, said: Report, limits: Limits, now: float
-) -> tuple[int, Json | None]:
+def record_steps(tx: Transaction, run: Run, said: Report, limits: Limits,
+                 now: float) -> tuple[int, Json | None]:
     """Keep reported steps for good; how many are new, and why the run must fail, if so.
 
     A step recorded as completed stays as it is, whatever is said of it later: replays
@@ -1971,9 +1901,9 @@ def record_steps(
     """
     fresh, following = 0, tx.next_sequence(run.run_id)
     for i, step in enumerate(said.steps):
-        if step.output is not None and (size := len(step.output.encode())) > limits.step_bytes:
-            return fresh, too_large(f"the output of step {step.name!r}", size, limits)
-        old = tx.find_step(run.run_id, step.step_id)
+        if why := too_large(f"the output of step {step.name!r}", step.output, limits):
+            return fresh, why
+        old = tx.find(Step, run_id=run.run_id, step_id=step.step_id)
         if old is not None and old.status == "completed":
             continue
         if old is None and following >= limits.steps:
@@ -1982,37 +1912,37 @@ def record_steps(
         following = max(following, sequence + 1)
         fresh += 1
         keep_step(tx, old, Step(
-            run.run_id, sequence, step.step_id, step.name, step.type, step.status,
-            step.output, step.error, run.attempt, step.duration_ms, step.compensation_for,
-            sleep_until=None, started_at=step.started_at, ended_at=step.ended_at or now,
-            created_at=old.created_at if old else now, updated_at=now,
-        ), now)
+            **columns_of(replace(step, ended_at=step.ended_at or now)),
+            run_id=run.run_id, sequence=sequence, attempt=run.attempt,
+            created_at=old.created_at if old else now, updated_at=now))
     return fresh, None
 
 
-def keep_step(tx: Transaction, old: Step | None, step: Step, now: float) -> None:
+def keep_step(tx: Transaction, old: Step | None, step: Step) -> None:
     """Store a step; subscribers hear `created` once, then how it ended."""
-    tx.save_step(step)
+    tx.save(step)
+    run_id, step_id, at = step.run_id, step.step_id, step.updated_at
     change: dict[str, Any] = {"status": step.status, "attempt": step.attempt}
     if old is None:
-        tx.append("step", "created", step.run_id, change, now, step=step.step_id)
+        tx.append("step", "created", run_id, change, at, step_id)
     if step.status == "failed":
         change["error"] = json.loads(step.error or "null")
     if step.status in ("completed", "failed"):
-        tx.append("step", step.status, step.run_id, change, now, step=step.step_id)
+        tx.append("step", step.status, run_id, change, at, step_id)
 
 
-def too_large(what: str, size: int, limits: Limits) -> Json:
-    return dumps({"code": "STEP_OUTPUT_TOO_LARGE", "message": (
-        f"{what} is {size} bytes, the limit is {limits.step_bytes}: keep large results "
-        "elsewhere and return where they are, or start the server with a larger "
-        "--max-step-bytes")})
+def too_large(what: str, output: Json | None, limits: Limits) -> Json | None:
+    size, limit = len((output or "").encode()), limits.step_bytes
+    return None if size <= limit else failure("STEP_OUTPUT_TOO_LARGE", (
+        f"{what} is {size} bytes, the limit is {limit}: keep large results elsewhere "
+        "and return where they are, or start the server with a larger "
+        "--max-step-bytes"))
 
 
 def too_many(name: str, limits: Limits) -> Json:
-    return dumps({"code": "TOO_MANY_STEPS", "message": (
-        f"step {name!r} is one more than the {limits.steps} that a run may have: split the "
-        "work, or start the server with a larger --max-steps")})
+    return failure("TOO_MANY_STEPS", (
+        f"step {name!r} is one more than the {limits.steps} that a run may have: split "
+        "the work, or start the server with a larger --max-steps"))
 
 
 def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) -> Run:
@@ -2020,37 +1950,38 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
     if said.status == "failed":
         return attempt_failed(run, said.error, now)
     if said.status == "completed":
-        if (size := len(said.output.encode())) > limits.step_bytes:
-            why = too_large("the output of the run", size, limits)
-            return ended_in_failure(settled(run, "completed"), why, now)
-        return completed(run, said.output, now)
+        why = too_large("the output of the run", said.output, limits)
+        if why is None:
+            return completed(run, said.output, now)
+        return ended_in_failure(settled(run, "completed"), why, now)
     assert said.yielded is not None
     if said.yielded.kind == "sleep":
         return fall_asleep(tx, run, said.yielded, limits, now)
-    message = (
-        f"step {said.yielded.name!r} yielded {said.yielded.kind!r}, which is not supported "
-        "by this server yet: the run ends here"
-    )
-    error = dumps({"message": message, "code": "UNSUPPORTED_YIELD"})
-    return ended_in_failure(settled(run, "yielded"), error, now)
+    why = failure("UNSUPPORTED_YIELD", (
+        f"step {said.yielded.name!r} yielded {said.yielded.kind!r}, which is not "
+        "supported by this server yet: the run ends here"))
+    return ended_in_failure(settled(run, "yielded"), why, now)
 
 
-def fall_asleep(tx: Transaction, run: Run, wish: Yield, limits: Limits, now: float) -> Run:
+def fall_asleep(tx: Transaction, run: Run, wish: Yield, limits: Limits,
+                now: float) -> Run:
     """Wait for the earliest of the run's sleeps.
 
     Branches yield one at a time, so a sleep may be yielded again by a replay: one
     that is pending keeps its instant, one that is over makes the run due at once.
     """
-    step, until = tx.find_step(run.run_id, wish.step_id), wish.until or now
+    step = tx.find(Step, run_id=run.run_id, step_id=wish.step_id)
     if step is None:
         if (sequence := tx.next_sequence(run.run_id)) >= limits.steps:
-            return ended_in_failure(settled(run, "yielded"), too_many(wish.name, limits), now)
+            why = too_many(wish.name, limits)
+            return ended_in_failure(settled(run, "yielded"), why, now)
         step = Step(
-            run.run_id, sequence, wish.step_id, wish.name, "sleep",
-            "sleeping", None, None, run.attempt, None, None, sleep_until=until,
-            started_at=now, ended_at=None, created_at=now, updated_at=now,
+            wish.step_id, wish.name, "sleep", "sleeping", output=None, error=None,
+            duration_ms=None, compensation_for=None, started_at=now, ended_at=None,
+            run_id=run.run_id, sequence=sequence, attempt=run.attempt, created_at=now,
+            updated_at=now, sleep_until=wish.until or now,
         )
-        keep_step(tx, None, step, now)
+        keep_step(tx, None, step)
     if step.status != "sleeping":
         return queued(settled(run, "yielded"), now)
     until = min(s.sleep_until or now for s in tx.sleeping_steps(run.run_id))
@@ -2061,26 +1992,21 @@ def fall_asleep(tx: Transaction, run: Run, wish: Yield, limits: Limits, now: flo
 def end_sleeps(tx: Transaction, run: Run, now: float) -> None:
     for step in tx.sleeping_steps(run.run_id):
         if (step.sleep_until or now) <= now:
-            over = replace(step, status="completed", output="null", ended_at=now,
-                           updated_at=now)
-            keep_step(tx, step, over, now)
+            keep_step(tx, step, replace(step, status="completed", output="null",
+                                        ended_at=now, updated_at=now))
 
 
-# --- Time, and people ------------------------------------------------------------------
+# --- Time, and people -----------------------------------------------------------------
 
-
-def heartbeat(
-    tx: Transaction, worker_id: str, job_ids: list[str], limits: Limits, now: float
-) -> None:
+def heartbeat(tx: Transaction, worker_id: str, job_ids: list[str], limits: Limits,
+              now: float) -> None:
     """Renew the leases of the jobs a worker lists, those past half their length.
 
     Only those it lists: a worker drops a job from the list to let its lease end. A
     young lease is left alone, so that a storm of heartbeats writes nothing.
     """
-    if tx.find_worker(worker_id) is None:
-        raise unknown_worker(worker_id)
-    for job_id in job_ids:
-        run_id, fence = run_and_fence(job_id)
+    known_worker(tx, worker_id)
+    for run_id, fence in map(run_and_fence, job_ids):
         run = tx.find_run(run_id)
         if run is None or run.lease_token is None or run.worker_id != worker_id:
             continue
@@ -2089,16 +2015,16 @@ def heartbeat(
             become(tx, run, renewed(run, limits.lease_s, now), now)
 
 
-def give_back(
-    tx: Transaction, run_id: str, fence: int, sent: bool, limits: Limits, now: float
-) -> None:
+def give_back(tx: Transaction, run_id: str, fence: int, sent: bool, limits: Limits,
+              now: float) -> None:
     """The worker was seen to vanish: the run is due again at once.
 
     Of a job that was sent, only until its ack: from then on it may be worked on.
     """
     run = tx.find_run(run_id)
-    held = run is not None and run.fence == fence and run.status == "running"
-    if run is not None and held and not (sent and run.acked):
+    if run is None or (run.fence, run.status) != (fence, "running"):
+        return
+    if not (sent and run.acked):
         become(tx, run, lease_ended(run, limits.lost_leases, now), now)
 
 
@@ -2124,22 +2050,17 @@ def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
 
 
 def cancel_run(tx: Transaction, run_id: str, reason: str, now: float) -> Run:
-    """End a live run. A cancelled one is answered as it is; completed and failed refuse.
+    """End a live run; a cancelled one is answered as it is.
 
-    Raises NotFound, FailedPrecondition.
+    Raises NotFound, and FailedPrecondition if it completed or failed.
     """
-    run = tx.find_run(run_id)
-    if run is None:
-        raise no_run(run_id)
+    run = known_run(tx, run_id)
     if run.status == "cancelled":
         return run
     if run.status in TERMINAL:
-        raise FailedPrecondition(f"run {run_id} is {run.status}: only a live run can be cancelled")
+        raise FailedPrecondition(f"run {run_id} is {run.status}: only a live run can "
+                                 "be cancelled")
     return become(tx, run, cancelled(run, reason, now), now)
-
-
-def no_run(run_id: str) -> NotFound:
-    return NotFound(f"run {run_id[:80]!r} not found")
 
 
 # ======================================================================================
@@ -2150,38 +2071,34 @@ def no_run(run_id: str) -> NotFound:
 # writer thread in front and readers beside it.
 #
 # Group commit: one disk flush costs as much as hundreds of inserts, so the writer takes
-# whatever came in while it was flushing, runs all of it in one transaction, flushes once
-# and answers everybody. No waiting window: with few callers the flush itself is short,
-# with many it is the window.
+# whatever came in while it was flushing, runs all of it in one transaction, flushes
+# once and answers everybody. No waiting window: with few callers the flush itself is
+# short, with many it is the window.
 #
 # Nothing in this process may open or close the file, its -wal or -shm except through
 # sqlite3: closing such a descriptor drops the POSIX locks that SQLite holds, a curious
 # `sqlite3` that exits then takes itself for the last one and deletes the live WAL, and
 # acknowledged rows are gone. Hence the sibling .lock file.
+# In the schema, REAL is an instant in Unix seconds.
 
 SCHEMA = """
 -- What this file is: its own id, the environment it belongs to.
-CREATE TABLE meta (
-  name   TEXT PRIMARY KEY,
-  value  TEXT NOT NULL
-) STRICT;
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 
 -- The one order of all that happened. Only appended to; `seq` only grows and is never
--- given twice. Rows of kind run and step hold what changed, the rest is in their tables.
+-- given twice. Rows of kind run and step hold what changed, their tables the rest.
 CREATE TABLE journal (
-  seq              INTEGER PRIMARY KEY AUTOINCREMENT,
-  at               REAL NOT NULL,             -- Unix seconds
-  kind             TEXT NOT NULL,             -- event, run, step, function, worker
-  name             TEXT NOT NULL,             -- the event's name; of the others, the verb
-  subject          TEXT,                      -- run, function or worker; of an event, the
-                                              -- run inside which it was emitted
-  step             TEXT,                      -- step id
-  data             TEXT NOT NULL,             -- JSON
-  event_id         TEXT CHECK ((kind = 'event') = (event_id IS NOT NULL)),
-  version          INTEGER,
-  source           TEXT,
-  idempotency_key  TEXT,
-  metadata         TEXT                       -- JSON object
+  seq       INTEGER PRIMARY KEY AUTOINCREMENT,
+  at        REAL NOT NULL,
+  kind      TEXT NOT NULL,           -- event, run, step, function, worker
+  name      TEXT NOT NULL,           -- the event's name; of the others, the verb
+  subject   TEXT,                    -- run, function or worker; of an event, the run
+                                     -- inside which it was emitted
+  step      TEXT,                    -- step id
+  data      TEXT NOT NULL,           -- JSON
+  event_id  TEXT CHECK ((kind = 'event') = (event_id IS NOT NULL)),
+  version   INTEGER, source TEXT, idempotency_key TEXT,
+  metadata  TEXT                     -- JSON object
 ) STRICT;
 CREATE INDEX journal_by_name ON journal (kind, name, seq);
 CREATE INDEX journal_by_subject ON journal (subject, seq) WHERE subject IS NOT NULL;
@@ -2192,21 +2109,19 @@ CREATE UNIQUE INDEX journal_by_key ON journal (idempotency_key)
 -- The same under the names that subscribers use: SELECT * FROM topic ORDER BY seq.
 CREATE VIEW topic AS
 SELECT seq, datetime(at, 'unixepoch') AS utc,
-       CASE kind WHEN 'event' THEN 'events:' || name
-                 WHEN 'step' THEN 'system.run.' || subject || '.step.' || step || '.' || name
-                 ELSE 'system.' || kind || '.' || subject || '.' || name END AS topic,
-       data
+       CASE kind
+       WHEN 'event' THEN 'events:' || name
+       WHEN 'step' THEN 'system.run.' || subject || '.step.' || step || '.' || name
+       ELSE 'system.' || kind || '.' || subject || '.' || name END AS topic, data
   FROM journal;
 
--- A function, as it was last registered.
+-- A function, as it was last registered; `version` grows when that changed.
 CREATE TABLE function (
   function_id  TEXT PRIMARY KEY,
-  config       TEXT NOT NULL,                 -- JSON, the members of the wire
-  retry        TEXT NOT NULL,                 -- JSON, copied into each run
+  config       TEXT NOT NULL,        -- JSON, the members of the wire
+  retry        TEXT NOT NULL,        -- JSON, copied into each run
   status       TEXT NOT NULL CHECK (status IN ('active', 'paused', 'archived')),
-  version      INTEGER NOT NULL,              -- grows when the registration changed
-  created_at   REAL NOT NULL,
-  updated_at   REAL NOT NULL
+  version      INTEGER NOT NULL, created_at REAL NOT NULL, updated_at REAL NOT NULL
 ) STRICT;
 
 -- Which events start it. A wild one has `*` or `>` among its segments.
@@ -2220,32 +2135,26 @@ CREATE INDEX function_trigger_wild ON function_trigger (wild) WHERE wild = 1;
 CREATE INDEX function_trigger_of ON function_trigger (function_id);
 
 -- A run: one function working on one event. Only its newest lease may report (fence).
+-- What the columns mean is said in the class `Run`.
 CREATE TABLE run (
-  run_id            TEXT PRIMARY KEY,
-  function_id       TEXT NOT NULL,
-  function_version  INTEGER NOT NULL,
-  event_seq         INTEGER NOT NULL REFERENCES journal (seq),  -- its input is there
-  event_id          TEXT NOT NULL,
-  event_name        TEXT NOT NULL,
-  retry             TEXT NOT NULL,            -- JSON
-  created_at        REAL NOT NULL,
-  status            TEXT NOT NULL CHECK (status IN ('waiting_for_capacity', 'running',
-                      'waiting', 'paused', 'completed', 'failed', 'cancelled')),
-  attempt           INTEGER NOT NULL DEFAULT 1 CHECK (attempt >= 1),
-  fence             INTEGER NOT NULL DEFAULT 0,
-  lease_token       TEXT,
-  lease_until       REAL CHECK ((status = 'running') = (lease_until IS NOT NULL)),
-  worker_id         TEXT,
-  acked             INTEGER NOT NULL DEFAULT 0,
-  due_at            REAL CHECK (status <> 'waiting_for_capacity' OR due_at IS NOT NULL),
-  lost_leases       INTEGER NOT NULL DEFAULT 0,
-  settled_fence     INTEGER,
-  settled_as        TEXT,
-  output            TEXT,                     -- JSON
-  error             TEXT,                     -- JSON object
-  started_at        REAL,
-  ended_at          REAL,
-  updated_at        REAL NOT NULL,
+  run_id       TEXT PRIMARY KEY,
+  function_id  TEXT NOT NULL, function_version INTEGER NOT NULL,
+  event_seq    INTEGER NOT NULL REFERENCES journal (seq),  -- its input is there
+  event_id     TEXT NOT NULL, event_name TEXT NOT NULL,
+  retry        TEXT NOT NULL,        -- JSON
+  created_at   REAL NOT NULL,
+  status       TEXT NOT NULL CHECK (status IN ('waiting_for_capacity', 'running',
+                 'waiting', 'paused', 'completed', 'failed', 'cancelled')),
+  attempt      INTEGER NOT NULL DEFAULT 1 CHECK (attempt >= 1),
+  fence        INTEGER NOT NULL DEFAULT 0,
+  lease_token  TEXT,
+  lease_until  REAL CHECK ((status = 'running') = (lease_until IS NOT NULL)),
+  worker_id    TEXT, acked INTEGER NOT NULL DEFAULT 0,
+  due_at       REAL CHECK (status <> 'waiting_for_capacity' OR due_at IS NOT NULL),
+  lost_leases  INTEGER NOT NULL DEFAULT 0,
+  settled_fence INTEGER, settled_as TEXT,
+  output       TEXT, error TEXT,     -- JSON
+  started_at   REAL, ended_at REAL, updated_at REAL NOT NULL,
   CHECK (status NOT IN ('completed', 'failed', 'cancelled', 'waiting', 'paused')
          OR lease_token IS NULL)
 ) STRICT;
@@ -2259,37 +2168,28 @@ CREATE INDEX run_of_status ON run (status, run_id);
 
 -- A recorded piece of a run; `sequence` counts from 0 within it.
 CREATE TABLE step (
-  run_id            TEXT NOT NULL REFERENCES run,
-  sequence          INTEGER NOT NULL CHECK (sequence >= 0),
-  step_id           TEXT NOT NULL,            -- the SDK's, verbatim
-  name              TEXT NOT NULL,
-  type              TEXT NOT NULL,
-  status            TEXT NOT NULL CHECK (status IN ('completed', 'failed', 'sleeping',
-                      'waiting', 'timed_out')),
-  output            TEXT,                     -- JSON
-  error             TEXT,                     -- JSON object
-  attempt           INTEGER NOT NULL,
-  duration_ms       INTEGER,
-  compensation_for  TEXT,
-  sleep_until       REAL CHECK (type = 'sleep' OR sleep_until IS NULL),
-  started_at        REAL,
-  ended_at          REAL,
-  created_at        REAL NOT NULL,
-  updated_at        REAL NOT NULL,
+  run_id       TEXT NOT NULL REFERENCES run,
+  sequence     INTEGER NOT NULL CHECK (sequence >= 0),
+  step_id      TEXT NOT NULL,        -- the SDK's, verbatim
+  name         TEXT NOT NULL, type TEXT NOT NULL,
+  status       TEXT NOT NULL CHECK (status IN ('completed', 'failed', 'sleeping',
+                 'waiting', 'timed_out')),
+  output       TEXT, error TEXT,     -- JSON
+  attempt      INTEGER NOT NULL, duration_ms INTEGER, compensation_for TEXT,
+  sleep_until  REAL CHECK (type = 'sleep' OR sleep_until IS NULL),
+  started_at   REAL, ended_at REAL, created_at REAL NOT NULL, updated_at REAL NOT NULL,
   PRIMARY KEY (run_id, sequence),
   UNIQUE (run_id, step_id)
 ) STRICT;
 
 -- A worker that ever registered; when it was last seen is known to the server alone.
 CREATE TABLE worker (
-  worker_id            TEXT PRIMARY KEY,
-  hostname             TEXT NOT NULL,
-  function_ids         TEXT NOT NULL,         -- JSON list
-  max_concurrent_jobs  INTEGER NOT NULL,
-  labels               TEXT NOT NULL,         -- JSON object
-  version              TEXT NOT NULL,         -- JSON object
-  connected            INTEGER NOT NULL,
-  registered_at        REAL NOT NULL
+  worker_id    TEXT PRIMARY KEY,
+  hostname     TEXT NOT NULL,
+  function_ids TEXT NOT NULL,        -- JSON list
+  max_concurrent_jobs INTEGER NOT NULL,
+  labels       TEXT NOT NULL, version TEXT NOT NULL,  -- JSON objects
+  connected    INTEGER NOT NULL, registered_at REAL NOT NULL
 ) STRICT;
 """
 MIGRATIONS = [SCHEMA]  # MIGRATIONS[n] takes a journal from version n to n + 1
@@ -2308,29 +2208,21 @@ PAGE_BYTES = 16 * MIB  # a page of a list ends early when it gets this large
 @lru_cache(maxsize=64)
 def columns(row: Any, form: str = "{}", after: str = "") -> str:
     """The columns of a row, each in a form, from the one after `after` on."""
-    names = [f.name for f in fields(row)]
-    return ", ".join(form.format(n) for n in names[names.index(after) + 1 if after else 0 :])
+    names = column_names(row)
+    return ", ".join(map(form.format, names[names.index(after) + 1 if after else 0 :]))
+
+
+@lru_cache(maxsize=64)
+def select(row: Any, *keys: str) -> str:
+    """The statement that finds a row by some of its columns."""
+    table = "journal" if row is Event else row.__name__.lower()
+    tests = " AND ".join(f"{key} = :{key}" for key in keys)
+    return f"SELECT {columns(row)} FROM {table} WHERE {tests}"
 
 
 @lru_cache(maxsize=64)
 def insert(table: str, *names: str) -> str:
     return f"INSERT INTO {table} ({', '.join(names)}) VALUES (:{', :'.join(names)})"
-
-
-def params_of(row: Any) -> dict[str, Any]:
-    return {f.name: getattr(row, f.name) for f in fields(row)}
-
-
-@dataclass(frozen=True, slots=True)
-class RunFilter:
-    """Which runs a list holds; an unset member does not narrow it."""
-
-    function_id: str | None = None
-    status: str | None = None
-    event_id: str | None = None
-    search: str | None = None  # in ids and the event's name
-    since: float | None = None
-    until: float | None = None
 
 
 class Queries:
@@ -2339,94 +2231,68 @@ class Queries:
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
+    def find(self, row: type[T], **key: Any) -> T | None:
+        """The row with these values; None if there is none."""
+        kind: Any = row
+        found = self._db.execute(select(kind, *key), key).fetchone()
+        return None if found is None else row(*found)
+
+    def find_run(self, run_id: str) -> Run | None:
+        return self.find(Run, run_id=run_id)
+
     def _rows(self, row: type[T], source: str, **params: Any) -> list[T]:
         """Rows of a table as the words of chapter 2: `source` is all after FROM."""
         kind: Any = row
         cursor = self._db.execute(f"SELECT {columns(kind)} FROM {source}", params)
         return [row(*values) for values in cursor.fetchall()]
 
-    def _row(self, row: type[T], source: str, **params: Any) -> T | None:
-        found = self._rows(row, source, **params)
-        return found[0] if found else None
-
     def _value(self, sql: str, **params: Any) -> Any:
         found = self._db.execute(sql, params).fetchone()
         return found[0] if found else None
 
     def meta(self, name: str) -> str | None:
-        value: str | None = self._value("SELECT value FROM meta WHERE name = :name", name=name)
-        return value
-
-    def find_event(self, seq: int) -> Event | None:
-        return self._row(Event, "journal WHERE seq = :seq", seq=seq)
-
-    def find_event_by_id(self, event_id: str) -> Event | None:
-        return self._row(Event, "journal WHERE event_id = :id", id=event_id)
-
-    def find_event_by_key(self, key: str) -> Event | None:
-        return self._row(Event, "journal WHERE idempotency_key = :key", key=key)
-
-    def find_function(self, function_id: str) -> Function | None:
-        return self._row(Function, "function WHERE function_id = :id", id=function_id)
+        found = self._value("SELECT value FROM meta WHERE name = :name", name=name)
+        return None if found is None else str(found)
 
     def functions(self) -> list[Function]:
         return self._rows(Function, "function ORDER BY function_id")
-
-    def find_worker(self, worker_id: str) -> Worker | None:
-        return self._row(Worker, "worker WHERE worker_id = :id", id=worker_id)
 
     def connected_workers(self) -> list[Worker]:
         return self._rows(Worker, "worker WHERE connected = 1 ORDER BY registered_at")
 
     def held_runs(self) -> dict[str, int]:
         """How many runs each worker holds."""
-        return dict(
-            self._db.execute(
-                "SELECT worker_id, count(*) FROM run WHERE status = 'running' GROUP BY 1"
-            ).fetchall()
-        )
-
-    def find_run(self, run_id: str) -> Run | None:
-        return self._row(Run, "run WHERE run_id = :id", id=run_id)
+        return dict(self._db.execute(
+            "SELECT worker_id, count(*) FROM run WHERE status = 'running' GROUP BY 1"
+        ).fetchall())
 
     def run_ids_of(self, event_seq: int) -> list[str]:
         """The runs that an event started, in the order in which it started them."""
-        return [run.run_id for run in self._rows(Run, "run WHERE event_seq = :seq"
-                                                 " ORDER BY run_id", seq=event_seq)]
+        sql = "SELECT run_id FROM run WHERE event_seq = ? ORDER BY run_id"
+        return [run_id for run_id, in self._db.execute(sql, (event_seq,)).fetchall()]
 
     def input_of(self, run: Run) -> Json:
-        data: Json = self._value("SELECT data FROM journal WHERE seq = :seq", seq=run.event_seq)
-        return data
+        sql = "SELECT data FROM journal WHERE seq = :seq"
+        return str(self._value(sql, seq=run.event_seq))
 
-    def run_with_input(self, run_id: str) -> tuple[Run, Json] | None:
-        run = self.find_run(run_id)
-        return (run, self.input_of(run)) if run else None
-
-    def runs_with_input(
-        self, wanted: RunFilter, limit: int, offset: int, before: str | None
-    ) -> tuple[list[tuple[Run, Json]], int, bool]:
+    def runs_with_input(self, wanted: dict[str, Any], limit: int, offset: int,
+                        before: str) -> tuple[list[tuple[Run, Json]], int, bool]:
         """Runs with inputs, newest first; how many match in all; whether more follow.
 
         A page ends early, with more to follow, once it holds 16 MiB.
         """
         tests = {
-            "function_id": "function_id = :function_id",
-            "status": "status = :status",
-            "event_id": "event_id = :event_id",
-            "since": "created_at >= :since",
-            "until": "created_at <= :until",
-            "search": "instr(run_id || ' ' || function_id || ' ' || event_name, :search)",
-        }
-        params = {k: v for k, v in params_of(wanted).items() if v is not None}
-        where = " AND ".join([tests[name] for name in params] or ["1"])
+            "since": "created_at >= :since", "until": "created_at <= :until", "search":
+            "instr(run_id || ' ' || function_id || ' ' || event_name, :search)"}
+        params = {name: x for name, x in wanted.items() if x not in (None, "")}
+        each = [tests.get(name, f"{name} = :{name}") for name in params]
+        where = " AND ".join(each or ["1"])
         total = self._value(f"SELECT count(*) FROM run WHERE {where}", **params)
         if before:
             where += " AND run_id < :before"
         rows = self._rows(
-            Run,
-            f"run WHERE {where} ORDER BY run_id DESC LIMIT :limit OFFSET :offset",
-            **params, before=before, limit=limit + 1, offset=offset,
-        )
+            Run, f"run WHERE {where} ORDER BY run_id DESC LIMIT :limit OFFSET :offset",
+            **params, before=before, limit=limit + 1, offset=offset)
         page, size = [], 0
         for run in rows[:limit]:
             page.append((run, self.input_of(run)))
@@ -2435,10 +2301,6 @@ class Queries:
                 break
         return page, total, len(page) < len(rows)
 
-    def find_step(self, run_id: str, step_id: str) -> Step | None:
-        source = "step WHERE run_id = :run_id AND step_id = :step_id"
-        return self._row(Step, source, run_id=run_id, step_id=step_id)
-
     def steps(self, run_id: str) -> list[Step]:
         """All recorded steps of a run, in sequence."""
         return self._rows(Step, "step WHERE run_id = :id ORDER BY sequence", id=run_id)
@@ -2446,15 +2308,17 @@ class Queries:
     def messages(self, after: int, limit: int) -> list[Message]:
         """Journal rows after a `seq`, each with what its subscribers are told of it."""
         rows = self._db.execute(
-            "SELECT seq, at, kind, name, subject, step, data, event_id FROM journal"
-            " WHERE seq > :after ORDER BY seq LIMIT :limit",
-            {"after": after, "limit": limit},
-        ).fetchall()
+            """
+            SELECT seq, at, kind, name, subject, step, data, event_id FROM journal
+             WHERE seq > :after ORDER BY seq LIMIT :limit
+            """, {"after": after, "limit": limit}).fetchall()
         found = []
         for seq, at, kind, name, subject, step_id, data, event_id in rows:
             if kind == "run" and (run := self.find_run(subject)):
                 data = run_message(run, self.input_of(run), name, json.loads(data), at)
-            elif kind == "step" and (step := self.find_step(subject, step_id)):
+            elif kind == "step" and (
+                step := self.find(Step, run_id=subject, step_id=step_id)
+            ):
                 data = step_message(step, name, json.loads(data))
             topic = topic_of(kind, name, subject, step_id)
             found.append(Message(seq, at, topic, event_id or f"seq_{seq}", data))
@@ -2486,81 +2350,70 @@ class Transaction(Queries):
         """A new row; its number."""
         return self._db.execute(insert(table, *row), row).lastrowid or 0
 
+    def save(self, row: Function | Worker | Step) -> None:
+        """A new row, or the same one later; the name and type of a step stay."""
+        kind: Any = type(row)
+        kept, key = "type", "run_id, step_id"
+        if not isinstance(row, Step):
+            key = kept = column_names(kind)[0]
+        changes = columns(kind, "{0} = excluded.{0}", kept)
+        sql = insert(kind.__name__.lower(), *column_names(kind))
+        self._db.execute(f"{sql} ON CONFLICT ({key}) DO UPDATE SET {changes}",
+                         columns_of(row))
+
     def set_meta(self, name: str, value: str) -> None:
         self._insert("meta", name=name, value=value)
 
-    def append(
-        self, kind: str, verb: str, subject: str, change: dict[str, Any], now: float,
-        step: str | None = None,
-    ) -> None:
+    def append(self, kind: str, verb: str, subject: str, change: dict[str, Any],
+               now: float, step: str | None = None) -> None:
         """Say in the journal what became of a run, step, function or worker."""
-        self._insert("journal", at=now, kind=kind, name=verb, subject=subject, step=step,
-                     data=dumps(change))
+        self._insert("journal", at=now, kind=kind, name=verb, subject=subject,
+                     step=step, data=dumps(change))
 
-    def append_event(self, event: NewEvent, event_id: str, now: float) -> int:
-        """Record an event; its `seq`."""
-        return self._insert(
-            "journal", at=now, kind="event", name=event.name, subject=event.run_id,
-            data=event.data, event_id=event_id, version=event.version, source=event.source,
-            idempotency_key=event.idempotency_key, metadata=event.metadata,
-        )
-
-    def _upsert(self, table: str, row: Any, key: str, kept: str) -> None:
-        """Store a row; of one that is there already, the columns up to `kept` stay."""
-        kind: Any = type(row)
-        self._db.execute(
-            f"INSERT INTO {table} ({columns(kind)}) VALUES ({columns(kind, ':{}')})"
-            f" ON CONFLICT ({key}) DO UPDATE SET {columns(kind, '{0} = excluded.{0}', kept)}",
-            params_of(row),
-        )
+    def append_event(self, event: NewEvent, event_id: str, now: float) -> Event:
+        """Record an event."""
+        row = {"event_id": event_id, "at": now, **columns_of(event)}
+        return Event(seq=self._insert("journal", kind="event", **row), **row)
 
     def save_function(self, function: Function, events: list[str]) -> None:
         self._triggered.clear()
-        self._upsert("function", function, "function_id", "function_id")
-        key = {"id": function.function_id}
-        self._db.execute("DELETE FROM function_trigger WHERE function_id = :id", key)
-        self._db.executemany(
-            "INSERT INTO function_trigger VALUES (:event, :id, :wild)",
-            [key | {"event": e, "wild": is_wild(e)} for e in dict.fromkeys(events)],
-        )
+        self.save(function)
+        function_id = function.function_id
+        delete = "DELETE FROM function_trigger WHERE function_id = ?"
+        self._db.execute(delete, (function_id,))
+        for event in dict.fromkeys(events):
+            self._insert("function_trigger", event=event, function_id=function_id,
+                         wild=is_wild(event))
 
     def functions_triggered_by(self, name: str) -> list[Function]:
         """Active functions with a trigger that matches, each once, in the order of ids.
 
         Remembered until a registration changes: every event asks.
         """
-        known = self._triggered.get(name)
-        if known is not None:
+        if (known := self._triggered.get(name)) is not None:
             return known
         rows = self._db.execute(
             f"""
             SELECT event, {columns(Function)}
               FROM function_trigger JOIN function USING (function_id)
-             WHERE (event = :name OR wild = 1) AND status = 'active' ORDER BY function_id
-            """,
-            {"name": name},
-        ).fetchall()
+             WHERE (event = :name OR wild = 1) AND status = 'active'
+             ORDER BY function_id
+            """, {"name": name}).fetchall()
         found = {row[1]: Function(*row[1:]) for row in rows if matches(row[0], name)}
         if len(self._triggered) >= 1_000:
             self._triggered.clear()
         self._triggered[name] = list(found.values())
         return self._triggered[name]
 
-    def save_worker(self, worker: Worker) -> None:
-        self._upsert("worker", worker, "worker_id", "worker_id")
-
-    def insert_run(
-        self, run_id: str, function: Function, seq: int, event_id: str, event_name: str,
-        now: float,
-    ) -> None:
+    def insert_run(self, run_id: str, function: Function, event: Event,
+                   now: float) -> None:
         """A new run, due at once."""
         self.touched.add(function.function_id)
-        self._insert(
-            "run", run_id=run_id, function_id=function.function_id,
-            function_version=function.version, event_seq=seq, event_id=event_id,
-            event_name=event_name, retry=function.retry, created_at=now,
-            status="waiting_for_capacity", due_at=now, updated_at=now,
-        )
+        self._insert("run", run_id=run_id, function_id=function.function_id,
+                     function_version=function.version, event_seq=event.seq,
+                     event_id=event.event_id, event_name=event.name,
+                     retry=function.retry, status="waiting_for_capacity",
+                     created_at=now, due_at=now, updated_at=now)
 
     def update_run(self, run: Run) -> None:
         """Everything of a run that can change."""
@@ -2570,28 +2423,19 @@ class Transaction(Queries):
             self.alarm = min(self.alarm, run.due_at or math.inf)
         self.alarm = min(self.alarm, run.lease_until or math.inf)
         changes = columns(Run, "{0} = :{0}", "created_at")
-        self._db.execute(f"UPDATE run SET {changes} WHERE run_id = :run_id", params_of(run))
-
-    def save_step(self, step: Step) -> None:
-        """A new step, or the same one later: its sequence and its birth stay."""
-        self._upsert("step", step, "run_id, step_id", "type")
+        self._db.execute(f"UPDATE run SET {changes} WHERE run_id = :run_id",
+                         columns_of(run))
 
     def renew_leases(self, until: float, acked: bool) -> None:
-        self._db.execute(
-            """
-            UPDATE run SET lease_until = :until WHERE status = 'running' AND acked = :acked
-            """,
-            {"until": until, "acked": acked},
-        )
+        self._db.execute("UPDATE run SET lease_until = :until"
+                         " WHERE status = 'running' AND acked = :acked",
+                         {"until": until, "acked": acked})
 
     def due_runs(self, function_id: str, limit: int) -> list[Run]:
         """Runs of a function that wait for a worker, the longest due first."""
-        return self._rows(
-            Run,
-            "run WHERE function_id = :function_id AND status = 'waiting_for_capacity'"
-            " ORDER BY due_at, run_id LIMIT :limit",
-            function_id=function_id, limit=limit,
-        )
+        source = """run WHERE function_id = :id AND status = 'waiting_for_capacity'
+                    ORDER BY due_at, run_id LIMIT :limit"""
+        return self._rows(Run, source, id=function_id, limit=limit)
 
     def runs_with_ended_lease(self, now: float) -> list[Run]:
         source = """run WHERE status = 'running' AND lease_until <= :now
@@ -2607,30 +2451,29 @@ class Transaction(Queries):
     def next_instant(self) -> float:
         """When the next lease ends or the next sleeper is due; infinity for never."""
         ends = self._value("SELECT min(lease_until) FROM run WHERE status = 'running'")
-        due = self._value(
-            "SELECT min(due_at) FROM run WHERE status = 'waiting' AND due_at IS NOT NULL"
-        )
+        due = self._value("SELECT min(due_at) FROM run"
+                          " WHERE status = 'waiting' AND due_at IS NOT NULL")
         return min(ends or math.inf, due or math.inf)
 
     def completed_steps(self, run_id: str) -> list[Step]:
-        return [step for step in self.steps(run_id) if step.status == "completed"]
+        source = "step WHERE run_id = :id AND status = 'completed' ORDER BY sequence"
+        return self._rows(Step, source, id=run_id)
 
     def sleeping_steps(self, run_id: str) -> list[Step]:
-        return [step for step in self.steps(run_id) if step.status == "sleeping"]
+        source = "step WHERE run_id = :id AND status = 'sleeping' ORDER BY sequence"
+        return self._rows(Step, source, id=run_id)
 
     def next_sequence(self, run_id: str) -> int:
         """One more than the highest sequence of a run's rows; 0 for a new run."""
-        highest = self._value("SELECT max(sequence) FROM step WHERE run_id = :id", id=run_id)
-        return 0 if highest is None else highest + 1
+        sql = "SELECT coalesce(max(sequence) + 1, 0) FROM step WHERE run_id = :id"
+        return int(self._value(sql, id=run_id))
 
 
-# --- What subscribers are told ---------------------------------------------------------
-
+# --- What subscribers are told --------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class Message:
     """A journal row as a subscriber sees it."""
-
     seq: int
     at: float
     topic: str
@@ -2647,18 +2490,16 @@ def topic_of(kind: str, name: str, subject: str | None, step: str | None) -> str
     return f"system.{kind}.{subject}.{name}"
 
 
-def run_message(run: Run, data: Json, verb: str, change: dict[str, Any], at: float) -> Json:
+def run_message(run: Run, data: Json, verb: str, change: dict[str, Any],
+                at: float) -> Json:
     """The run object as it was then: what never changes of a run, and `change`."""
-    names = ["function_id", "event_id", "event_name", "created_at"]
+    names = ["run_id", "function_id", "event_id", "event_name", "created_at"]
     names += ["started_at"] if verb != "created" else []
     names += ["output"] if verb == "completed" else []
-    return join(
-        {camel(name): value for name, value in members(run, names).items()}
-        | {"id": quoted(run.run_id), "runId": quoted(run.run_id), "input": data,
-           "maxAttempts": str(run.policy.max_attempts), "updatedAt": stamp(at),
-           "endedAt": stamp(at) if verb in TERMINAL else None}
-        | {name: dumps(value) for name, value in change.items()}
-    )
+    return join(in_camel(members(run, names)) | as_texts(change) | {
+        "id": quoted(run.run_id), "input": data, "updatedAt": stamp(at),
+        "maxAttempts": str(run.policy.max_attempts),
+        "endedAt": stamp(at) if verb in TERMINAL else None})
 
 
 def step_message(step: Step, verb: str, change: dict[str, Any]) -> Json:
@@ -2666,30 +2507,25 @@ def step_message(step: Step, verb: str, change: dict[str, Any]) -> Json:
     names = ["step_id", "run_id", "name", "type", "sequence", "started_at"]
     names += ["ended_at", "duration_ms"] if verb in ("completed", "failed") else []
     names += ["output"] if verb == "completed" else []
-    return join(
-        {camel(name): value for name, value in members(step, names).items()}
-        | {"id": quoted(step.step_id)}
-        | {name: dumps(value) for name, value in change.items()}
-    )
+    return join(in_camel(members(step, names)) | as_texts(change) | {
+        "id": quoted(step.step_id)})
 
 
-# --- The file, in one thread -----------------------------------------------------------
+# --- The file, in one thread ----------------------------------------------------------
+
+OUR_MISTAKES = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError,
+                sqlite3.InterfaceError, sqlite3.NotSupportedError)
 
 
 @dataclass(slots=True, eq=False)
 class Wish:
     """One rule that somebody wants carried out, and how it went."""
-
     rule: Callable[..., Any]
     args: tuple[Any, ...]
     size: int = KIB  # bytes that it may hold in memory, roughly
     result: Any = None
     error: BaseException | None = None
     future: asyncio.Future[Any] | None = None
-
-
-OUR_MISTAKES = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError,
-                sqlite3.InterfaceError, sqlite3.NotSupportedError)
 
 
 class JournalFile:
@@ -2700,45 +2536,43 @@ class JournalFile:
     not ours, of a newer version, or of another environment.
     """
 
-    def __init__(
-        self, path: Path, ids: Ids, environment: str = "default", cache_mb: int = 16,
-        now: float = 0.0, offers: Offers | None = None,
-    ) -> None:
-        self.path = path
-        self.offers = offers
+    def __init__(self, path: Path, ids: Ids, environment: str = "default",
+                 cache_mb: int = 16, now: float = 0.0,
+                 offers: Offers | None = None) -> None:
+        self.path, self.offers = path, offers
         self._db = connect(path, cache_mb)
         try:
-            self._check_owner()
+            version = self._check_owner()
             prepare_to_write(self._db, path)
-            self._migrate()
+            self._migrate(version)
             self.tx = Transaction(self._db, ids)
             self._christen(environment, now)
         except BaseException:
             self._db.close()
             raise
 
-    def _check_owner(self) -> None:
-        """Look before anything is changed: the file may be somebody else's."""
+    def _check_owner(self) -> int:
+        """The file's version. Before anything is changed: it may be somebody else's."""
         (owner,) = self._db.execute("PRAGMA application_id").fetchone()
         (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if (owner, bool(tables)) not in ((0, False), (APPLICATION_ID, True)):
-            raise StartError(f"{self.path} is not an ironflow journal: name another file (--db)")
+            raise StartError(f"{self.path} is not an ironflow journal: name another "
+                             "file (--db)")
         if version > len(MIGRATIONS):
             raise StartError(
-                f"{self.path} was written by a newer ironflow (its version {version}, this one "
-                f"reads up to {len(MIGRATIONS)}): start it with the newer program"
-            )
+                f"{self.path} was written by a newer ironflow (its version {version}, "
+                f"this one reads up to {len(MIGRATIONS)}): start it with the newer "
+                "program")
+        return int(version)
 
-    def _migrate(self) -> None:
-        """Bring the file to this program's version, each step in a transaction of its own."""
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+    def _migrate(self, version: int) -> None:
+        """Bring the file to this program's version, each step in one transaction."""
         for number in range(version, len(MIGRATIONS)):
             self._db.executescript(
                 f"BEGIN IMMEDIATE; {MIGRATIONS[number]};"
                 f"PRAGMA application_id = {APPLICATION_ID};"
-                f"PRAGMA user_version = {number + 1}; COMMIT;"
-            )
+                f"PRAGMA user_version = {number + 1}; COMMIT;")
 
     def _christen(self, environment: str, now: float) -> None:
         served = self.tx.meta("environment")
@@ -2750,9 +2584,9 @@ class JournalFile:
             self._db.execute("COMMIT")
         elif served != environment:
             raise StartError(
-                f"{self.path} belongs to the environment {served!r}, not {environment!r}: start "
-                f"with --env {served}, or name another file (--db)"
-            )
+                f"{self.path} belongs to the environment {served!r}, not "
+                f"{environment!r}: start with --env {served}, or name another file "
+                "(--db)")
 
     def execute(self, batch: list[Wish], now: float) -> None:
         """Run each rule of a batch in one transaction, left open for `commit`.
@@ -2762,9 +2596,9 @@ class JournalFile:
         """
         self._begin()
         for wish in batch:
-            before = self._db.total_changes
+            before = self.changes
             self._carry_out(wish, now)
-            if wish.error is not None and self._db.total_changes != before:
+            if wish.error is not None and self.changes != before:
                 self.rollback()
                 self._execute_apart(batch, now)
                 break
@@ -2789,11 +2623,9 @@ class JournalFile:
         wish.result = wish.error = None
         try:
             wish.result = wish.rule(self.tx, *wish.args, now)
-        except OUR_MISTAKES as error:
-            wish.error = error
-        except sqlite3.Error:
-            raise  # the disk's trouble is everybody's
         except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, OUR_MISTAKES):
+                raise  # the disk's trouble is everybody's
             wish.error = error
 
     def commit(self) -> None:
@@ -2811,7 +2643,7 @@ class JournalFile:
         return self._db.total_changes
 
     def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"]) -> None:
-        """Move the log into the file. TRUNCATE gives up at once if a reader is in the way."""
+        """Move the log into the file. TRUNCATE gives up if a reader is in the way."""
         self._db.execute("PRAGMA busy_timeout = 0")
         try:
             self._db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
@@ -2832,10 +2664,10 @@ def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Conne
         wanted = ".".join(map(str, OLDEST_SQLITE))
         raise StartError(f"SQLite {wanted} or newer is needed, this Python has "
                          f"{sqlite3.sqlite_version}: use a newer Python")
-    uri = path.as_uri() + ("?mode=ro" if read_only else "?mode=rwc")
+    uri = f"{path.as_uri()}?mode={'ro' if read_only else 'rwc'}"
     try:
-        db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False,
-                             timeout=FOREIGN_LOCK_S, cached_statements=256)
+        db = sqlite3.connect(uri, FOREIGN_LOCK_S, uri=True, isolation_level=None,
+                             check_same_thread=False, cached_statements=256)
         db.execute(f"PRAGMA cache_size = {-cache_mb * KIB}")
         return db
     except sqlite3.Error as error:
@@ -2846,9 +2678,9 @@ def prepare_to_write(db: sqlite3.Connection, path: Path) -> None:
     """Each of these buys something. Raises StartError if the log cannot be had."""
     (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":  # readers and the writer would block each other
-        raise StartError(f"{path}: SQLite cannot use its write-ahead log here (it answers "
-                         f"{mode!r}): put the file on a local disk")
-    db.execute("PRAGMA synchronous = FULL")  # a commit outlives a power cut, not only us
+        raise StartError(f"{path}: SQLite cannot use its write-ahead log here (it "
+                         f"answers {mode!r}): put the file on a local disk")
+    db.execute("PRAGMA synchronous = FULL")  # a commit outlives a power cut
     db.execute("PRAGMA fullfsync = ON")  # macOS: flush the disk's own cache too ...
     db.execute("PRAGMA checkpoint_fullfsync = ON")  # ... also when folding the log in
     db.execute("PRAGMA foreign_keys = ON")
@@ -2856,7 +2688,7 @@ def prepare_to_write(db: sqlite3.Connection, path: Path) -> None:
 
 
 def trouble(error: BaseException, path: Path) -> IronflowError | None:
-    """What callers hear when a batch failed as a whole; None if nothing more can be done."""
+    """What callers hear when a batch failed as a whole; None if all is lost."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary result code
     if code == sqlite3.SQLITE_FULL:
         return DiskFull(f"the disk of {path} is full: make room, then try again")
@@ -2866,33 +2698,26 @@ def trouble(error: BaseException, path: Path) -> IronflowError | None:
     return None
 
 
-# --- The writer thread -----------------------------------------------------------------
+# --- The writer thread ----------------------------------------------------------------
 
-
-class FileLock:
+def lock(path: Path) -> int:
     """One server per file: an exclusive lock on a sibling that is never deleted."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StartError(f"cannot write {path}.lock: {error.strerror}") from None
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(self._fd, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._fd)
-            raise StartError(f"another ironflow serves {path}: stop it first, or name "
-                             "another file (--db)") from None
-
-    def release(self) -> None:
-        os.close(self._fd)
+    try:
+        fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StartError(f"cannot write {path}.lock: {error.strerror}") from None
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise StartError(f"another ironflow serves {path}: stop it first, or name "
+                         "another file (--db)") from None
+    return fd
 
 
 class Journal:
@@ -2905,27 +2730,25 @@ class Journal:
     that was answered before.
     """
 
-    def __init__(
-        self, path: Path, *, clock: Clock, ids: Ids, offers: Offers,
-        environment: str = "default", cache_mb: int = 16,
-        on_alarm: Callable[[float], None], on_failure: Callable[[BaseException], None],
-    ) -> None:
-        self.path = path.resolve()
+    def __init__(self, path: Path, *, clock: Clock, ids: Ids, offers: Offers,
+                 environment: str = "default", cache_mb: int = 16,
+                 on_alarm: Callable[[float], None],
+                 on_failure: Callable[[BaseException], None]) -> None:
+        self.path = path = path.resolve()
         self.last_trouble: str | None = None
-        self._clock = clock
-        self._offers = offers
-        self._on_alarm = on_alarm
-        self._on_failure = on_failure
+        self._clock, self._offers = clock, offers
+        self._on_alarm, self._on_failure = on_alarm, on_failure
         self._loop = asyncio.get_running_loop()
-        self._lock = FileLock(self.path)
+        self._lock = lock(path)
         try:
-            self._file = JournalFile(self.path, ids, environment, cache_mb, clock.wall(), offers)
+            now = clock.wall()
+            self._file = JournalFile(path, ids, environment, cache_mb, now, offers)
             self.journal_id = self._file.tx.meta("journal_id") or ""
             self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
             for _ in range(READERS):
-                self._readers.put(connect(self.path, cache_mb, read_only=True))
+                self._readers.put(connect(path, cache_mb, read_only=True))
         except BaseException:
-            self._lock.release()
+            os.close(self._lock)
             raise
         self._gathered: list[Wish] = []
         self._queue: queue.SimpleQueue[list[Wish] | None] = queue.SimpleQueue()
@@ -2938,19 +2761,18 @@ class Journal:
 
     async def write(self, rule: Callable[..., T], *args: Any, size: int = KIB) -> T:
         """What `rule(tx, *args, now)` returned, once it is on disk."""
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._put(Wish(rule, args, size, future=future))
-        return await future
-
-    def _put(self, wish: Wish) -> None:
         if not self._open:
             raise Unavailable("the server is stopping: try again when it is back")
-        if self._queued_bytes + wish.size > QUEUE_BYTES and self._queued_bytes:
+        if self._queued_bytes + size > QUEUE_BYTES and self._queued_bytes:
             raise Overloaded("too much is waiting to be written: try again in a moment")
-        self._queued_bytes += wish.size
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._queued_bytes += size
         if not self._gathered:  # what this turn of the loop brings goes over at once:
             self._loop.call_soon(self._hand_over)  # one wake-up, and a larger commit
-        self._gathered.append(wish)
+        self._gathered.append(Wish(rule, args, size, future=future))
+        if len(self._gathered) >= BATCH_RULES or size >= BATCH_BYTES:
+            self._hand_over()
+        return await future
 
     def _hand_over(self) -> None:
         gathered, self._gathered = self._gathered, []
@@ -2980,8 +2802,9 @@ class Journal:
                 if batch:
                     self._commit(batch)
                     self._fold_log()
-        except BaseException as error:  # whatever it is: nobody may wait for us any more
-            log.critical("the journal %s cannot be written any more: %s", self.path, error)
+        except BaseException as error:  # whatever it is: nobody may wait for us now
+            log.critical("the journal %s cannot be written any more: %s", self.path,
+                         error)
             self._loop.call_soon_threadsafe(self._fail, error, batch or [])
 
     def _next_batch(self) -> list[Wish] | None:
@@ -3001,8 +2824,7 @@ class Journal:
             wishes = self._queue.get()
         if batch:
             self._queue.put(None)  # close after this one
-            return batch
-        return None
+        return batch or None
 
     def _commit(self, batch: list[Wish]) -> None:
         before, failure = self._file.changes, None
@@ -3018,8 +2840,8 @@ class Journal:
         filled = [] if failure else self._offers.committed()
         alarm = math.inf if failure else self._file.tx.alarm
         self._loop.call_soon_threadsafe(self._answer, batch, filled, alarm, failure)
-        if self._file.changes != before:
-            self._unfolded += (self._file.changes - before) * KIB + sum(w.size for w in batch)
+        if (changes := self._file.changes - before):
+            self._unfolded += changes * KIB + sum(wish.size for wish in batch)
 
     def _fold_log(self) -> None:
         """Move the log into the file from time to time, after the answers went out."""
@@ -3028,9 +2850,8 @@ class Journal:
             self._file.checkpoint("TRUNCATE" if large else "PASSIVE")
             self._unfolded = 1
 
-    def _answer(
-        self, batch: list[Wish], filled: list[Offer], alarm: float, failure: Exception | None
-    ) -> None:
+    def _answer(self, batch: list[Wish], filled: list[Offer], alarm: float,
+                failure: Exception | None) -> None:
         """On the loop, once per batch: everybody hears how it went."""
         self.last_trouble = str(failure) if failure else None
         for wish in batch:
@@ -3061,7 +2882,7 @@ class Journal:
         while not self._readers.empty():
             self._readers.get().close()
         self._file.close()
-        self._lock.release()
+        os.close(self._lock)
 
 
 def settle_future(future: asyncio.Future[Any] | None, got: Any) -> None:
@@ -3077,12 +2898,13 @@ def settle_future(future: asyncio.Future[Any] | None, got: Any) -> None:
 # ======================================================================================
 # 10. The way out: pull
 # ======================================================================================
-# A worker registers, then asks for jobs and is kept waiting until there are some: a held
-# poll. It acks a job, does it, reports its steps on the way and its end. The order of
-# calls and the bodies are those of the SDKs' workers. Everything that a worker may be told twice, or never
-# hears because it died, is decided by the engine; here are only the sockets.
+# A worker registers, then asks for jobs and is kept waiting until there are some: a
+# held poll. It acks a job, does it, reports its steps on the way and its end. The order
+# of calls and the bodies are those of the SDKs' workers. Whatever a worker may be told
+# twice, or never hears because it died, is the engine's to decide; here are sockets.
 
 
+@dataclass(slots=True, eq=False)
 class PullDesk:
     """The held polls of all workers, and when each worker was last heard of.
 
@@ -3090,43 +2912,40 @@ class PullDesk:
     written, so that idle workers cost no disk.
     """
 
-    def __init__(self, journal: Journal, offers: Offers, limits: Limits, clock: Clock) -> None:
-        self._journal = journal
-        self._offers = offers
-        self._limits = limits
-        self._clock = clock
-        self._seen: dict[str, tuple[float, float]] = {}  # steady and wall, connected only
-        self._in_hand: Counter[str] = Counter()  # jobs by worker, as far as we were told
-        self._freed: dict[str, asyncio.Event] = {}
-        self._chores: set[asyncio.Task[Any]] = set()
-        self._closing = asyncio.Event()
+    journal: Journal
+    offers: Offers
+    limits: Limits
+    clock: Clock
+    seen: dict[str, tuple[float, float]] = field(default_factory=dict)  # steady, wall
+    in_hand: Counter[str] = field(default_factory=Counter)  # jobs, as far as we know
+    freed: dict[str, asyncio.Event] = field(default_factory=dict)
+    chores: set[asyncio.Task[Any]] = field(default_factory=set)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def remember(self, workers: Iterable[str]) -> None:
-        """At start: those that were connected have the usual time to be heard of again."""
-        for worker_id in workers:
-            self._seen[worker_id] = (self._clock.steady(), self._clock.wall())
+    def remember(self, worker_id: str) -> None:
+        """It spoke; or at start, when it has the usual time to be heard of again."""
+        self.seen[worker_id] = (self.clock.steady(), self.clock.wall())
 
-    def last_seen(self, worker_id: str) -> float | None:
-        return self._seen.get(worker_id, (0.0, None))[1]
+    def last_seen(self, worker: Worker) -> float:
+        return self.seen.get(worker.worker_id, (0.0, worker.registered_at))[1]
 
     async def heard_of(self, worker_id: str) -> None:
         """A worker spoke. Raises NotFound if it never registered."""
-        if worker_id not in self._seen:
-            await self._journal.write(note_worker, worker_id, True)
-        self._seen[worker_id] = (self._clock.steady(), self._clock.wall())
+        if worker_id not in self.seen:
+            await self.journal.write(note_worker, worker_id, True)
+        self.remember(worker_id)
 
     async def miss_the_silent(self) -> None:
         """Say in the journal who was not heard of for 90 s."""
-        horizon = self._clock.steady() - WORKER_LIVE_S
-        for worker_id in [w for w, (steady, _) in self._seen.items() if steady < horizon]:
-            del self._seen[worker_id]
-            del self._in_hand[worker_id]
-            await self._journal.write(note_worker, worker_id, False)
+        horizon = self.clock.steady() - WORKER_LIVE_S
+        for worker_id in [w for w, seen in self.seen.items() if seen[0] < horizon]:
+            await self.journal.write(note_worker, worker_id, False)
+            del self.seen[worker_id]
+            del self.in_hand[worker_id]
 
-    async def wait_for_jobs(
-        self, worker_id: str, slots: int, wait_s: float, acked: bool
-    ) -> list[Job]:
-        """Lease up to `slots` due runs to a worker, waiting at most `wait_s` for the first.
+    async def wait_for_jobs(self, worker_id: str, slots: int, wait_s: float,
+                            acked: bool) -> list[Job]:
+        """Lease up to `slots` due runs to a worker, waiting `wait_s` for the first.
 
         An empty list means that nothing came in time. Cancelling while waiting loses
         nothing: the offer is withdrawn, and if it was taken already, the runs are given
@@ -3134,15 +2953,15 @@ class PullDesk:
         """
         waiting: asyncio.Future[list[Job]] = asyncio.get_running_loop().create_future()
         offer = Offer(worker_id, slots, lambda got: settle_future(waiting, got), acked)
-        self._offers.add(offer)
+        self.offers.add(offer)
         try:
-            await self._journal.write(look_at_offers)
+            await self.journal.write(look_at_offers)
             await self._first_of(waiting, wait_s)
-            if self._offers.withdraw(offer):
+            if self.offers.withdraw(offer):
                 return []
             return await asyncio.shield(waiting)  # taken: its commit is under way
         except BaseException:
-            if not self._offers.withdraw(offer):
+            if not self.offers.withdraw(offer):
                 self._chore(self._give_back_when_known(waiting))
             raise
 
@@ -3152,21 +2971,21 @@ class PullDesk:
         They sleep for a second once all slots are taken, though a job may end in a
         millisecond; so the last slot is left free until a job ends, or for a second.
         """
-        if slots == 1 and self._in_hand[worker_id]:
-            freed = self._freed[worker_id] = asyncio.Event()
+        if slots == 1 and self.in_hand[worker_id]:
+            freed = self.freed[worker_id] = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_SLOT_S):
                     await freed.wait()
         return max(1, slots - 1)
 
     def job_ended(self, worker_id: str) -> None:
-        self._in_hand[worker_id] -= self._in_hand[worker_id] > 0
-        if worker_id in self._freed:
-            self._freed.pop(worker_id).set()
+        self.in_hand[worker_id] -= self.in_hand[worker_id] > 0
+        if worker_id in self.freed:
+            self.freed.pop(worker_id).set()
 
     async def _first_of(self, waiting: asyncio.Future[Any], wait_s: float) -> None:
         """Until the answer, the end of the wait, or the end of the server."""
-        closing: asyncio.Future[Any] = asyncio.ensure_future(self._closing.wait())
+        closing: asyncio.Future[Any] = asyncio.ensure_future(self.closing.wait())
         try:
             await asyncio.wait({waiting, closing}, timeout=wait_s,
                                return_when=asyncio.FIRST_COMPLETED)
@@ -3179,85 +2998,77 @@ class PullDesk:
 
     async def give_back(self, jobs: list[Job], sent: bool) -> None:
         for job in jobs:
-            run_id, fence = job.run.run_id, job.run.fence
-            await self._journal.write(give_back, run_id, fence, sent, self._limits)
+            lease = (job.run.run_id, job.run.fence)
+            await self.journal.write(give_back, *lease, sent, self.limits)
 
     def look_after(self, jobs: list[Job], transport: asyncio.Transport | None) -> None:
-        """Count jobs that were sent; a moment later, see whether their client is still there.
+        """Count jobs that were sent; a moment later, see whether their client is there.
 
         A process that was killed takes its sockets along at once, and acks come within
         milliseconds. Not sooner than a second, for some clients close the connection
         of a poll and ack on another.
         """
-
-        self._in_hand[jobs[0].run.worker_id or ""] += len(jobs)
+        self.in_hand[jobs[0].run.worker_id or ""] += len(jobs)
 
         def look() -> None:
             gone = transport is None or transport.is_closing()
-            if gone and not self._closing.is_set():
+            if gone and not self.closing.is_set():
                 self._chore(self.give_back(jobs, sent=True))
 
         asyncio.get_running_loop().call_later(GONE_AFTER_S, look)
 
     def _chore(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
+        self.chores.add(task)
+        task.add_done_callback(self.chores.discard)
 
     async def close(self) -> None:
         """Answer every held poll now, with nothing, and finish what is under way."""
-        self._closing.set()
-        if self._chores:
-            await asyncio.wait(self._chores)
+        self.closing.set()
+        if self.chores:
+            await asyncio.wait(self.chores)
 
 
 def worker_of(request: web.BaseRequest) -> str:
     """The worker's id, client-made: in every path, and taken as it is."""
     worker_id: str = request["worker_id"]
     if len(worker_id) > 255 or CONTROL.search(worker_id):
-        raise InvalidInput("worker id: send up to 255 characters, no control characters")
+        raise InvalidInput("worker id: send up to 255 characters, no control "
+                           "characters")
     return worker_id
 
 
 async def post_worker(api: Api, request: web.BaseRequest) -> web.Response:
     """Register a worker, again as often as it likes; the newest word counts."""
     body = Fields(await api.read_json(request))
-    worker_id = worker_of(request)
-    function_ids = body.items("functionIds")
+    worker_id, function_ids = worker_of(request), body.items("functionIds")
     if not all(isinstance(function_id, str) for function_id in function_ids):
         raise InvalidInput("function_ids: send a list of strings")
-    worker = Worker(
-        worker_id=worker_id,
-        hostname=body.text("hostname"),
-        function_ids=dumps(list(dict.fromkeys(function_ids))),
-        max_concurrent_jobs=body.whole("maxConcurrentJobs", default=10, high=1_000_000),
-        labels=dumps(body.inner("labels").all),
-        version=dumps(body.inner("version").all),
-        connected=1,
-        registered_at=api.clock.wall(),
-    )
-    await api.journal.write(register_worker, worker)
+    await api.journal.write(register_worker, Worker(
+        worker_id, body.text("hostname"), dumps(list(dict.fromkeys(function_ids))),
+        body.whole("maxConcurrentJobs", default=10, high=1_000_000),
+        dumps(body.inner("labels").all), dumps(body.inner("version").all),
+        connected=1, registered_at=api.clock.wall()))
     await api.desk.heard_of(worker_id)
     return answer('{"status":"registered"}')
 
 
 async def post_heartbeat(api: Api, request: web.BaseRequest) -> web.Response:
-    """Renew the leases of the jobs that are listed, no others (Python drops a job to let it end)."""
+    """Renew the leases of the jobs that are listed: Python drops one to let it end."""
     body = Fields(await api.read_json(request))
     worker_id = worker_of(request)
     await api.desk.heard_of(worker_id)
-    job_ids = [Fields(job, f"jobs[{i}]").text("jobId") for i, job in enumerate(body.items("jobs"))]
-    if job_ids:
+    if job_ids := [job.text("jobId") for job in body.objects("jobs")]:
         await api.journal.write(heartbeat, worker_id, job_ids, api.limits)
     return answer('{"status":"ok"}')
 
 
 async def poll_jobs(api: Api, request: web.BaseRequest) -> web.Response:
-    """GET .../jobs?available=N[&wait=S][&acked=true]: up to N jobs, or 204 for none in time.
+    """GET .../jobs?available=N[&wait=S][&acked=true]: N jobs at most, or 204 for none.
 
     Held up to `wait` seconds, at most 25; JS and Go do not say `wait` and are held for
-    10, for they would sleep a second after a 204 (JS 0.29). Our own client says `acked`:
-    it takes the answer for the ack of its jobs, which saves a commit before each start.
+    10, for they would sleep a second after a 204 (JS 0.29). Our own client says
+    `acked`: it takes the answer for its ack, which saves a commit before each start.
     """
     wanted = Fields(request.query)
     desk, worker_id = api.desk, worker_of(request)
@@ -3270,7 +3081,7 @@ async def poll_jobs(api: Api, request: web.BaseRequest) -> web.Response:
     jobs = await desk.wait_for_jobs(worker_id, slots, wait_s, acked) if slots else []
     if jobs:
         desk.look_after(jobs, request.transport)
-        return answer('{"jobs":[' + ",".join(map(job_to_json, jobs)) + "]}")
+        return answer(join({"jobs": listed(map(job_to_json, jobs))}))
     held = {"Ironflow-Poll-Wait": str(wait_s)} if slots and wait_s else {}
     return web.Response(status=204, headers=held)
 
@@ -3281,17 +3092,13 @@ def job_to_json(job: Job) -> Json:
     steps = [join({"step_id": quoted(step.step_id), "name": quoted(step.name),
                    "output": step.output or "null", "status": '"completed"'})
              for step in job.completed]
-    return join({
-        "job_id": quoted(run.job_id), "run_id": quoted(run.run_id),
-        "function_id": quoted(run.function_id), "attempt": str(run.attempt),
-        "event": join(event_members(job.event)),
-        "completed_steps": "[" + ",".join(steps) + "]",
-        "execution_seq": str(run.fence), "lease_token": quoted(run.lease_token),
-        "step_sequence_base": str(job.next_sequence),
+    return join(members(run, ("job_id", "run_id", "function_id", "attempt",
+                              "lease_token")) | {
+        "event": join(event_members(job.event)), "completed_steps": listed(steps),
+        "execution_seq": str(run.fence), "step_sequence_base": str(job.next_sequence),
         "max_attempts": str(run.policy.max_attempts),
         "on_exhausted": quoted(run.policy.on_exhausted),
-        "lease_expires_at": stamp(run.lease_until),
-    })
+        "lease_expires_at": stamp(run.lease_until)})
 
 
 async def put_ack(api: Api, request: web.BaseRequest) -> web.Response:
@@ -3315,7 +3122,7 @@ async def put_update(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
-    """What to make of a final report that cannot be kept: the run fails with the sentence.
+    """What to make of a final report that cannot be kept: the run fails, and says why.
 
     Refused, it would be dropped by the SDKs, and the run would go round from worker to
     worker. Raises `wrong` for all that is not final: a worker can live with that.
@@ -3325,7 +3132,8 @@ def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
         raise wrong
     log.warning("the report on %s cannot be kept: %s", job_id, wrong.message)
     message = f"the worker's report cannot be kept: {wrong.message}"
-    return Report("failed", fence, None, error={"message": message, "code": "INVALID_REPORT"})
+    error = {"message": message, "code": "INVALID_REPORT"}
+    return Report("failed", fence, None, error=error)
 
 
 def status_in(body: bytes, wrong: IronflowError) -> Any:
@@ -3344,15 +3152,12 @@ async def put_updates(api: Api, request: web.BaseRequest) -> web.Response:
     Ours, for our own client: {"updates": [{"job_id", "status", ...}]}, where `status`
     may also be `ack`. The answer's `results` hold a status and a body for each.
     """
-    body = Fields(await api.read_json(request))
-    updates = body.items("updates")
+    updates = Fields(await api.read_json(request)).objects("updates")
     if len(updates) > UPDATES_PER_REQUEST:
         raise InvalidInput(f"{len(updates)} updates: send up to {UPDATES_PER_REQUEST}")
     size = (request.content_length or KIB) // max(1, len(updates))
-    results = await asyncio.gather(
-        *[take_update(api, Fields(u, f"updates[{i}]"), size) for i, u in enumerate(updates)]
-    )
-    return answer('{"results":[' + ",".join(results) + "]}")
+    results = await asyncio.gather(*[take_update(api, item, size) for item in updates])
+    return answer(join({"results": listed(results)}))
 
 
 async def take_update(api: Api, item: Fields, size: int) -> Json:
@@ -3368,22 +3173,19 @@ async def take_update(api: Api, item: Fields, size: int) -> Json:
     return '{"status":200,"body":{"status":"ok"}}'
 
 
-STATUSES = ("ack", "progress", "completed", "failed", "yielded")
-
-
 def read_report(body: Fields, status: str | None = None) -> Report:
     """A worker's word on a job, as all three SDKs send it. Raises InvalidInput."""
     said: Any = status or body.text("status")
-    if said not in STATUSES:
-        raise InvalidInput(f"status is {said[:40]!r}: send one of {', '.join(STATUSES)}")
+    known = ("ack", "progress", "completed", "failed", "yielded")
+    if said not in known:
+        raise InvalidInput(f"status is {said[:40]!r}: send one of {', '.join(known)}")
     steps = body.items("steps")
     if said == "progress" and len(steps) > STEPS_PER_REPORT:
-        raise InvalidInput(f"{len(steps)} steps in one report: send up to {STEPS_PER_REPORT}")
+        raise InvalidInput(f"{len(steps)} steps in one report: send up to "
+                           f"{STEPS_PER_REPORT}")
     return Report(
-        status=said,
-        fence=body.whole("executionSeq", default=-1),
-        lease_token=body.text("leaseToken"),
-        steps=[read_step(Fields(s, f"steps[{i}]")) for i, s in enumerate(steps)],
+        said, body.whole("executionSeq", default=-1), body.text("leaseToken"),
+        steps=[read_step(Fields(step, f"steps[{i}]")) for i, step in enumerate(steps)],
         step_offset=body.whole("stepOffset"),
         output=dumps(body.get("output")),
         error=read_error(body.get("error")) if said == "failed" else {},
@@ -3397,34 +3199,33 @@ def read_step(body: Fields) -> ReportedStep:
     if not step_id or CONTROL.search(step_id):
         raise InvalidInput("a step's id is empty or holds a control character")
     if status not in ("completed", "failed"):
-        raise InvalidInput(f"step {step_id[:80]!r}: status {status[:40]!r} is not completed "
-                           "or failed")
+        raise InvalidInput(f"step {step_id[:80]!r}: status {status[:40]!r} is not "
+                           "completed or failed")
     failed = status == "failed"
     return ReportedStep(
-        step_id=step_id,
-        name=body.text("name") or step_id,
-        type=body.text("type") or "invoke",
-        status="failed" if failed else "completed",
+        step_id, body.text("name") or step_id, body.text("type") or "invoke",
+        "failed" if failed else "completed",
         output=None if failed else dumps(body.get("output")),
         error=dumps(read_error(body.get("error"))) if failed else None,
         duration_ms=round(body.number("durationMs") or 0),
         compensation_for=body.text("compensationFor") or None,
-        started_at=body.instant("startedAt"),
-        ended_at=body.instant("endedAt"),
+        started_at=body.instant("startedAt"), ended_at=body.instant("endedAt"),
     )
 
 
 def read_error(value: Any) -> dict[str, Any]:
-    """An error as reported: an object, a bare sentence, or nothing; `message` always."""
+    """An error as reported: an object, a bare sentence, or nothing."""
     error = dict(value) if isinstance(value, dict) else {"message": value}
     message = error.get("message")
-    error["message"] = (message if isinstance(message, str) else "unknown error")[:MAX_ERROR_TEXT]
-    error["retryable"] = error.get("retryable") is True
+    message = message if isinstance(message, str) else "unknown error"
     after = Fields(error, "error").number("retryAfterMs")
-    error.pop("retryAfterMs", None)
+    always = {"message": message[:MAX_ERROR_TEXT],
+              "retryable": error.get("retryable") is True}
+    error = {**error, **always}
+    for name in ("retryAfterMs", "retry_after_ms"):
+        error.pop(name, None)
     if len(dumps(error)) > 4 * MAX_ERROR_TEXT:  # a stack like that helps nobody
-        error = {"message": error["message"], "retryable": error["retryable"]}
-    error.pop("retry_after_ms", None)
+        error = always
     return error if after is None else error | {"retry_after_ms": max(0.0, after)}
 
 
@@ -3440,7 +3241,7 @@ def read_yield(body: Fields) -> Yield:
 
 
 def step_name(step_id: str) -> str:
-    """The name inside `{scope}:{name}:{index}`, for people; ids themselves stay opaque."""
+    """The name inside `{scope}:{name}:{index}`, for people; ids stay opaque."""
     parts = re.split(r"(?<!\\):", step_id)
     name = parts[-2] if len(parts) >= 3 else step_id
     return name.replace("\\:", ":").replace("\\\\", "\\")
@@ -3461,11 +3262,8 @@ STOP_S = 10.0  # how long requests in progress may take when stopping
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
 
-    def __init__(self, journal: Journal, desk: PullDesk, limits: Limits, clock: Clock) -> None:
-        self._journal = journal
-        self._desk = desk
-        self._limits = limits
-        self._clock = clock
+    def __init__(self, desk: PullDesk) -> None:
+        self._desk, self._clock = desk, desk.clock
         self._next_at = math.inf
         self._rung = asyncio.Event()
 
@@ -3477,25 +3275,25 @@ class Timekeeper:
 
     async def keep(self) -> None:
         """Until cancelled. An error here ends the server: nothing would ever be due."""
+        clock = self._clock
         await self._turn(keep_leases)
-        wall, steady = self._clock.wall(), self._clock.steady()
+        wall, steady = clock.wall(), clock.steady()
         while True:
-            await self._sleep()
-            step_s = (self._clock.wall() - wall) - (self._clock.steady() - steady)
-            wall, steady = self._clock.wall(), self._clock.steady()
+            self._rung.clear()
+            delay_s = min(max(self._next_at - clock.wall(), 0.0), CLOCK_CHECK_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._rung.wait()
+            step_s = (clock.wall() - wall) - (clock.steady() - steady)
+            wall, steady = clock.wall(), clock.steady()
             if abs(step_s) > CLOCK_STEP_S:
-                log.warning("the machine's clock was set by %+.1f s: leases start anew", step_s)
+                log.warning("the machine's clock was set by %+.1f s: leases start anew",
+                            step_s)
                 await self._turn(keep_leases)
-            await self._desk.miss_the_silent()
+            with contextlib.suppress(DiskFull, Unavailable):  # again in half a minute
+                await self._desk.miss_the_silent()
             if self._next_at <= wall:
                 await self._turn(turn_clock)
-
-    async def _sleep(self) -> None:
-        self._rung.clear()
-        delay = min(max(self._next_at - self._clock.wall(), 0.0), CLOCK_CHECK_S)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(delay):
-                await self._rung.wait()
 
     async def _turn(self, rule: Callable[..., float]) -> None:
         """Have a rule of time carried out, however long the disk refuses.
@@ -3505,9 +3303,9 @@ class Timekeeper:
         while True:
             self._next_at = math.inf
             try:
-                instant = await self._journal.write(rule, self._limits)
+                instant = await self._desk.journal.write(rule, self._desk.limits)
                 break
-            except (DiskFull, Unavailable, Overloaded):  # the journal said so in the log
+            except (DiskFull, Unavailable):  # the journal said so in the log
                 await asyncio.sleep(RETRY_S)
         self._next_at = min(self._next_at, instant)
 
@@ -3539,9 +3337,10 @@ class Server:
 
     def __post_init__(self) -> None:
         self._running = contextlib.AsyncExitStack()
-        self._guard = Guard(None if self.dev else self.api_key or None, self.dev,
-                            frozenset(map(host_name, self.allow_hosts)),
-                            frozenset(origin.rstrip("/") for origin in self.cors_origins))
+        self._guard = Guard(
+            None if self.dev else self.api_key or None, self.dev,
+            frozenset(map(host_name, self.allow_hosts)),
+            frozenset(origin.rstrip("/") for origin in self.cors_origins))
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -3557,31 +3356,29 @@ class Server:
             for sock in sockets:
                 stack.callback(sock.close)
             offers = Offers(self.limits)
-            self.failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            self.failed: asyncio.Future[Any] = loop.create_future()
             journal = Journal(
-                Path(self.db), clock=self.clock, ids=self.ids, environment=self.environment,
-                cache_mb=self.cache_mb, offers=offers,
+                Path(self.db), clock=self.clock, ids=self.ids, offers=offers,
+                environment=self.environment, cache_mb=self.cache_mb,
                 on_alarm=lambda instant: timekeeper.ring(instant),
-                on_failure=lambda error: settle_future(self.failed, [error]),
-            )
+                on_failure=lambda error: settle_future(self.failed, [error]))
             stack.push_async_callback(journal.close)
             desk = PullDesk(journal, offers, self.limits, self.clock)
-            timekeeper = Timekeeper(journal, desk, self.limits, self.clock)
-            workers = await journal.read(Queries.connected_workers)
-            desk.remember(worker.worker_id for worker in workers)
+            for worker in await journal.read(Queries.connected_workers):
+                desk.remember(worker.worker_id)
+            timekeeper = Timekeeper(desk)
             keeping = asyncio.create_task(timekeeper.keep(), name="ironflow time")
             keeping.add_done_callback(self._time_stopped)
             stack.push_async_callback(end_task, keeping)
-            await self._open_doors(stack, sockets, journal, desk)
+            api = Api(journal, desk, self._guard, self.limits, self.environment,
+                      self.clock, Doors(doors()))
+            await self._open_doors(stack, sockets, api)
             stack.push_async_callback(desk.close)
             self._running = stack.pop_all()
 
-    async def _open_doors(
-        self, stack: contextlib.AsyncExitStack, sockets: list[socket.socket],
-        journal: Journal, desk: PullDesk,
-    ) -> None:
-        api = Api(journal, desk, self._guard, self.limits, self.environment, self.clock,
-                  Doors(doors()))
+    async def _open_doors(self, stack: contextlib.AsyncExitStack,
+                          sockets: list[socket.socket], api: Api) -> None:
         http_log = logging.getLogger("ironflow.http")
         http_log.addFilter(is_our_mistake)
         http = web.Server(api.gate, access_log=None, handler_cancellation=True,
@@ -3605,7 +3402,7 @@ class Server:
 
 
 def is_our_mistake(record: logging.LogRecord) -> bool:
-    """Whether to log it: a port scanner's broken HTTP, answered with 400, is not ours."""
+    """Whether to log it: a port scanner's broken HTTP, answered 400, is not ours."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, (HttpProcessingError, web.RequestPayloadError))
 
@@ -3619,16 +3416,16 @@ def listen(host: str | None, port: int, guard: Guard) -> list[socket.socket]:
     """Bound sockets: the host's, or without one both loopback addresses on one port."""
     if host is not None:
         if guard.api_key is None and not guard.dev and not is_loopback(host):
-            raise StartError(f"--host {host} would serve the network without a key: set "
-                             "IRONFLOW_API_KEY, or leave out --host to serve loopback only "
-                             "(or use --dev where nobody else is)")
+            raise StartError(f"--host {host} would serve the network without a key: "
+                             "set IRONFLOW_API_KEY, or leave out --host to serve "
+                             "loopback only (or use --dev where nobody else is)")
         return [bind(host, port)]
     for _ in range(20):
         first = bind("127.0.0.1", port)
         try:
             return [first, bind("::1", first.getsockname()[1])]
         except StartError as error:
-            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != EADDRINUSE:
+            if getattr(error.__cause__, "errno", None) != EADDRINUSE:
                 return [first]  # a machine without IPv6
             first.close()
             if port != 0:
@@ -3637,24 +3434,18 @@ def listen(host: str | None, port: int, guard: Guard) -> list[socket.socket]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        sock = socket.socket(found[0][0], socket.SOCK_STREAM)
-        try:
-            if os.name == "posix":  # elsewhere it would let two servers share the port
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if sock.family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(found[0][4])
-            sock.listen(1024)
-            sock.setblocking(False)
-            return sock
-        except OSError:
-            sock.close()
-            raise
+    try:  # SO_REUSEADDR where it is harmless, and IPv6 without IPv4: by create_server
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                   flags=socket.AI_PASSIVE)
+        family, address = found[0][0], found[0][4]
+        sock = socket.create_server(address, family=family, backlog=1024)
+        sock.setblocking(False)
+        return sock
     except OSError as error:
-        raise StartError(f"cannot listen on {host} port {port}: {error.strerror}; stop who has "
-                         "it, or choose another with --port (0 takes a free one)") from error
+        why = str(error.strerror).partition(" (while")[0]
+        raise StartError(f"cannot listen on {host} port {port}: {why}; stop who has it,"
+                         " or choose another with --port (0 takes a free one)"
+                         ) from error
 
 
 # ======================================================================================
@@ -3676,29 +3467,30 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="ironflow.py", description="Turn events into durable work. One file, one journal.",
-        epilog="example: python ironflow.py --db orders.db --port 9123",
-    )
+        prog="ironflow.py",
+        description="Turn events into durable work. One file, one journal.",
+        epilog="example: python ironflow.py --db orders.db --port 9123")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("version", help="print the version")
     serve = commands.add_parser(
         "serve", help="run the server (the default)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="environment: IRONFLOW_API_KEY (every request then needs it), IRONFLOW_ENV, "
-        "IRONFLOW_LEASE_SECONDS, LOG_LEVEL; a flag beats a variable",
-    )
+        epilog="environment: IRONFLOW_API_KEY (every request then needs it), "
+        "IRONFLOW_ENV, IRONFLOW_LEASE_SECONDS, LOG_LEVEL; a flag beats a variable")
     limits, env, add = Limits(), os.environ, serve.add_argument
     add("--host", help="address to listen on; without it both loopback addresses")
     add("--port", type=port, default=9123, help="0 takes a free one")
     add("--db", default="ironflow.db", metavar="FILE", help="the journal")
-    add("--env", default=env.get("IRONFLOW_ENV") or "default", help="environment to serve")
+    add("--env", default=env.get("IRONFLOW_ENV") or "default",
+        help="environment to serve")
     add("--log-level", default=env.get("LOG_LEVEL") or "info", type=log_level,
         metavar="LEVEL", help="debug, info, warning or error: what goes to stderr")
-    add("--lease-seconds", type=seconds, dest="lease_s", metavar="S", help="how long a silent worker keeps a run; "
-        "the SDKs' workers speak every 30 s, so 60 or more is wise",
-        default=env.get("IRONFLOW_LEASE_SECONDS") or limits.lease_s)
-    add("--dev", action="store_true", help="no key, any address, any origin: only where "
-        "nobody else is")
+    add("--lease-seconds", type=seconds, dest="lease_s", metavar="S",
+        default=env.get("IRONFLOW_LEASE_SECONDS") or limits.lease_s,
+        help="how long a silent worker keeps a run; the SDKs' workers speak every 30 s,"
+        " so 60 or more is wise")
+    add("--dev", action="store_true",
+        help="no key, any address, any origin: only where nobody else is")
     add("--cors-origin", action="append", default=[], metavar="ORIGIN",
         help="a web page's origin that may call, such as https://app.example")
     add("--allow-host", action="append", default=[], metavar="NAME",
@@ -3709,67 +3501,63 @@ def parser() -> argparse.ArgumentParser:
         "step_bytes": "one step's output, or one run's",
         "body_bytes": "one request",
         "steps": "steps of one run",
-        "lost_leases": "workers lost in a row, without a new step, before a run is paused",
+        "lost_leases":
+            "workers lost in a row, without a new step, before a run is paused",
     }.items():
         add(f"--max-{name.replace('_', '-')}", dest=name, type=positive, metavar="N",
             default=getattr(limits, name), help=what)
     return top
 
 
+def give(truth: bool, text: str, wanted: str) -> None:
+    if not truth:
+        raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
+
+
 def seconds(text: str) -> float:
-    value = float(text)
-    if not 0.1 <= value <= 86_400 * 365:
-        raise argparse.ArgumentTypeError(f"{text}: give 0.1 seconds or more, up to a year")
-    return value
+    give(0.1 <= float(text) <= 86_400 * 365, text, "0.1 seconds or more, up to a year")
+    return float(text)
 
 
 def port(text: str) -> int:
-    if not 0 <= int(text) <= 65_535:
-        raise argparse.ArgumentTypeError(f"{text}: give 0 to 65535")
+    give(0 <= int(text) <= 65_535, text, "0 to 65535")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    give(int(text) >= 1, text, "1 or more")
     return int(text)
 
 
 def log_level(text: str) -> str:
-    if text.lower() not in ("debug", "info", "warning", "error"):
-        raise argparse.ArgumentTypeError(f"{text}: give debug, info, warning or error")
+    known = text.lower() in ("debug", "info", "warning", "error")
+    give(known, text, "debug, info, warning or error")
     return text.lower()
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
-    return value
-
-
 def serve(asked: argparse.Namespace) -> int:
-    """`python ironflow.py`: until SIGTERM or SIGINT. 0 after a clean stop, 2 if it cannot
-    start, 1 if the disk failed."""
+    """Until SIGTERM or SIGINT. 0: a clean stop; 1: the disk failed; 2: cannot start."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s",
                         level=asked.log_level.upper(), stream=sys.stderr)
     api_key = os.environ.get("IRONFLOW_API_KEY") or None
     if asked.dev:
         log.warning("--dev: anyone who reaches this port may do anything%s",
                     "; IRONFLOW_API_KEY is ignored" if api_key else "")
-    limits = Limits(**{f.name: getattr(asked, f.name) for f in fields(Limits)})
-    server = Server(db=asked.db, host=asked.host, port=asked.port, environment=asked.env,
-                    api_key=api_key, dev=asked.dev, allow_hosts=asked.allow_host,
-                    cors_origins=asked.cors_origin, cache_mb=asked.cache_mb, limits=limits)
-    try:
-        return run_loop(serve_until_stopped(server))
-    except StartError as error:
-        print(f"ironflow.py: {error}", file=sys.stderr)
-        return 2
-
-
-def run_loop(main: Coroutine[Any, Any, T]) -> T:
-    """asyncio.run, on uvloop where the extra `speed` brought it."""
-    try:
+    limits = Limits(**{name: getattr(asked, name) for name in column_names(Limits)})
+    server = Server(
+        db=asked.db, host=asked.host, port=asked.port, environment=asked.env,
+        api_key=api_key, dev=asked.dev, allow_hosts=asked.allow_host,
+        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb, limits=limits)
+    try:  # the extra `speed`
         from uvloop import new_event_loop as factory
     except ModuleNotFoundError:
         factory = asyncio.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main)
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(serve_until_stopped(server))
+    except StartError as error:
+        print(f"ironflow.py: {error}", file=sys.stderr)
+        return 2
 
 
 async def serve_until_stopped(server: Server) -> int:
