@@ -2818,8 +2818,8 @@ class Journal:
         batch: list[Wish] = []
         while wishes is not None:
             batch += wishes
-            full = len(batch) >= BATCH_RULES or sum(w.size for w in batch) >= BATCH_BYTES
-            if full or self._queue.empty():
+            size = sum(wish.size for wish in batch)
+            if len(batch) >= BATCH_RULES or size >= BATCH_BYTES or self._queue.empty():
                 return batch
             wishes = self._queue.get()
         if batch:
