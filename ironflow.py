@@ -425,7 +425,10 @@ def from_rfc3339(text: str) -> float:
 # float and json would let an infinity pass, so neither is asked: whatever could hold
 # such a thing shows in the bytes, and only then the slow and strict reading is done.
 
-SUSPECT = re.compile(rb"[0-9]{19}|[eE]\+?[0-9]{3}|\\u(?:[dD][89a-fA-F]|0000)")
+SUSPECT = re.compile(
+    rb"[0-9]{19}"  # an integer near 64 bits, or a longer one
+    rb"|(?:^|[\[:,\s])-?[0-9.]+[eE]\+?[0-9]{3}"  # 1e308 or more; not in a UUID
+    rb"|\\u(?:[dD][89a-fA-F]|0000)")  # half a pair, NUL
 TOO_DEEP = f"body is nested deeper than {MAX_NESTING} levels"
 
 
