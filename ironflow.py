@@ -1606,7 +1606,8 @@ def accept_event(tx: Transaction, event: NewEvent, now: float,
     kept = tx.append_event(event, tx.ids.new("evt", now), now)
     functions = tx.functions_triggered_by(event.name)
     if by_id and not functions:
-        functions = list(filter(None, [tx.find(Function, function_id=event.name)]))
+        named = tx.find(Function, function_id=event.name, status="active")
+        functions = [named] if named else []
     run_ids = [start_run(tx, function, kept, now) for function in functions]
     return Accepted(kept.event_id, run_ids)
 
@@ -3029,7 +3030,7 @@ class PullDesk:
         """Answer every held poll now, with nothing, and finish what is under way."""
         self.closing.set()
         if self.chores:
-            await asyncio.wait(self.chores)
+            await asyncio.wait(self.chores, timeout=STOP_S)
 
 
 def worker_of(request: web.BaseRequest) -> str:
