@@ -2745,8 +2745,9 @@ def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Conne
                          f"{sqlite3.sqlite_version}: use a newer Python")
     uri = f"{path.as_uri()}?mode={'ro' if read_only else 'rwc'}"
     try:
-        db = sqlite3.connect(uri, FOREIGN_LOCK_S, uri=True, isolation_level=None,
-                             check_same_thread=False, cached_statements=256)
+        db = sqlite3.connect(uri, timeout=FOREIGN_LOCK_S, uri=True,
+                             isolation_level=None, check_same_thread=False,
+                             cached_statements=256)
         db.execute(f"PRAGMA cache_size = {-cache_mb * KIB}")
         return db
     except sqlite3.Error as error:
