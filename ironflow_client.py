@@ -181,7 +181,7 @@ def json_copy(value: Any, what: str) -> Any:
     A step returns this copy and never the object that its function made, so that a
     first run and a replay see the same. Refused is what json.dumps would bend silently
     (keys that are no text, NaN, infinity), and what the server refuses: integers beyond
-    64 bits, lone surrogates, NUL in keys, deep nesting (design.md section 4).
+    64 bits, lone surrogates, NUL in keys, deep nesting.
 
     Raises NotJSON; its message says `what`, where in it, and why.
     """
@@ -1377,8 +1377,8 @@ class Link:
         """Let threads end, and wake them. Without the poll no more jobs come.
 
         The server takes back the offer of a poll that vanishes. A job handed out in
-        that instant is run if its answer still reached us; if not, it has no ack, and
-        comes back when its reservation ends (15 s, design.md section 4).
+        that instant is run if its answer still reached us; if it was lost on the way,
+        it comes back when its lease ends.
         """
         with self._changed:
             for role in roles:

@@ -1485,7 +1485,7 @@ def test_no_request_makes_a_500(server: RunningServer, door: str, body: bytes) -
 
 
 # ======================================================================================
-# What the journal says (protocol 8.7)
+# What the journal says
 # ======================================================================================
 
 
@@ -2364,6 +2364,21 @@ def test_many_polls_of_vanished_clients_swallow_nothing(bench: Bench) -> None:
     while len(found) < 5:
         found += bench.server.poll(bench.name, 5, wait=10)
     assert len({job["run_id"] for job in found}) == 5
+
+
+@pytest.mark.parametrize(("acked", "lease_s"), [("", 15), ("&acked=true", 3600)])
+def test_a_poll_may_count_as_the_ack_of_its_jobs(
+    tmp_path: Path, acked: str, lease_s: int
+) -> None:
+    with serve(tmp_path, "--lease-seconds", "3600") as server:
+        server.register()
+        server.join()
+        server.emit()
+        path = f"/api/v1/workers/w/jobs?available=1&wait=20{acked}"
+        (job,) = server.yes("GET", path)["jobs"]
+        ((held, length_s),) = server.rows("SELECT acked, lease_until - started_at FROM run")
+        assert (held, round(length_s)) == (bool(acked), lease_s)
+        assert server.tell(job, "completed") == (200, {"status": "ok"})
 
 
 def test_a_restart_extends_leases(tmp_path: Path) -> None:
