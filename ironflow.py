@@ -871,6 +871,7 @@ def doors() -> dict[str, Handler]:
         get_ready: ["GET /ready"],
         get_capabilities: ["GET /api/v1/capabilities", f"{service}/GetCapabilities"],
         post_events: ["POST /api/v1/events"],
+        not_built: ["GET /api/v1/events"],  # a path with another verb
         get_event: ["GET /api/v1/events/{event_id}"],
         trigger: [f"{service}/Trigger", f"{service}/Emit", f"{pubsub}/Emit"],
         post_function: [f"{service}/RegisterFunction"],
@@ -1302,6 +1303,11 @@ def accepted_to_rest(accepted: Accepted) -> Json:
     event_id, run_ids = quoted(accepted.event_id), dumps(accepted.run_ids)
     return join({"event_id": event_id, "id": event_id, "run_ids": run_ids,
                  "eventId": event_id, "runIds": run_ids})
+
+
+async def not_built(api: Api, request: web.BaseRequest) -> web.Response:
+    raise Unimplemented(f"{request.method} {request.raw_path[:120]} is not supported "
+                        "by this server yet: ask for one event by its id")
 
 
 async def get_event(api: Api, request: web.BaseRequest) -> web.Response:

@@ -613,6 +613,7 @@ def test_capabilities_list_only_what_is_built(
     ("GET /api/v1/nowhere", UNKNOWN),
     ("POST /api/v1/steps/patch", UNKNOWN),
     ("DELETE /api/v1/events", (405, "unimplemented")),
+    ("GET /api/v1/events", (501, "unimplemented")),
     ("POST /health", (405, "unimplemented")),
     ("POST /ironflow.v1.IronflowService/PauseRun", (501, "unimplemented")),
     ("POST /ironflow.v1.PubSubService/Subscribe", (501, "unimplemented")),
