@@ -67,17 +67,18 @@ from collections import Counter, abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, overload
 from urllib.parse import quote, urlencode, urlsplit
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "Context", "Duration", "Emitted", "EmittedSync",
-           "Event", "EventRow", "Function", "InvokeError", "IronflowError",
-           "NonRetryableError", "NotJSON", "RetryAfterError", "Row", "Run", "RunInfo",
-           "RunResult", "Step", "StepError", "StepRow", "StepTimeoutError", "Worker",
-           "WorkerAuthError", "function", "run_inline"]
+__all__ = ["AsyncClient", "Client", "Context", "Duration", "Emitted", "Event",
+           "EventRow", "Function", "InvokeError", "IronflowError", "NonRetryableError",
+           "NotJSON", "RetryAfterError", "Row", "Run", "RunInfo", "Step", "StepError",
+           "StepRow", "StepTimeoutError", "Worker", "WorkerAuthError", "function",
+           "run_inline"]
 
 T = TypeVar("T")
 log = logging.getLogger("ironflow")
@@ -112,10 +113,6 @@ LONGEST_S = 1000 * 365 * UNITS["d"]
 
 def now() -> datetime:
     return datetime.now(UTC)
-
-
-def monotonic() -> float:
-    return time.monotonic()
 
 
 def new_name(prefix: str) -> str:
@@ -177,7 +174,7 @@ encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
                           separators=(",", ":")).encode
 
 
-def json_copy(value: Any, what: str) -> Any:
+def json_copy(value: Any, what: str, path: tuple[str | int, ...] = ()) -> Any:
     """The value as it would come back from JSON: tuples are lists, subclasses plain.
 
     A step returns this copy and never the object that its function made, so that a
@@ -187,54 +184,33 @@ def json_copy(value: Any, what: str) -> Any:
 
     Raises NotJSON; its message says `what`, where in it, and why.
     """
-    try:
-        return _copy(value, 0)
-    except _Flaw as flaw:
-        where = f" at {flaw.path}" if flaw.path else ""
-        raise NotJSON(f"{what} is not JSON{where}: {flaw.reason}") from None
-
-
-class _Flaw(Exception):
-    """Why a value is not JSON. Each level on the way out puts its key before `path`."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason, self.path = reason, ""
-
-
-def _copy(value: Any, depth: int) -> Any:
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
-        if not value.isascii() and re.search("[\ud800-\udfff]", value):
-            raise _Flaw("text with a lone surrogate, which UTF-8 cannot carry")
-        return str.__str__(value)
-    if isinstance(value, int):
-        if not -(2**63) <= value < 2**64:
-            raise _Flaw("an integer beyond 64 bits; send it as text")
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise _Flaw(f"{value} has no spelling in JSON")
-        return float(value)
-    if depth == MAX_DEPTH:
-        raise _Flaw(f"nested deeper than {MAX_DEPTH}, or in a circle")
-    if isinstance(value, (list, tuple)):
-        return [_member(item, f"[{i}]", depth) for i, item in enumerate(value)]
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str) or "\0" in key:
-                raise _Flaw(f"the key {key!r} is no text, or contains NUL")
-        return {_copy(key, depth): _member(item, f".{key}", depth)
+        if value.isascii() or not re.search("[\ud800-\udfff]", value):
+            return str.__str__(value)
+        flaw = "text with a lone surrogate, which UTF-8 cannot carry"
+    elif isinstance(value, int):
+        if -(2**63) <= value < 2**64:
+            return int(value)
+        flaw = "an integer beyond 64 bits; send it as text"
+    elif isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        flaw = f"{value} has no spelling in JSON"
+    elif not isinstance(value, (list, tuple, dict)):
+        flaw = f"{value!r:.60} is a {type(value).__name__}"
+    elif len(path) == MAX_DEPTH:
+        flaw = f"nested deeper than {MAX_DEPTH}, or in a circle"
+    elif not isinstance(value, dict):
+        return [json_copy(item, what, (*path, i)) for i, item in enumerate(value)]
+    elif odd := [key for key in value if not isinstance(key, str) or "\0" in key]:
+        flaw = f"the key {odd[0]!r} is no text, or contains NUL"
+    else:
+        return {json_copy(key, what, path): json_copy(item, what, (*path, key))
                 for key, item in value.items()}
-    raise _Flaw(f"{value!r:.60} is a {type(value).__name__}")
-
-
-def _member(value: Any, place: str, depth: int) -> Any:
-    try:
-        return _copy(value, depth + 1)
-    except _Flaw as flaw:
-        flaw.path = place + flaw.path
-        raise
+    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    raise NotJSON(f"{what} is not JSON{where and ' at '}{where}: {flaw}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,13 +271,13 @@ class Job:
 
 
 class Row(dict[str, Any]):
-    """One answer of the REST API: a dict as it came; its members are attributes too.
+    """One answer of the server: a dict as it came; its members are attributes too.
 
     So `client.get_run(id).status` reads well, and a row is still JSON: a step may
-    return it. What REST leaves out while it is unset is None.
+    return it. What the server leaves out while it is unset is None.
     """
 
-    unset: frozenset[str] = frozenset()
+    unset: Iterable[str] = ()
 
     def __getattr__(self, name: str) -> Any:
         if name in self or name in self.unset:
@@ -309,40 +285,12 @@ class Row(dict[str, Any]):
         raise AttributeError(f"{type(self).__name__} has no {name!r}: {sorted(self)}")
 
 
-class Emitted(Row):
-    """What an accepted event became."""
-
-    event_id: str
-    run_ids: list[str]                  # the runs that it started, perhaps none
-
-
-class RunResult(Row):
-    """What became of a run that was waited for: run_id, function_id, status (lower
-    case), output, error, duration_ms, and wait_timed_out: it had not ended by then."""
-
-    unset = frozenset({"output", "error"})
-
-
-class EmittedSync(Row):
-    """What became of an event and the runs that it started."""
-
-    event_id: str
-    results: list[RunResult]
-
-
-class EventRow(Row):
-    """An event as REST has it: what Event has, created_at, run_id (that emitted it)."""
-
-    unset = frozenset({"metadata", "source", "idempotency_key", "run_id"})
-
-
 class Run(Row):
     """A run as REST has it: id, function_id, event_id, event_name, status (lower case),
     attempt, max_attempts, input, output, error, worker_id, and as RFC 3339 text
     created_at, updated_at, started_at, ended_at."""
 
-    unset = frozenset({"input", "output", "error", "event_name", "worker_id",
-                       "started_at", "ended_at"})
+    unset = "input", "output", "error", "event_name", "worker_id", "started_at", "ended_at"
 
 
 class StepRow(Row):
@@ -350,8 +298,23 @@ class StepRow(Row):
     step_type, sequence, status, attempt, output, error, duration_ms, started_at,
     ended_at."""
 
-    unset = frozenset({"name", "input", "output", "error", "duration_ms", "started_at",
-                       "ended_at"})
+    unset = "name", "input", "output", "error", "duration_ms", "started_at", "ended_at"
+
+
+class EventRow(Row):
+    """An event as REST has it: the members of Event, created_at, and as run_id the run
+    that emitted it."""
+
+    unset = "metadata", "source", "idempotency_key", "run_id"
+
+
+class Emitted(Row):
+    """What an accepted event became. `results` is there after emit_sync: run_id,
+    function_id, status, output, error, duration_ms and wait_timed_out of each run."""
+
+    event_id: str
+    run_ids: list[str]                  # the runs that it started, perhaps none
+    results: list[Run]
 
 
 # ======================================================================================
@@ -427,19 +390,17 @@ class StepTimeoutError(IronflowError):
 
 
 class InvokeError(IronflowError):
-    """A function that was invoked returned nothing: see `code`.
+    """An invoked function gave no output; `code` says why.
 
-    INVOKE_FAILED, INVOKE_CANCELLED, or INVOKE_TIMEOUT: it had not ended in time, and
-    goes on. `get_run(error.run_id)` says more.
+    INVOKE_FAILED, INVOKE_CANCELLED, or INVOKE_TIMEOUT: the run goes on.
     """
 
-    def __init__(self, function_id: str, result: RunResult) -> None:
-        how = {"failed": "failed", "cancelled": "was cancelled"}.get(result.status, "")
-        code = f"INVOKE_{result.status.upper()}" if how else "INVOKE_TIMEOUT"
-        cause = (result.error or {}).get("message", "")
-        super().__init__(f"function {function_id!r} {how or 'did not end in time'} "
-                         f"(run {result.run_id}){cause and ': ' + cause}", code=code)
-        self.function_id, self.run_id, self.cause = function_id, result.run_id, cause
+    def __init__(self, function_id: str, run_id: str, status: str, cause: str) -> None:
+        how = {"failed": "failed", "cancelled": "was cancelled"}.get(status)
+        super().__init__(
+            f"function {function_id!r} {how or 'did not end in time'} (run {run_id})"
+            + (cause and f": {cause}"), 0, f"INVOKE_{status.upper() if how else 'TIMEOUT'}")
+        self.function_id, self.run_id, self.cause = function_id, run_id, cause
 
 
 class WorkerAuthError(IronflowError):
@@ -769,16 +730,15 @@ class Calls:
     def __init__(self, server_url: str | None = None, api_key: str | None = None,
                  timeout: Duration = 30) -> None:
         self._idle: list[Connection] = []   # append and pop are atomic: no lock
-        self._closed = False
         self._address = Address.of(server_url, api_key)
         self._timeout = seconds(timeout, "timeout")
 
     @call
     async def close(self) -> None:
-        """Close the idle connections; calls under way elsewhere end first."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().drop()
+        """Close the connections that are idle. The next call would open a new one."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().drop()
 
     # -- events ------------------------------------------------------------------------
 
@@ -815,7 +775,7 @@ class Calls:
     @call
     async def emit_sync(self, name: str, data: Any = None, *, timeout: Duration = 30,
                         version: int = 1, metadata: Mapping[str, Any] | None = None,
-                        idempotency_key: str | None = None) -> EmittedSync:
+                        idempotency_key: str | None = None) -> Emitted:
         """Emit, and wait until all runs that the event started have ended.
 
         Says in `results` what became of each, and raises for none: a run may have
@@ -825,8 +785,9 @@ class Calls:
         event = new_event(name, data, version, metadata, idempotency_key)
         event["event"] = event.pop("name")
         answer = await self._wait_for_runs("TriggerSync", event, timeout)
-        results = [RunResult(snake(one)) for one in answer["results"]]
-        return EmittedSync(event_id=answer["eventId"], results=results)
+        results = [Run(snake(one)) for one in answer["results"]]
+        return Emitted(event_id=answer["eventId"], results=results,
+                       run_ids=[one.run_id for one in results])
 
     @call
     async def get_event(self, event_id: str) -> EventRow:
@@ -889,10 +850,11 @@ class Calls:
         body = keyed(f"the input of {function_id!r}", idempotency_key,
                      function_id=function_id, data=data)
         answer = await self._wait_for_runs("InvokeFunctionSync", body, timeout)
-        result = RunResult(snake(answer["result"]))
-        if result.status != "completed":
-            raise InvokeError(function_id, result)
-        return result.output
+        run = Run(snake(answer["result"]))
+        if run.status == "completed":
+            return run.output
+        cause = (run.error or {}).get("message", "")
+        raise InvokeError(function_id, run.run_id, run.status, cause)
 
     @call
     async def invoke_async(self, function_id: str, data: Any = None, *,
@@ -1029,24 +991,18 @@ class Calls:
         raise AssertionError("backoff() never ends")
 
     async def _ask(self, method: str, path: str, body: Any, timeout: float) -> Reply:
-        if self._closed:
-            raise RuntimeError(f"this {type(self).__name__} is closed")
+        content = None if body is None else encode(body).encode()
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = Connection(self._address)
-        content = None if body is None else encode(body).encode()
         reply: Reply = await self._exchange(connection, method, path, content, timeout)
-        if not self._closed:
-            self._idle.append(connection)
+        self._idle.append(connection)
         return reply
 
 
-class Client(Calls):
+class Client(Calls, contextlib.AbstractContextManager["Client"]):
     """The API, blocking. Safe to share between threads; a context manager."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -1066,7 +1022,7 @@ class Client(Calls):
         time.sleep(delay)  # noqa: ASYNC251
 
 
-class AsyncClient(Calls):
+class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
     """The API for programs with an event loop; an async context manager.
 
     Any number of loops may use it, one after the other. Each exchange blocks a thread,
@@ -1076,9 +1032,6 @@ class AsyncClient(Calls):
 
     _loop: asyncio.AbstractEventLoop | None = None      # that of `_gate`
     _pause = staticmethod(asyncio.sleep)
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
@@ -1180,13 +1133,6 @@ def function(
     return decorate
 
 
-@function(id="unknown")
-def no_such_function(ctx: Context) -> None:
-    """What a worker runs for a job that is not for it."""
-    raise NonRetryableError(f"this worker has no function {ctx.run.function_id!r}",
-                            "FUNCTION_NOT_FOUND")
-
-
 def _trigger(trigger: Mapping[str, str], at: str) -> dict[str, str]:
     known = ("event", "expression", "cron")
     check(isinstance(trigger, Mapping) and ("event" in trigger or "cron" in trigger)
@@ -1242,6 +1188,7 @@ class Context:
     logger: logging.LoggerAdapter[logging.Logger]
 
 
+@dataclass(frozen=True, slots=True)
 class Step:
     """The durable steps of one execution: `ctx.step`.
 
@@ -1249,10 +1196,9 @@ class Step:
     the value. Names are free text and may repeat: the uses of each name are counted.
     """
 
-    def __init__(self, execution: Execution, host: Host, scope: str) -> None:
-        self._execution = execution
-        self._host = host
-        self._scope = scope
+    _execution: Execution
+    _host: Host
+    _scope: str
 
     def run(self, name: str, fn: Callable[[], Any], *,
             timeout: Duration | None = None) -> Any:
@@ -1300,8 +1246,7 @@ class Step:
         with execution.step(name):
             if step_id in execution.job.completed:
                 return execution.job.completed[step_id]
-            for key in execution.given.keys() & {step_id, name}:
-                fn = functools.partial(hand_in, execution.given[key])
+            fn = execution.stand_ins.get(step_id, execution.stand_ins.get(name, fn))
             begun = now()
             try:
                 value = await self._host.call(name, fn, timeout)
@@ -1329,13 +1274,6 @@ class Step:
                 raise _Unwind
 
 
-def hand_in(result: Any) -> Any:
-    """Instead of a step's function: what a test says comes of it."""
-    if isinstance(result, BaseException):
-        raise result
-    return result
-
-
 def step_row(step_id: str, name: str, begun: datetime, status: str, **more: Any) -> str:
     """The row of a step that has just ended, as JSON text.
 
@@ -1348,14 +1286,13 @@ def step_row(step_id: str, name: str, begun: datetime, status: str, **more: Any)
                    "duration_ms": took_ms})
 
 
+@dataclass(frozen=True)
 class Host:
     """How a handler waits. This one is for async handlers, and waits on the loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, threads: asyncio.Semaphore,
-                 step_timeout: float | None) -> None:
-        self.loop = loop
-        self.threads = threads              # bounds how many steps have one at a time
-        self.step_timeout = step_timeout
+    loop: asyncio.AbstractEventLoop
+    threads: asyncio.Semaphore          # bounds how many steps have one at a time
+    step_timeout: float | None
 
     @staticmethod
     def play(steps: abc.Coroutine[Any, Any, T]) -> Any:
@@ -1454,15 +1391,13 @@ async def in_thread(fn: Callable[[], T], name: str) -> T:
 
 
 class Execution:
-    """A job in hand. `send` takes an update as JSON text and promises the answer.
-
-    For the steps in `given`, by id or name, their functions are not called.
-    """
+    """A job in hand. `send` takes an update as JSON text and promises the answer;
+    `stand_ins`, by step id or name, are called instead of a step's function."""
 
     def __init__(self, job: Job, send: Callable[[Execution, str], Future[Reply]],
                  flush_later: Callable[[Execution], None] | None = None,
-                 given: Mapping[str, Any] | None = None) -> None:
-        self.job, self.given = job, given or {}
+                 stand_ins: Mapping[str, Callable[[], Any]] | None = None) -> None:
+        self.job, self.stand_ins = job, stand_ins or {}
         self.name = f"run {job.run.id} attempt {job.run.attempt}"
         self.lost = False
         self.fate: dict[str, Any] | None = None
@@ -1528,9 +1463,12 @@ class Execution:
         if self.lost or self.fate:
             raise _Unwind
 
-    async def play(self, function: Function, threads: asyncio.Semaphore) -> None:
+    async def play(self, functions: Mapping[str, Function],
+                   threads: asyncio.Semaphore) -> None:
         """Run the handler, and report how it ended."""
-        loop = asyncio.get_running_loop()
+        function_id, loop = self.job.run.function_id, asyncio.get_running_loop()
+        function = functions.get(function_id) or Function(
+            no_such_function, {"id": function_id}, None, None)
         kind = Host if function.is_async else PlainHost
         host = kind(loop, threads, function.step_timeout)
         ctx = Context(self.job.event, self.job.run, Step(self, host, self.job.run.id),
@@ -1578,7 +1516,12 @@ class Execution:
         `fields` is how the handler ended. What the server refuses to keep (413: an
         output over the limit) fails the run with the server's words; see `judge`.
         """
-        await asyncio.wrap_future(self._all_steps_ended())
+        quiet: Future[None] = Future()
+        with self._lock:                    # from here on no more steps begin
+            self._quiet = quiet
+            if not self._open:
+                quiet.set_result(None)
+        await asyncio.wrap_future(quiet)
         while len(self.rows) > portion(self.rows) and not self.lost:
             await asyncio.wrap_future(self.flush())
         for progress in self._in_air:       # after the report it would be refused
@@ -1607,15 +1550,6 @@ class Execution:
                          "error": failure(NonRetryableError(error.message, error.code))}
         self.cancel()
 
-    def _all_steps_ended(self) -> Future[None]:
-        """Let no more steps begin; resolves when those in flight have ended."""
-        with self._lock:
-            quiet = self._quiet = Future[None]()
-            waiting = self._open > 0
-        if not waiting:
-            quiet.set_result(None)
-        return quiet
-
     def _with_rows(self, fields: dict[str, Any]) -> str:
         """An update with the rows that wait, as many as fit: text put into text."""
         with self._lock:
@@ -1629,6 +1563,11 @@ class Execution:
         return encode({"job_id": self.job.job_id, "run_id": self.job.run.id,
                        "execution_seq": self.job.execution_seq,
                        "lease_token": self.job.lease_token, **fields})
+
+
+def no_such_function(ctx: Context) -> None:
+    raise NonRetryableError(f"this worker has no function {ctx.run.function_id!r}",
+                            "FUNCTION_NOT_FOUND")
 
 
 class RunLogger(logging.LoggerAdapter[logging.Logger]):
@@ -2154,8 +2093,7 @@ class Worker:
         """One job from start to report. Without a yes to an ack it is not ours."""
         try:
             if ack is None or (await asyncio.wrap_future(ack)).ok:
-                known = self._functions.get(execution.job.run.function_id)
-                await execution.play(known or no_such_function, self._step_threads)
+                await execution.play(self._functions, self._step_threads)
         except Exception as error:          # a mistake of ours
             log.exception("%s: the worker failed", execution.name)
             self._fail(error)
@@ -2166,63 +2104,65 @@ class Worker:
 # ======================================================================================
 # 10. Without a server
 # ======================================================================================
-# The execution that a worker has, but its updates go into a dict.
+# An execution as a worker has it; but its updates end in a dict, and its answer is yes.
 
 
 def run_inline(function: Function, event: Any = None, *,
                steps: Mapping[str, Any] | None = None, attempts: int = 1) -> Run:
     """Run a function here and now, without a server; for unit tests and lessons.
 
-    - `event`: an Event, an event's name, a mapping with `name` and `data`, or data for
-      the function's first trigger.
-    - `steps`: what comes of steps, by name or id; an exception among them is raised.
-      The functions of these steps are not called.
-    - `attempts`: how often the handler may fail. Nobody waits between two attempts.
+    - `event`: an Event; its name; a mapping with `name` and `data`; or anything else as
+      the data of the function's first trigger.
+    - `steps`: results of steps, by name or id, or functions to be called instead of
+      theirs, which may raise.
+    - `attempts`: how often the handler may fail; nobody waits between two attempts.
 
-    Returns status ("completed" or "failed"), output, error, attempt, and as `steps` the
-    recorded StepRows. Sleeps are recorded and skipped: the handler is replayed as on a
-    server, and with the ids that steps have there; the run's id is "run_inline". Blocks, also
-    when called from a coroutine: it has a thread with a loop of its own.
+    Returns status (completed or failed), output, error, attempt, and in `steps` the
+    recorded StepRows. Sleeps are recorded and skipped, and the handler replayed, as a
+    server would. The run's id is "run_inline". Blocks, and may be called anywhere, also
+    where an event loop runs: the handler gets a loop in a thread.
     """
     kept: dict[str, StepRow] = {}
     end: dict[str, Any] = {}
-
-    def keep(step_id: str, **row: Any) -> None:
-        old = kept.get(step_id, {"sequence": len(kept)})
-        kept[step_id] = StepRow(step_id=step_id, sequence=old["sequence"], **row)
+    stand_ins = {key: one if callable(one) else (lambda one=one: one)
+                 for key, one in (steps or {}).items()}
 
     def send(execution: Execution, text: str) -> Future[Reply]:
         nonlocal end
         end = json.loads(text)
+        if nap := end.get("yield"):
+            end["steps"].append({"id": nap["step_id"], "name": nap["step_name"],
+                                 "type": "sleep", "status": "completed",
+                                 "sleep_until": nap["until"]})
         for row in end["steps"]:
-            keep(row.pop("id"), step_type=row.pop("type"),
-                 attempt=execution.job.run.attempt, **row)
+            step_id = row["id"]
+            kept[step_id] = StepRow(
+                row, step_id=step_id, step_type=row.pop("type"), run_id="run_inline",
+                sequence=kept.get(step_id, {"sequence": len(kept)})["sequence"],
+                attempt=execution.job.run.attempt)
         answer: Future[Reply] = Future()
         answer.set_result(Reply(200))
         return answer
 
     async def play() -> Run:
-        threads = asyncio.Semaphore(THREADS)
-        run = RunInfo("run_inline", function.id, 1, attempts)
+        threads, attempt = asyncio.Semaphore(THREADS), 1
         while True:
             known = {key: row.output for key, row in kept.items()
                      if row.status == "completed"}
+            run = RunInfo("run_inline", function.id, attempt, attempts)
             job = Job("job_inline", run, started_by, known, 1, "", len(kept), now())
-            await Execution(job, send, given=steps).play(function, threads)
-            if end["status"] == "yielded":
-                nap = end["yield"]
-                keep(nap["step_id"], name=nap["step_name"], step_type="sleep",
-                     status="completed", attempt=run.attempt, sleep_until=nap["until"])
-            elif (end["status"] == "failed" and end["error"]["retryable"]
-                  and run.attempt < attempts):
-                run = replace(run, attempt=run.attempt + 1)
-            else:
+            execution = Execution(job, send, stand_ins=stand_ins)
+            await execution.play({function.id: function}, threads)
+            error = end.get("error", {})
+            if error.get("retryable") and attempt < attempts:
+                attempt += 1
+            elif end["status"] != "yielded":
                 return Run(id=run.id, function_id=function.id, status=end["status"],
-                           output=end.get("output"), error=end.get("error"),
-                           attempt=run.attempt, steps=list(kept.values()))
+                           attempt=attempt, output=end.get("output"),
+                           error=error or None, steps=list(kept.values()))
 
     started_by = inline_event(event, function)
-    with ThreadPoolExecutor(1) as pool:     # a loop may be running in this thread
+    with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, play()).result()
 
 
@@ -2230,12 +2170,10 @@ def inline_event(event: Any, function: Function) -> Event:
     if isinstance(event, Event):
         return event
     names = [one["event"] for one in function.registration["triggers"] if "event" in one]
-    body = {"id": "evt_inline", "timestamp": rfc3339(now()), "data": None,
-            "name": names[0] if names else function.id}
+    body = {"name": names[0] if names else function.id, "data": event}
     if isinstance(event, str):
-        body["name"] = event
-    elif isinstance(event, Mapping) and {"name", "data"} <= event.keys():
-        body |= event
-    else:
-        body["data"] = event
-    return Event.from_json(json_copy(body, "the event"))
+        body = {"name": event, "data": None}
+    elif isinstance(event, Mapping) and event.keys() >= body.keys():
+        body = dict(event)
+    about = {"id": "evt_inline", "timestamp": rfc3339(now())}
+    return Event.from_json(json_copy(about | body, "the event"))
