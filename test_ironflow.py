@@ -2561,7 +2561,7 @@ def test_a_backup_of_a_busy_server_is_whole_and_serves(tmp_path: Path) -> None:
     acknowledged: list[str] = []
     full = threading.Event()
 
-    def emit_all_the_time() -> None:
+    def emit_all_the_time(server: RunningServer) -> None:
         while not full.is_set():
             acknowledged.append(server.emit(data="x" * 2000)["event_id"])
 
@@ -2569,7 +2569,7 @@ def test_a_backup_of_a_busy_server_is_whole_and_serves(tmp_path: Path) -> None:
     copy.parent.mkdir()
     with serve(tmp_path) as server, ThreadPoolExecutor(2) as pool:
         server.register()
-        callers = [pool.submit(emit_all_the_time) for _ in range(2)]
+        callers = [pool.submit(emit_all_the_time, server) for _ in range(2)]
         eventually(lambda: len(acknowledged) > 100)
         before = list(acknowledged)
         ironflow.backup(server.db, copy)
