@@ -2559,11 +2559,10 @@ def test_a_server_forgets_only_when_it_is_told_to(tmp_path: Path) -> None:
         assert (job["run_id"], job["event"]["data"]) == (run_id, {"n": 1})
         server.tell(job, "completed", output=1)
         eventually(lambda: server.call("GET", f"/api/v1/runs/{run_id}")[0] == 404)
-    server = RunningServer(tmp_path / "journal.db").start()
-    kept = server.emit("old")["event_id"]
-    eventually(lambda: time.time() > server.rows("SELECT at FROM journal")[-1][0] + 0.5)
-    assert server.call("GET", f"/api/v1/events/{kept}")[0] == 200
-    assert server.stop() == 0
+    with serve(tmp_path) as server:
+        kept = server.emit("old")["event_id"]
+        eventually(lambda: time.time() > server.rows("SELECT at FROM journal")[-1][0] + 0.5)
+        assert server.call("GET", f"/api/v1/events/{kept}")[0] == 200
 
 
 def test_a_backup_of_a_busy_server_is_whole_and_serves(tmp_path: Path) -> None:
@@ -2586,13 +2585,12 @@ def test_a_backup_of_a_busy_server_is_whole_and_serves(tmp_path: Path) -> None:
         for caller in callers:
             caller.result(DEADLINE_S)
     assert [file.name for file in copy.parent.iterdir()] == ["journal.db"]
-    restored = RunningServer(copy).start()
-    assert restored.rows("PRAGMA integrity_check") == [("ok",)]
-    found = {event_id for event_id, in restored.rows("SELECT event_id FROM journal")}
-    assert found >= set(before)
-    restored.join()
-    assert restored.tell(restored.job(), "completed")[0] == 200
-    assert restored.stop() == 0
+    with serve(copy.parent) as server:
+        assert server.rows("PRAGMA integrity_check") == [("ok",)]
+        found = {event_id for event_id, in server.rows("SELECT event_id FROM journal")}
+        assert found >= set(before)
+        server.join()
+        assert server.tell(server.job(), "completed")[0] == 200
 
 
 def test_a_backup_of_a_file_that_nobody_serves(server: RunningServer, tmp_path: Path) -> None:
