@@ -93,6 +93,7 @@ THREADS = 64                # of a worker's async handlers, or an AsyncClient, a
 MAX_UPDATES = 500           # updates in a request, and steps in an update
 MAX_REQUEST = 12 << 20      # bytes of either; the door takes 16 MiB
 MAX_EVENTS = 1000           # events in a request
+MAX_WAIT_MS = 2**31 - 1     # that the server waits for runs at a time; 0 means 30 s
 PAGE = 200                  # rows in an answer, when all of them are wanted
 MAX_DEPTH = 190             # nesting of a value; the server takes 200, reports included
 MAX_ERROR_TEXT = 8000       # characters of an error's message that are reported
@@ -597,9 +598,9 @@ class Connection:
                 raise ConnectionAbortedError("closed")
             self._socket.settimeout(timeout)
             self._socket.sendall(f"{head}\r\n".encode("ascii") + (body or b""))
-            response = http.client.HTTPResponse(self._socket, method=method)
-            response.begin()
-            content = response.read()
+            with http.client.HTTPResponse(self._socket, method=method) as response:
+                response.begin()
+                content = response.read()
             if response.will_close:
                 self.drop()
             return Reply(response.status, _body(response.status, content),
@@ -955,7 +956,7 @@ class Calls:
 
         def for_the_rest() -> dict[str, Any]:
             left_ms = math.ceil((until - monotonic()) * 1000)
-            return {**body, "timeout_ms": max(left_ms, 1)}      # 0 would mean 30 s
+            return {**body, "timeout_ms": min(max(left_ms, 1), MAX_WAIT_MS)}
 
         while True:
             answer = await self._send("POST", RPC + method, for_the_rest, until + LATE_S)
@@ -971,8 +972,8 @@ class Calls:
         for delay in backoff():
             cause: OSError | None = None
             try:
-                reply = await self._ask(method, path, body() if callable(body) else body,
-                                        max(deadline - monotonic(), 0.001))
+                left = max(deadline - monotonic(), 0.001)
+                reply = await self._ask(method, path, body, left)
             except OSError as error:
                 cause, trouble = error, IronflowError(
                     f"cannot reach the ironflow server at {self._address.url} "
@@ -991,12 +992,17 @@ class Calls:
         raise AssertionError("backoff() never ends")
 
     async def _ask(self, method: str, path: str, body: Any, timeout: float) -> Reply:
-        content = None if body is None else encode(body).encode()
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = Connection(self._address)
-        reply: Reply = await self._exchange(connection, method, path, content, timeout)
+
+        def request() -> Reply:
+            content = body() if callable(body) else body
+            text = None if content is None else encode(content).encode()
+            return connection.request(method, path, text, timeout)
+
+        reply: Reply = await self._exchange(connection, request, timeout)
         self._idle.append(connection)
         return reply
 
@@ -1015,8 +1021,9 @@ class Client(Calls, contextlib.AbstractContextManager["Client"]):
             while True:
                 yield played(anext(work))
 
-    async def _exchange(self, connection: Connection, *request: Any) -> Reply:
-        return connection.request(*request)
+    async def _exchange(self, connection: Connection, request: Callable[[], Reply],
+                        timeout: float) -> Reply:
+        return request()
 
     async def _pause(self, delay: float) -> None:
         time.sleep(delay)  # noqa: ASYNC251
@@ -1039,12 +1046,13 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
     def _play(self, work: T) -> T:
         return work
 
-    async def _exchange(self, connection: Connection, *request: Any) -> Reply:
+    async def _exchange(self, connection: Connection, request: Callable[[], Reply],
+                        timeout: float) -> Reply:
         if self._loop is not (loop := asyncio.get_running_loop()):
             self._loop, self._gate = loop, asyncio.Semaphore(THREADS)
         try:
-            async with asyncio.timeout(request[-1]), self._gate:
-                return await in_thread(lambda: connection.request(*request), "call")
+            async with asyncio.timeout(timeout), self._gate:
+                return await in_thread(request, "ironflow call")
         except BaseException:               # cancelled, or too late: hang up
             connection.close()
             raise
