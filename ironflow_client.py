@@ -229,10 +229,8 @@ class Event:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Event:
-        timestamp = instant(body["timestamp"], "event.timestamp")
-        return cls(body["id"], body["name"], body["data"], timestamp,
-                   body.get("version", 1), body.get("metadata"), body.get("source"),
-                   body.get("idempotency_key"))
+        known = {name: body[name] for name in cls.__slots__ if name in body}
+        return cls(**{**known, "timestamp": instant(body["timestamp"], "timestamp")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +289,8 @@ class Run(Row):
     attempt, max_attempts, input, output, error, worker_id, and as RFC 3339 text
     created_at, updated_at, started_at, ended_at."""
 
-    unset = "input", "output", "error", "event_name", "worker_id", "started_at", "ended_at"
+    unset = ("input", "output", "error", "event_name", "worker_id", "started_at",
+             "ended_at")
 
 
 class StepRow(Row):
@@ -336,11 +335,9 @@ class IronflowError(Exception):
     def __init__(self, message: str, status_code: int = 0, code: str = "",
                  retryable: bool = False, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message, self.code = message, code
         self.status = self.status_code = status_code
-        self.code = code
-        self.retryable = retryable
-        self.retry_after = retry_after
+        self.retryable, self.retry_after = retryable, retry_after
 
 
 class NonRetryableError(IronflowError):
@@ -398,9 +395,9 @@ class InvokeError(IronflowError):
 
     def __init__(self, function_id: str, run_id: str, status: str, cause: str) -> None:
         how = {"failed": "failed", "cancelled": "was cancelled"}.get(status)
-        super().__init__(
-            f"function {function_id!r} {how or 'did not end in time'} (run {run_id})"
-            + (cause and f": {cause}"), 0, f"INVOKE_{status.upper() if how else 'TIMEOUT'}")
+        message = f"function {function_id!r} {how or 'did not end in time'} ({run_id})"
+        super().__init__(f"{message}: {cause}" if cause else message,
+                         code=f"INVOKE_{status.upper() if how else 'TIMEOUT'}")
         self.function_id, self.run_id, self.cause = function_id, run_id, cause
 
 
@@ -785,10 +782,9 @@ class Calls:
         """
         event = new_event(name, data, version, metadata, idempotency_key)
         event["event"] = event.pop("name")
-        answer = await self._wait_for_runs("TriggerSync", event, timeout)
-        results = [Run(snake(one)) for one in answer["results"]]
-        return Emitted(event_id=answer["eventId"], results=results,
-                       run_ids=[one.run_id for one in results])
+        event_id, runs = await self._wait_for_runs("TriggerSync", event, timeout)
+        return Emitted(event_id=event_id, results=runs,
+                       run_ids=[run.run_id for run in runs])
 
     @call
     async def get_event(self, event_id: str) -> EventRow:
@@ -850,8 +846,7 @@ class Calls:
         """
         body = keyed(f"the input of {function_id!r}", idempotency_key,
                      function_id=function_id, data=data)
-        answer = await self._wait_for_runs("InvokeFunctionSync", body, timeout)
-        run = Run(snake(answer["result"]))
+        _, (run,) = await self._wait_for_runs("InvokeFunctionSync", body, timeout)
         if run.status == "completed":
             return run.output
         cause = (run.error or {}).get("message", "")
@@ -939,15 +934,15 @@ class Calls:
 
     async def _pages(self, what: str, **query: Any) -> abc.AsyncIterator[Any]:
         """The rows of all pages. One that is empty and names a next is not the last."""
-        cursor = None
-        while cursor != "":
-            page = await self._send("GET", rest(what, limit=PAGE, cursor=cursor, **query))
+        while query.get("cursor") != "":
+            page = await self._send("GET", rest(what, limit=PAGE, **query))
             for row in page[what]:
                 yield row
-            cursor = page["next_cursor"]
+            query["cursor"] = page["next_cursor"]
 
-    async def _wait_for_runs(self, method: str, body: Any, timeout: Duration) -> Any:
-        """The answer of a call that waits for runs to end.
+    async def _wait_for_runs(self, method: str, body: Any, timeout: Duration
+                             ) -> tuple[Any, list[Run]]:
+        """The event's id, and what became of its runs.
 
         A server that stops answers early, and one that dies does not: it is asked
         again, with the same key, for what is left of the time.
@@ -958,11 +953,13 @@ class Calls:
             left_ms = math.ceil((until - monotonic()) * 1000)
             return {**body, "timeout_ms": min(max(left_ms, 1), MAX_WAIT_MS)}
 
+        path = RPC + method
         while True:
-            answer = await self._send("POST", RPC + method, for_the_rest, until + LATE_S)
-            results = answer.get("results") or [answer.get("result", {})]
-            if monotonic() >= until or not any(one.get("waitTimedOut") for one in results):
-                return answer
+            answer = await self._send("POST", path, for_the_rest, until + LATE_S)
+            results = answer["results"] if "results" in answer else [answer["result"]]
+            runs = [Run(snake(result)) for result in results]
+            if monotonic() >= until or not any(run.wait_timed_out for run in runs):
+                return answer.get("eventId"), runs
             await self._pause(RETRY_FIRST_S)
 
     async def _send(self, method: str, path: str, body: Any = None,
@@ -1039,12 +1036,10 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
 
     _loop: asyncio.AbstractEventLoop | None = None      # that of `_gate`
     _pause = staticmethod(asyncio.sleep)
+    _play = staticmethod(lambda work: work)
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
-
-    def _play(self, work: T) -> T:
-        return work
 
     async def _exchange(self, connection: Connection, request: Callable[[], Reply],
                         timeout: float) -> Reply:
@@ -1496,14 +1491,14 @@ class Execution:
         try:
             output = json_copy(await running, f"the output of {function.id!r}")
             end: dict[str, Any] = {"status": "completed", "output": output}
-        except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as error:
+        except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as why:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise                       # not the handler alone: this job is
             if not self.lost and not self.fate:
-                cause = error.__cause__ if isinstance(error, StepError) else error
-                log.warning("%s failed: %s", self.name, error, exc_info=cause)
-            end = {"status": "failed", "error": failure(error)}
+                cause = why.__cause__ if isinstance(why, StepError) else why
+                log.warning("%s failed: %s", self.name, why, exc_info=cause)
+            end = {"status": "failed", "error": failure(why)}
         await self.settle(end)
 
     # -- what the server is told -------------------------------------------------------
@@ -2090,7 +2085,8 @@ class Worker:
         later = self._link.flush_later if self._checkpoint_s else None
         execution = Execution(job, self._link.send, later)
         self._link.hold(execution)
-        from_thread(self._loop, self._spawn, execution, execution.ack() if late else None)
+        ack = execution.ack() if late else None
+        from_thread(self._loop, self._spawn, execution, ack)
 
     def _spawn(self, execution: Execution, ack: Future[Reply] | None) -> None:
         task = self._loop.create_task(self._work(execution, ack))
@@ -2177,8 +2173,9 @@ def run_inline(function: Function, event: Any = None, *,
 def inline_event(event: Any, function: Function) -> Event:
     if isinstance(event, Event):
         return event
-    names = [one["event"] for one in function.registration["triggers"] if "event" in one]
-    body = {"name": names[0] if names else function.id, "data": event}
+    triggers = function.registration["triggers"]
+    names = [one["event"] for one in triggers if "event" in one]
+    body = {"name": [*names, function.id][0], "data": event}
     if isinstance(event, str):
         body = {"name": event, "data": None}
     elif isinstance(event, Mapping) and event.keys() >= body.keys():

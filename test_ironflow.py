@@ -5613,10 +5613,10 @@ def test_an_invoke_without_output_says_why(server: RunningServer, client: Client
     with working(server.url, refusing), pytest.raises(InvokeError) as caught:
         client.invoke("g")
     failed = caught.value
-    assert str(failed) == f"function 'g' failed (run {failed.run_id}): the card was declined"
+    assert str(failed) == f"function 'g' failed ({failed.run_id}): the card was declined"
     assert (failed.code, failed.function_id) == ("INVOKE_FAILED", "g")
     server.register("f")
-    with pytest.raises(InvokeError, match=r"'f' did not end in time \(run run_\w+\)$") as caught:
+    with pytest.raises(InvokeError, match=r"'f' did not end in time \(run_\w+\)$") as caught:
         client.invoke("f", timeout="50ms")
     assert caught.value.code == "INVOKE_TIMEOUT"
     with ThreadPoolExecutor(1) as pool:

@@ -14,7 +14,6 @@ event_names: reading.taken 2500
 events: 2500 different rows, the newest 2500, the oldest 1
 events of sensor s7: 250
 """
-# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # so that it runs from a bare copy, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a copy
 
 import ironflow
 from ironflow_client import AsyncClient, Client

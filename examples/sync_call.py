@@ -2,9 +2,8 @@
 
     python examples/sync_call.py
 
-It emits an event and waits for what it starts; it invokes a function, and one that
-fails; it meets one that takes too long. That run goes on, and whoever asks later with
-the same key gets its answer.
+It emits an event and waits for what it starts; it invokes functions; it meets one that
+takes too long. That run goes on: who asks later with the same key gets its answer.
 
 Prints:
 POST /quotes: price says 30, stock says 'plenty'
@@ -13,7 +12,6 @@ POST /payments: 402, the card was declined
 POST /reports: 202, ask again later
 GET /reports: 200, 'all is well', by the same run
 """
-# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # so that it runs from a bare copy, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a copy
 
 import ironflow
 from ironflow_client import AsyncClient, Context, InvokeError, Worker, function

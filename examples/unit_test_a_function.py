@@ -12,7 +12,6 @@ a paid order is shipped after a day: ok
 a declined card ends the order: ok
 a bank that is away is asked again: ok
 """
-# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ import logging
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # so that it runs from a bare copy, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a copy
 
 from ironflow_client import Context, NonRetryableError, function, run_inline
 
