@@ -14,14 +14,15 @@
 
     Worker(functions=[ship_order]).run()
 
-and, anywhere else, `Client().emit("order.placed", {"total": 99.99})`. One file, which
-needs nothing but Python.
+and, anywhere else, `Client().emit("order.placed", {"total": 99.99})`, or the same call
+awaited, of an `AsyncClient`. `run_inline(ship_order, {"total": 99.99})` is a unit test.
+One file, which needs nothing but Python.
 
 The life of one job, and who carries it:
 
     1. `Link._poll` waits at the server; the answer is a leased run, a `Job`
     2. `Worker._begin` takes it in hand: the heartbeats of `Link._beat` list it now
-    3. `Worker._handle` calls the handler: a coroutine on the loop, or a plain function
+    3. `Execution.play` calls the handler: a coroutine on the loop, or a plain function
        in a thread of its own
     4. `Step.run` looks whether the journal has this step's result; if so, that is it
     5. if not, it calls the step's function, and `Execution.record` hands the result in
@@ -1828,17 +1829,17 @@ class Link:
             except OSError as error:
                 if wire.closed:
                     raise _Closed from None
-                self._lost(said(error))
+                self._heard(said(error))
             else:
                 refusal = reply.error(doing)
                 if reply.status in (401, 403):
                     raise WorkerAuthError(f"{refusal} (is IRONFLOW_API_KEY right?)",
                                           reply.status, refusal.code)
                 if reply.transient:
-                    self._lost(str(refusal))
+                    self._heard(str(refusal))
                     delay = max(delay, reply.retry_after)
                 else:
-                    self._back()
+                    self._heard(None)
                     if reply.status == 404 and not path.endswith(REGISTER):
                         self._register(wire, registered)
                     elif reply.ok or refusable:
@@ -1878,17 +1879,15 @@ class Link:
         if not self.first_word.done():
             self.first_word.set_result(None)
 
-    def _lost(self, why: str) -> None:
+    def _heard(self, trouble: str | None) -> None:
+        """Note whether the server answers; the log hears when that changes."""
         with self._changed:
-            if self._lost_at is None:
+            if trouble is not None and self._lost_at is None:
                 self._lost_at = monotonic()
                 self._first_word_is_out()
                 log.warning("no answer from %s (%s); trying until it is back",
-                            self._url, why)
-
-    def _back(self) -> None:
-        with self._changed:
-            if self._lost_at is not None:
+                            self._url, trouble)
+            elif trouble is None and self._lost_at is not None:
                 away, self._lost_at = monotonic() - self._lost_at, None
                 self._returns += 1
                 self._changed.notify_all()
@@ -2035,8 +2034,7 @@ class Worker:
         """Stop now: drain without patience."""
         if self._running:
             self._hurry.set()
-            self._leave.set()
-            await self._over.wait()
+            await self.drain()
 
     async def __aenter__(self) -> Self:
         """Work beside the caller, from the moment that the functions are registered.
@@ -2115,8 +2113,8 @@ def run_inline(function: Function, event: Any = None, *,
                steps: Mapping[str, Any] | None = None, attempts: int = 1) -> Run:
     """Run a function here and now, without a server; for unit tests and lessons.
 
-    - `event`: an Event; its name; a mapping with `name` and `data`; or anything else as
-      the data of the function's first trigger.
+    - `event`: an Event; its name; a mapping with `name` and `data`; anything else is
+      data, as if the function was invoked with it.
     - `steps`: results of steps, by name or id, or functions to be called instead of
       theirs, which may raise.
     - `attempts`: how often the handler may fail; nobody waits between two attempts.
@@ -2157,13 +2155,13 @@ def run_inline(function: Function, event: Any = None, *,
             job = Job("job_inline", run, started_by, known, 1, "", len(kept), now())
             execution = Execution(job, send, stand_ins=stand_ins)
             await execution.play({function.id: function}, threads)
-            error = end.get("error", {})
-            if error.get("retryable") and attempt < attempts:
+            error = end.get("error")
+            if error and error.pop("retryable") and attempt < attempts:
                 attempt += 1
             elif end["status"] != "yielded":
                 return Run(id=run.id, function_id=function.id, status=end["status"],
-                           attempt=attempt, output=end.get("output"),
-                           error=error or None, steps=list(kept.values()))
+                           attempt=attempt, output=end.get("output"), error=error,
+                           steps=list(kept.values()))
 
     started_by = inline_event(event, function)
     with ThreadPoolExecutor(1) as pool:
@@ -2173,9 +2171,7 @@ def run_inline(function: Function, event: Any = None, *,
 def inline_event(event: Any, function: Function) -> Event:
     if isinstance(event, Event):
         return event
-    triggers = function.registration["triggers"]
-    names = [one["event"] for one in triggers if "event" in one]
-    body = {"name": [*names, function.id][0], "data": event}
+    body = {"name": function.id, "data": event}
     if isinstance(event, str):
         body = {"name": event, "data": None}
     elif isinstance(event, Mapping) and event.keys() >= body.keys():
