@@ -990,19 +990,19 @@ class Calls:
         raise AssertionError("backoff() never ends")
 
     async def _ask(self, method: str, path: str, body: Any, timeout: float) -> Reply:
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = Connection(self._address)
-
-        def request() -> Reply:
+        def request(connection: Connection) -> Reply:
             content = body() if callable(body) else body
             text = None if content is None else encode(content).encode()
             return connection.request(method, path, text, timeout)
 
-        reply: Reply = await self._exchange(connection, request, timeout)
-        self._idle.append(connection)
+        reply: Reply = await self._exchange(request, timeout)
         return reply
+
+    def _connection(self) -> Connection:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return Connection(self._address)
 
 
 class Client(Calls, contextlib.AbstractContextManager["Client"]):
@@ -1019,9 +1019,12 @@ class Client(Calls, contextlib.AbstractContextManager["Client"]):
             while True:
                 yield played(anext(work))
 
-    async def _exchange(self, connection: Connection, request: Callable[[], Reply],
+    async def _exchange(self, request: Callable[[Connection], Reply],
                         timeout: float) -> Reply:
-        return request()
+        connection = self._connection()
+        reply = request(connection)
+        self._idle.append(connection)
+        return reply
 
     async def _pause(self, delay: float) -> None:
         time.sleep(delay)  # noqa: ASYNC251
@@ -1042,16 +1045,19 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
-    async def _exchange(self, connection: Connection, request: Callable[[], Reply],
+    async def _exchange(self, request: Callable[[Connection], Reply],
                         timeout: float) -> Reply:
         if self._loop is not (loop := asyncio.get_running_loop()):
             self._loop, self._gate = loop, asyncio.Semaphore(THREADS)
-        try:
-            async with asyncio.timeout(timeout), self._gate:
-                return await in_thread(request, "ironflow call")
-        except BaseException:               # cancelled, or too late: hang up
-            connection.close()
-            raise
+        async with asyncio.timeout(timeout), self._gate:
+            connection = self._connection()
+            try:
+                reply = await in_thread(lambda: request(connection), "ironflow call")
+            except BaseException:           # cancelled, or too late: hang up
+                connection.close()
+                raise
+            self._idle.append(connection)
+            return reply
 
 
 # ======================================================================================
