@@ -4324,7 +4324,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
                    "metavar": "KEY=VALUE"},
     "--version": {"type": within(1, MAX_INT32), "help": "of the data's shape"},
     "--idempotency-key": {"metavar": "KEY", "help": "default: a new one"},
-    "--wait": {"action": "store_true", "help": "for its runs; 1 if not all complete"},
+    "--wait": {"action": "store_true", "help": "until its runs end; 1 if one fails"},
     "--timeout": {"type": told(duration_s), "default": "60s",
                   "help": "of --wait, such as 1h30m; default 60s"},
     "--status": {"choices": sorted(NEXT)},
@@ -4414,7 +4414,7 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = N
                 answer = json.loads(reply.read(), parse_float=check_float,
                                     parse_constant=refuse_constant)
             if reply.status < 300:
-                return dict(answer)
+                return {**answer}
             status, trouble = reply.status, str(answer["message"])
         except (OSError, http.client.HTTPException) as error:
             status = 0 if isinstance(error, TimeoutError) else 503
@@ -4468,8 +4468,7 @@ def emit(asked: argparse.Namespace) -> int:
         answer = ask(asked, "POST", "/api/v1/events", join(event))
         show(asked, answer, [*map(tame, [answer["event_id"], *answer["run_ids"]])])
         return 0
-    deadline = time.monotonic() + min(asked.timeout, MAX_INT32 / 1000)
-    late = True
+    deadline, late = time.monotonic() + min(asked.timeout, 1e6), True
     while late:  # a server that stops answers early: the next one is asked
         left_ms = round(1000 * (deadline - time.monotonic()))
         event["timeoutMs"] = str(max(left_ms, 1))
@@ -4534,9 +4533,9 @@ def table(rows: list[Any], columns: str) -> list[str]:
     grid += [[cell(row, name) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     room = shutil.get_terminal_size().columns - 2 * len(names) + 2
-    for whole in (f"id|status|{TIMES}", ""):  # these are cut last, and only if need be
+    for whole, floor in (f"id|status|{TIMES}", 8), ("id|status", 8), ("id", 4), ("", 1):
         cap = room if sys.stdout.isatty() else 0
-        while sum(widths) > room and cap > 4:
+        while sum(widths) > room and cap > floor:
             cap -= 1
             widths = [width if re.fullmatch(whole, name) else min(width, cap)
                       for name, width in zip(names, widths, strict=True)]
@@ -4570,7 +4569,7 @@ def cell(row: dict[str, Any], name: str) -> str:
     if re.fullmatch(TIMES, name):
         return tame(str(value)[:19].replace("T", " ") + "Z")
     if name in ("triggers", "function_ids"):
-        value = ", ".join(each if isinstance(each, str) else str(*each.values())
+        value = ", ".join(each if isinstance(each, str) else " ".join(each.values())
                           for each in value)
     return tame(value if isinstance(value, str) else _to_text.encode(value))
 
