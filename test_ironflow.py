@@ -24,10 +24,12 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import inspect
 import json
 import math
 import os
 import pty
+import pydoc
 import random
 import re
 import shlex
@@ -45,14 +47,21 @@ import time
 import tomllib
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Generator,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, assert_type
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -61,17 +70,26 @@ from hypothesis import strategies as st
 import ironflow
 import ironflow_client
 from ironflow_client import (
+    AsyncClient,
     Client,
+    Emitted,
+    Event,
+    EventRow,
     Function,
+    InvokeError,
     IronflowError,
     NonRetryableError,
     NotJSON,
     RetryAfterError,
+    Row,
+    Run,
     StepError,
+    StepRow,
     StepTimeoutError,
     Worker,
     WorkerAuthError,
     function,
+    run_inline,
 )
 
 HERE = Path(__file__).parent
@@ -4516,8 +4534,9 @@ def test_a_server_url_may_have_a_path_or_an_ipv6_host(
 
 
 class Proxy:
-    """Stands between a client and the server. Counts connections; told to, it lets a
-    request through and drops the connection instead of bringing the answer."""
+    """Stands between a client and the server. Counts connections, all and the open ones;
+    told to, it lets a request through and drops the connection instead of bringing the
+    answer."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -4539,6 +4558,10 @@ class Proxy:
                 for pair in ((client, server, False), (server, client, True)):
                     self._threads.append(threading.Thread(target=self._pump, args=pair))
                     self._threads[-1].start()
+
+    @property
+    def open(self) -> int:
+        return sum(one.is_alive() for one in self._threads[1::2])
 
     def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
@@ -5414,6 +5437,581 @@ def test_an_output_over_the_limit_fails_the_run_with_the_servers_words(
     run = outcome(server, handler)
     assert (run["status"], run["error"]["code"]) == ("failed", "STEP_OUTPUT_TOO_LARGE")
     assert run["attempt"] == 1
+
+
+# ======================================================================================
+# The client: every call, blocking and awaited
+# ======================================================================================
+
+
+class Awaited:
+    """An AsyncClient on a loop of its own, so that a test can call it like a Client."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._client = AsyncClient(url, **options)
+        self._runner = asyncio.Runner()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
+            result = getattr(self._client, name)(*args, **kwargs)
+            if inspect.isawaitable(result):
+                return await result
+            return iter([one async for one in result])
+
+        return lambda *args, **kwargs: self._runner.run(awaited(*args, **kwargs))
+
+    def __enter__(self) -> Awaited:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+
+def client_of(kind: str, url: str, **options: Any) -> Client:
+    made: Any = {"Client": Client, "AsyncClient": Awaited}[kind](url, **options)
+    return made  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=["Client", "AsyncClient"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each test with this argument says the same of both clients."""
+    return str(request.param)
+
+
+@pytest.fixture
+def client(kind: str, server: RunningServer) -> Iterator[Client]:
+    with client_of(kind, server.url) as made:
+        yield made
+
+
+def doubling(called: list[Any] | None = None) -> Function:
+    @on_order(retry={"max_attempts": 1})
+    async def handler(ctx: Any) -> Any:
+        if called is not None:
+            called.append(ctx.event)
+        return await ctx.step.run("double", lambda: ctx.event.data * 2)
+
+    return handler
+
+
+@on_order(id="g", retry={"max_attempts": 1})
+def refusing(ctx: Any) -> None:
+    raise NonRetryableError("the card was declined", "DECLINED")
+
+
+CALLS = [name for name in vars(ironflow_client.Calls) if not name.startswith("_")]
+
+
+def test_both_clients_have_the_same_calls_with_their_signatures_and_docstrings() -> None:
+    assert len(CALLS) >= 24
+    for name in CALLS:
+        call, acall = getattr(Client, name), getattr(AsyncClient, name)
+        assert inspect.signature(call) == inspect.signature(acall)
+        assert (call.__name__, call.__qualname__) == (name, f"Calls.{name}")
+    assert list(inspect.signature(Client("http://h").emit).parameters) == [
+        "name", "data", "version", "metadata", "idempotency_key",
+    ]
+    for one in (Client, AsyncClient):
+        text = pydoc.plain(pydoc.render_doc(one))
+        assert re.search(r"emit\(self, name: .*Record one event", text, re.DOTALL)
+
+
+def test_a_type_checker_knows_what_each_call_returns(server: RunningServer) -> None:
+    """mypy reads the types here; that they are true is asserted while it runs."""
+
+    def is_one(value: T, kind: Any) -> T:
+        assert isinstance(value, kind), value
+        return value
+
+    def blocking(client: Client) -> None:
+        emitted = assert_type(client.emit("order.placed", 1), Emitted)
+        assert_type(is_one(emitted, Emitted).run_ids, list[str])
+        assert_type(client.emit_many([{"name": "a"}]), list[Emitted])
+        waited = assert_type(client.emit_sync("nobody", timeout=0), Emitted)
+        assert_type(is_one(waited, Emitted).results, list[Run])
+        is_one(assert_type(client.get_event(emitted.event_id), EventRow), EventRow)
+        events = is_one(assert_type(client.events(name="a"), Iterator[EventRow]), Iterator)
+        assert_type(next(events), EventRow)
+        is_one(assert_type(client.publish("t"), Row), Row)
+        is_one(assert_type(client.get_run(emitted.run_ids[0]), Run), Run)
+        is_one(assert_type(next(client.runs()), Run), Run)
+        is_one(assert_type(client.run_steps(emitted.run_ids[0]), list[StepRow]), list)
+        assert_type(client.delete_function("f"), None)
+        with pytest.raises(ValueError, match="name must be text"):
+            client.emit(5)  # type: ignore[arg-type]
+
+    async def awaited(client: AsyncClient) -> None:
+        emitted = assert_type(await client.emit("order.placed", 1), Emitted)
+        is_one(emitted, Emitted)
+        assert_type(await client.emit_many([{"name": "a"}]), list[Emitted])
+        events = is_one(assert_type(client.events(), AsyncIterator[EventRow]), AsyncIterator)
+        assert_type(await anext(events), EventRow)
+        is_one(assert_type(await client.get_run(emitted.run_ids[0]), Run), Run)
+        assert_type([run async for run in client.runs()], list[Run])
+        with pytest.raises(ValueError, match="name must be text"):
+            await client.emit(5)  # type: ignore[arg-type]
+
+    async def both() -> None:
+        async with AsyncClient(server.url) as client:
+            await awaited(assert_type(client, AsyncClient))
+
+    server.register("f")
+    asyncio.run(both())
+    with Client(server.url) as client:
+        blocking(assert_type(client, Client))
+
+
+def test_emit_sync_says_what_became_of_every_run(server: RunningServer, client: Client) -> None:
+    with working(server.url, doubling(), refusing):
+        done = client.emit_sync("order.placed", 21, metadata={"m": 1})
+        runs = {one.function_id: one for one in done.results}
+        assert (runs["f"].status, runs["f"].output, runs["f"].wait_timed_out) == (
+            "completed", 42, False,
+        )
+        assert (runs["g"].status, runs["g"].error["message"]) == ("failed", "the card was declined")
+        assert runs["f"].error is runs["g"].output is None
+        assert runs["f"].duration_ms >= 0
+        assert sorted(done.run_ids) == sorted(one.run_id for one in done.results)
+        assert client.get_event(done.event_id).metadata == {"m": 1}
+    assert client.emit_sync("nobody.cares").results == []
+
+
+def test_emit_sync_waits_no_longer_than_its_timeout_and_the_run_goes_on(
+    server: RunningServer, client: Client
+) -> None:
+    server.register("f")
+    started = time.monotonic()
+    (late,) = client.emit_sync("order.placed", 2, timeout="200ms").results
+    assert 0.2 <= time.monotonic() - started < 20
+    assert (late.status, late.wait_timed_out) == ("waiting_for_capacity", True)
+    with working(server.url, doubling()):
+        assert server.run_becomes(late.run_id, "completed")["output"] == 4
+
+
+@pytest.mark.parametrize("goodbye", ["stop", "kill"])
+def test_emit_sync_outlasts_a_restart_of_the_server(
+    server: RunningServer, client: Client, goodbye: str
+) -> None:
+    server.register("f")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.emit_sync, "order.placed", 1, timeout=DEADLINE_S)
+        eventually(lambda: server.rows("SELECT 1 FROM run"))
+        getattr(server, goodbye)()
+        server.start()
+        server.join()
+        server.tell(server.job(), "completed", output="at last")
+        (run,) = waiting.result(DEADLINE_S).results
+    assert (run.status, run.output, run.wait_timed_out) == ("completed", "at last", False)
+    assert server.rows("SELECT count(*) FROM journal WHERE kind = 'event'") == [(1,)]
+
+
+def test_invoke_returns_what_the_function_returns(server: RunningServer, client: Client) -> None:
+    with working(server.url, doubling()):
+        assert client.invoke("f", [1]) == [1, 1]
+        started = client.invoke_async("f", 4)
+        assert server.run_becomes(started.run_id, "completed")["output"] == 8
+        assert client.get_event(started.event_id).source == "invoke"
+
+
+def test_an_invoke_without_output_says_why(server: RunningServer, client: Client) -> None:
+    with working(server.url, refusing), pytest.raises(InvokeError) as caught:
+        client.invoke("g")
+    failed = caught.value
+    assert str(failed) == f"function 'g' failed ({failed.run_id}): the card was declined"
+    assert (failed.code, failed.function_id) == ("INVOKE_FAILED", "g")
+    server.register("f")
+    with pytest.raises(InvokeError, match=r"'f' did not end in time \(run_\w+\)$") as caught:
+        client.invoke("f", timeout="50ms")
+    assert caught.value.code == "INVOKE_TIMEOUT"
+    with ThreadPoolExecutor(1) as pool:
+        invoking = pool.submit(client.invoke, "f", idempotency_key="k", timeout=DEADLINE_S)
+        run_id = eventually(lambda: [one for (one,) in server.rows(
+            "SELECT run_id FROM run WHERE function_id = 'f' ORDER BY run_id")][1:])[0]
+        server.yes("POST", f"/api/v1/runs/{run_id}/cancel", {})
+        with pytest.raises(InvokeError, match="'f' was cancelled") as caught:
+            invoking.result(DEADLINE_S)
+    assert (caught.value.code, caught.value.run_id) == ("INVOKE_CANCELLED", run_id)
+    with pytest.raises(IronflowError) as unknown:
+        client.invoke("nobody")
+    assert (unknown.value.status, unknown.value.code) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [
+        (lambda c: c.emit("a"), "SELECT count(*) FROM journal WHERE kind = 'event'"),
+        (lambda c: c.emit_sync("a"), "SELECT count(*) FROM journal WHERE kind = 'event'"),
+        (lambda c: c.invoke_async("f"), "SELECT count(*) FROM run"),
+        (lambda c: c.publish("t"), "SELECT count(*) FROM journal WHERE kind = 'topic'"),
+    ],
+)
+def test_a_call_whose_answer_is_lost_is_repeated_and_not_doubled(
+    server: RunningServer, proxy: Proxy, kind: str, call: Callable[[Any], Any], count: str
+) -> None:
+    server.register("f")
+    proxy.swallow = 2
+    with client_of(kind, proxy.url) as client:
+        call(client)
+    assert proxy.swallow == 0
+    assert server.rows(count) == [(1,)]
+
+
+def test_a_topic_has_messages_and_counts(client: Client) -> None:
+    first = client.publish("shop.news", {"a": 1}, idempotency_key="k")
+    again = client.publish("shop.news", {"a": 1}, idempotency_key="k")
+    other = client.publish("shop.news")
+    assert (first.event_id, first.duplicate, again.duplicate) == (again.event_id, False, True)
+    assert first.sequence < other.sequence
+    (topic,) = client.topics()
+    assert (topic.name, topic.message_count) == ("shop.news", 2)
+    stats = client.topic_stats("shop.news")
+    assert (stats.first_seq, stats.last_seq) == (first.sequence, other.sequence)
+    assert (stats.message_count, stats.lag, client.topic_stats("none").message_count) == (2, 0, 0)
+
+
+def test_events_can_be_picked_by_name_source_time_and_text(
+    server: RunningServer, client: Client
+) -> None:
+    server.register("f")
+    client.emit_many([{"name": name, "data": {"n": name}} for name in ("a.x", "a.y", "b")])
+    client.invoke_async("f", {"n": "needle"})
+    noon = datetime.now(UTC)
+
+    def names(**filters: Any) -> list[str]:
+        return [one.name for one in client.events(**filters)]
+
+    assert names() == ["f", "b", "a.y", "a.x"]
+    assert names(name="a.") == ["a.y", "a.x"]
+    assert names(names=["b", "a.x"]) == names(names="b,a.x") == ["b", "a.x"]
+    assert names(source="invoke") == names(search="needle") == ["f"]
+    assert names(since=noon + timedelta(hours=1)) == []
+    assert names(until=noon + timedelta(hours=1), since="2020-01-01T00:00:00Z", name="b") == ["b"]
+    with pytest.raises(ValueError, match="since must be an aware datetime"):
+        names(since=datetime(2026, 1, 1))
+    assert {one.name: one.count for one in client.event_names()} == {
+        "a.x": 1, "a.y": 1, "b": 1, "f": 1,
+    }
+    b = next(client.events(names="b"))
+    assert (client.get_event(b.id), b.data, b.run_id) == (b, {"n": "b"}, None)
+
+
+def test_iteration_sees_each_event_once_while_more_are_added(
+    server: RunningServer, client: Client
+) -> None:
+    sent = [one.event_id for one in client.emit_many({"name": "old"} for _ in range(450))]
+    other, stop = Client(server.url), threading.Event()
+
+    def add() -> None:
+        while not stop.is_set():
+            other.emit_many([{"name": "new"}] * 20)
+
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(add)
+        eventually(lambda: server.rows("SELECT 1 FROM journal WHERE name = 'new' LIMIT 1"))
+        seen = [one.id for one in client.events() if one.name == "old"]
+        stop.set()
+        adding.result(DEADLINE_S)
+    assert seen == sent[::-1]
+
+
+def test_iteration_sees_each_run_once_and_goes_beyond_a_page(
+    server: RunningServer, client: Client
+) -> None:
+    server.register("f")
+    server.register("g", event="other")
+    sent = client.emit_many({"name": "order.placed"} for _ in range(450))
+    kept = client.emit("other").run_ids
+    assert [one.id for one in client.runs()] == kept + [one.run_ids[0] for one in sent[::-1]]
+    assert [one.id for one in client.runs(function_id="g")] == kept
+    (one,) = client.runs(event_id=sent[7].event_id, status="waiting_for_capacity")
+    assert [one.id] == sent[7].run_ids
+    assert client.cancel_run(one.id, "enough").status == "cancelled"
+    assert [one.id for one in client.runs(status="cancelled")] == sent[7].run_ids
+
+
+@pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")
+def test_an_empty_page_with_a_next_one_is_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server looks at so many rows for a page, and may find nothing in them."""
+    monkeypatch.setattr(ironflow, "SCAN_ROWS", 50)
+
+    def read_json(page: str) -> Any:
+        with urllib.request.urlopen(page) as answer:
+            return json.load(answer)
+
+    async def program() -> None:
+        async with (ironflow.Server(db=tmp_path / "j.db", port=0) as running,
+                    AsyncClient(running.url) as client):
+            needle = await client.emit("needle", {"text": "needle"})
+            await client.emit_many({"name": "hay"} for _ in range(120))
+            page = f"{running.url}/api/v1/events?search=needle"
+            first = await asyncio.to_thread(read_json, page)
+            assert (first["events"], bool(first["next_cursor"])) == ([], True)
+            found = [one.id async for one in client.events(search="needle")]
+            assert found == [needle.event_id]
+
+    asyncio.run(program())
+
+
+def test_a_function_can_be_paused_and_deleted(server: RunningServer, client: Client) -> None:
+    server.register("shop/ship it?".replace(" ", "-"), name="Ship")
+    (listed,) = client.list_functions()
+    function_id = listed.id
+    assert client.get_function(function_id).name == "Ship"
+    assert client.set_function_status(function_id, "paused").status == "paused"
+    assert client.emit("order.placed").run_ids == []
+    assert client.set_function_status(function_id, "active").status == "active"
+    assert len(client.emit("order.placed").run_ids) == 1
+    client.delete_function(function_id)
+    assert client.list_functions() == []
+    with pytest.raises(IronflowError, match="not found"):
+        client.get_function(function_id)
+
+
+def test_a_client_can_ask_how_the_server_is(server: RunningServer, client: Client) -> None:
+    server.register("f")
+    server.join("w", "f")
+    info = client.info()
+    assert (info.function_count, info.connected_workers, info.active_runs) == (1, 1, 0)
+    assert info.version == client.health().version == ironflow.__version__
+    assert [one.id for one in client.list_workers()] == ["w"]
+
+
+def test_a_server_that_does_not_answer_is_given_up_in_time(kind: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with (client_of(kind, url, timeout="300ms") as client,
+              pytest.raises(IronflowError, match="cannot reach") as caught):
+            client.health()
+    assert caught.value.code == "unavailable"
+
+
+# --- What only an AsyncClient does -----------------------------------------------------
+
+
+def calls_in_threads() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "ironflow call"]
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+def test_a_cancelled_call_leaves_neither_thread_nor_connection(
+    server: RunningServer, proxy: Proxy, how: str
+) -> None:
+    """The server holds an emit_sync: no worker has its function."""
+    server.register("f")
+
+    async def program() -> None:
+        async with AsyncClient(proxy.url) as client:
+            limit = 0.5 if how == "timeout" else None
+            calling = asyncio.create_task(
+                asyncio.wait_for(client.emit_sync("order.placed", timeout=DEADLINE_S), limit))
+            await asyncio.to_thread(eventually, lambda: server.rows("SELECT 1 FROM run"))
+            assert (len(calls_in_threads()), proxy.open) == (1, 1)
+            if how == "cancel":
+                calling.cancel()
+            with pytest.raises((asyncio.CancelledError, TimeoutError)):
+                await calling
+            await asyncio.to_thread(eventually, lambda: proxy.open == 0)
+            await asyncio.to_thread(eventually, lambda: not calls_in_threads())
+            assert (await client.health()).status == "ok"
+
+    asyncio.run(program())
+    assert proxy.connections == 2
+    assert server.rows("SELECT count(*) FROM journal WHERE kind = 'event'") == [(1,)]
+
+
+def test_an_async_client_has_some_dozens_of_threads_and_many_calls(server: RunningServer) -> None:
+    server.register("f")
+    most = 0
+
+    async def program(client: AsyncClient) -> list[Emitted]:
+        nonlocal most
+        calling = asyncio.gather(
+            *(client.emit_sync("order.placed", timeout="300ms") for _ in range(100)))
+        while not calling.done():
+            most = max(most, len(calls_in_threads()))
+            await asyncio.sleep(0.01)
+        return await calling
+
+    client = AsyncClient(server.url)
+    for _ in range(2):  # the second loop comes after the first, and waits for threads, too
+        done = asyncio.run(program(client))
+        assert [one.results[0].wait_timed_out for one in done] == [True] * 100
+    assert 1 < most <= ironflow_client.THREADS
+    asyncio.run(client.close())
+
+
+def test_an_async_client_keeps_its_connections(proxy: Proxy) -> None:
+    async def program() -> None:
+        async with AsyncClient(proxy.url) as client:
+            for _ in range(5):
+                await client.emit("a")
+            await asyncio.gather(*(client.emit("a") for _ in range(20)))
+            assert proxy.connections <= 20
+        await asyncio.to_thread(eventually, lambda: proxy.open == 0)
+
+    asyncio.run(program())
+
+
+# --- Which run a call belongs to -------------------------------------------------------
+
+
+def test_calls_inside_a_handler_say_which_run_they_belong_to(server: RunningServer) -> None:
+    client, aclient = Client(server.url), AsyncClient(server.url)
+
+    @on_order()
+    async def handler(ctx: Any) -> None:
+        await aclient.emit("async handler")
+        await ctx.step.run("a", lambda: client.emit("step in a thread"))
+        await ctx.step.run("b", lambda: aclient.emit("async step"))
+        await asyncio.to_thread(client.emit, "thread of a handler")
+        await ctx.step.run("c", lambda: client.publish("topic"))
+
+    @on_order(id="g")
+    def plain_handler(ctx: Any) -> None:
+        client.emit("plain handler")
+        ctx.step.run("a", lambda: client.emit("plain step"))
+        ctx.step.run("b", lambda: aclient.emit("async step of a plain handler"))
+
+    with working(server.url, handler, plain_handler):
+        ended = client.emit_sync("order.placed").results
+        assert {one.status for one in ended} == {"completed"}
+    run_of = {one.function_id: one.run_id for one in ended}
+    client.emit("outside")
+    said = {one.name: one.run_id for one in client.events()}
+    assert said == {
+        "order.placed": None, "outside": None,
+        **dict.fromkeys(["async handler", "step in a thread", "async step",
+                         "thread of a handler"], run_of["f"]),
+        **dict.fromkeys(["plain handler", "plain step", "async step of a plain handler"],
+                        run_of["g"]),
+    }
+    assert server.rows("SELECT subject FROM journal WHERE kind = 'topic'") == [(run_of["f"],)]
+
+
+# ======================================================================================
+# The client: a function without a server
+# ======================================================================================
+
+
+@pytest.mark.parametrize("kind", [asynchronous, plain])
+@pytest.mark.parametrize("looped", [False, True])
+def test_run_inline_runs_a_function_as_a_server_would(
+    kind: Callable[[list[str]], Function], looped: bool
+) -> None:
+    called: list[str] = []
+
+    async def inside_a_loop() -> Run:
+        return run_inline(kind(called), {"a": 1})
+
+    run = asyncio.run(inside_a_loop()) if looped else run_inline(kind(called), {"a": 1})
+    assert (run.status, run.output, run.error) == ("completed", [[1, 1], {"n": 2}, {"a": 1}], None)
+    assert called == ["first", "second"]
+    assert [(one.step_id, one.step_type, one.status, one.sequence) for one in run.steps] == [
+        ("run_inline:first:0", "invoke", "completed", 0),
+        ("run_inline:a while:0", "sleep", "completed", 1),
+        ("run_inline:second:0", "invoke", "completed", 2),
+    ]
+    assert [one.output for one in run.steps] == [[1, 1], None, {"n": 2}]
+
+
+def test_run_inline_records_the_rows_that_a_server_shows(server: RunningServer) -> None:
+    @on_order()
+    async def handler(ctx: Any) -> Any:
+        for n in range(3):
+            await ctx.step.run("a:b", lambda n=n: n)
+        await ctx.step.sleep("b", 0)
+        with contextlib.suppress(StepError):
+            await ctx.step.run("c", lambda: 1 / 0)
+
+    kept = server.steps(outcome(server, handler)["id"])
+    inline = run_inline(handler).steps
+
+    def rows(steps: Sequence[Any]) -> list[Any]:
+        same = ("name", "step_type", "status", "sequence", "attempt", "output", "error")
+        return [(one["step_id"].replace(one["run_id"], ""), *map(one.get, same)) for one in steps]
+
+    assert rows(inline) == rows(kept)
+    assert all(isinstance(one, StepRow) for one in inline)
+
+
+def test_run_inline_takes_the_results_of_steps_by_name_and_by_id() -> None:
+    called: list[str] = []
+
+    def declined() -> None:
+        raise NonRetryableError("declined")
+
+    @on_order()
+    async def handler(ctx: Any) -> Any:
+        return [await ctx.step.run(name, noting(called, name, n))
+                for n, name in enumerate(["charge", "charge", "ship"])]
+
+    by_name = run_inline(handler, steps={"charge": {"paid": (1,)}})
+    assert by_name.output == [{"paid": [1]}, {"paid": [1]}, 2]
+    assert [one.output for one in by_name.steps] == by_name.output
+    by_id = run_inline(handler, steps={"run_inline:charge:1": "x", "ship": None})
+    assert (by_id.output, called) == ([0, "x", None], ["ship", "charge"])
+    failed = run_inline(handler, steps={"charge": declined})
+    assert (failed.status, called[2:]) == ("failed", [])
+    assert failed.error == {"message": "declined", "code": "STEP_FAILED"}
+    assert [(one.name, one.status) for one in failed.steps] == [("charge", "failed")]
+
+
+def test_run_inline_tries_again_at_once_and_keeps_what_was_done() -> None:
+    called: list[str] = []
+
+    @on_order()
+    def handler(ctx: Any) -> Any:
+        ctx.step.run("once", noting(called, "once", None))
+        ctx.step.sleep("nap", "365d")
+        ctx.step.run("twice", noting(called, "twice", None))
+        if ctx.run.attempt < ctx.run.max_attempts:
+            raise RetryAfterError("busy", "1h")
+        return ctx.run.attempt
+
+    assert run_inline(handler, attempts=3).output == 3
+    assert called == ["once", "twice"]
+    run = run_inline(doubling(), {}, attempts=2)
+    assert (run.status, run.attempt, run.error["code"]) == ("failed", 2, "STEP_FAILED")
+    assert "unsupported operand" in run.error["message"]
+    for attempts in (1, 5):
+        refused = run_inline(refusing, attempts=attempts)
+        assert (refused.attempt, refused.error["code"]) == (1, "DECLINED")
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "data"),
+    [
+        ("order.paid", "order.paid", None),
+        ({"name": "order.paid", "data": 1, "metadata": {"m": 1}}, "order.paid", 1),
+        (EventRow(id="e", name="x", data=[1], timestamp="2026-01-01T00:00:00Z"), "x", [1]),
+        (Event("e", "x", {"a": 1}, datetime.now(UTC)), "x", {"a": 1}),
+        ({"name": "Ann"}, "f", {"name": "Ann"}), ((1, 2), "f", [1, 2]), (None, "f", None),
+    ],
+)
+def test_run_inline_takes_an_event_a_name_or_data(given: Any, name: str, data: Any) -> None:
+    called: list[Event] = []
+
+    @on_order()
+    def handler(ctx: Any) -> None:
+        called.append(ctx.event)
+
+    assert run_inline(handler, given).status == "completed"
+    (event,) = called
+    assert (event.name, event.data, event.timestamp.tzinfo) == (name, data, UTC)
+
+
+def test_run_inline_refuses_what_a_server_would() -> None:
+    @on_order()
+    async def handler(ctx: Any) -> None:
+        await ctx.step.run("weigh", lambda: {"kg": [math.nan]})
+
+    run = run_inline(handler, attempts=3)
+    assert (run.attempt, run.error["code"]) == (1, "SERIALIZATION_ERROR")
+    with pytest.raises(NotJSON, match=r"the event is not JSON at \.data"):
+        run_inline(handler, {"x", "y"})
 
 
 # ======================================================================================
