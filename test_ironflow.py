@@ -18,17 +18,21 @@ import asyncio
 import configparser
 import contextlib
 import copy
+import fcntl
 import functools
 import gzip
 import hashlib
 import http.client
+import http.server
 import inspect
 import json
 import math
 import os
+import pty
 import pydoc
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -37,6 +41,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import tomllib
@@ -6006,6 +6011,709 @@ def test_run_inline_refuses_what_a_server_would() -> None:
 
 
 # ======================================================================================
+# The command line
+# ======================================================================================
+
+
+@pytest.fixture(scope="module")
+def past(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server on which three orders were packed: one well, one badly, one not yet."""
+    with serve(tmp_path_factory.mktemp("past")) as running:
+        running.register("shop/pack")
+        running.join("w", "shop/pack")
+        for total in 5, 7, 9:
+            running.emit(data={"total": total}, metadata={"by": "ann"})
+        good, bad = running.job(), running.job()
+        at = "2026-01-01T00:00:00Z"
+        steps = [step(good, "weigh", {"grams": 250}, duration_ms=3250, started_at=at),
+                 step(good, "wrap", None, duration_ms=12, started_at=at)]
+        running.tell(good, "completed", output="packed", steps=steps)
+        error = {"message": "no boxes left", "code": "EMPTY", "retryable": False}
+        running.tell(bad, "failed", error=error)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def ids(past: RunningServer) -> dict[str, str]:
+    """Names for the ids of what happened there, newest first as the lists are."""
+    runs = past.yes("GET", "/api/v1/runs")["runs"]
+    names = dict(zip(("open", "bad", "good"), (run["id"] for run in runs), strict=True))
+    events = (run["event_id"] for run in runs)
+    return names | dict(zip(("nine", "seven", "five"), events, strict=True))
+
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """`python ironflow.py WORDS...` in this process: its status, stdout and stderr."""
+    for name in set(os.environ) - set(own_environment({})):
+        monkeypatch.delenv(name)
+
+    def run(server: RunningServer, *words: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("IRONFLOW_SERVER_URL", server.url)
+        try:
+            status = ironflow.main(list(words))
+        except SystemExit as usage:
+            status = int(usage.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def process(server: RunningServer, *words: str, env: Any = None, **io: Any) -> Any:
+    """The same as a process of its own."""
+    plain = {"IRONFLOW_SERVER_URL": server.url, "NO_COLOR": "", "TERM": "xterm"} | (env or {})
+    clean = {k: v for k, v in own_environment(plain).items() if k != "COLUMNS"}
+    return subprocess.Popen([sys.executable, HERE / "ironflow.py", *words], env=clean, **io)
+
+
+def on_terminal(
+    server: RunningServer, *words: str, columns: int = 80, env: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """The same in a pseudo-terminal so many columns wide: its status, what it shows."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with process(server, *words, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as cli:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while part := os.read(ours, 65536):
+                shown += part
+        os.close(ours)
+    return cli.returncode, shown.decode().replace("\r\n", "\n")
+
+
+@contextlib.contextmanager
+def stranger(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[bytes]]]:
+    """The URL of a server that gives these answers in turn, and the bodies it was sent."""
+    waiting, bodies = list(answers), list[bytes]()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, body = waiting.pop(0)
+            bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_port}", bodies
+        found.shutdown()
+        thread.join(DEADLINE_S)
+
+
+# What each command shows when its output is no terminal. Times are UTC; here they are all
+# set to one instant, for they differ from day to day.
+
+MOMENT = "2026-02-03 04:05:06Z"
+SCREENS = {
+    "run list": """
+ID                        STATUS                FUNCTION ID  EVENT NAME    CREATED
+{open}  waiting_for_capacity  shop/pack    order.placed  {at}
+{bad}  failed                shop/pack    order.placed  {at}
+{good}  completed             shop/pack    order.placed  {at}
+""",
+    "run get {good}": """
+id                {good}
+function id       shop/pack
+event id          {five}
+event name        order.placed
+worker id         w
+status            completed
+attempt           1
+output            packed
+function version  1
+created           {at}
+updated           {at}
+started           {at}
+ended             {at}
+max attempts      3
+input             {{"total":5}}
+execution mode    pull
+
+NAME   STATUS     ATTEMPT  STARTED               DURATION  RESULT
+weigh  completed  1        {at}  3.25s     {{"grams":250}}
+wrap   completed  1        {at}  12ms
+""",
+    "run get {bad}": """
+id                {bad}
+function id       shop/pack
+event id          {seven}
+event name        order.placed
+worker id         w
+status            failed
+attempt           1
+error             {{"message":"no boxes left","code":"EMPTY"}}
+function version  1
+created           {at}
+updated           {at}
+started           {at}
+ended             {at}
+max attempts      3
+input             {{"total":7}}
+execution mode    pull
+""",
+    "event list": """
+ID                        NAME          TIMESTAMP             SOURCE  DATA
+{nine}  order.placed  {at}  api     {{"total":9}}
+{seven}  order.placed  {at}  api     {{"total":7}}
+{five}  order.placed  {at}  api     {{"total":5}}
+""",
+    "event get {five}": """
+id         {five}
+timestamp  {at}
+name       order.placed
+data       {{"total":5}}
+version    1
+metadata   {{"by":"ann"}}
+source     api
+created    {at}
+processed  true
+""",
+    "function list": """
+ID         STATUS  WORKERS  TRIGGERS      UPDATED
+shop/pack  active  1        order.placed  {at}
+""",
+    "function get shop/pack": """
+id              shop/pack
+slug            shop/pack
+name            shop/pack
+status          active
+preferred mode  pull
+execution mode  pull
+triggers        order.placed
+retry attempts  3
+retry delay     1s
+retry backoff   2.0
+timeout         0ms
+metadata        {{}}
+version         1
+created         {at}
+updated         {at}
+workers         1
+""",
+    "worker list": """
+ID  HOSTNAME  ACTIVE JOBS  MAX CONCURRENT  LAST HEARTBEAT        FUNCTION IDS
+w             0            10              {at}  shop/pack
+""",
+}
+DOORS = {
+    "run list": "/api/v1/runs", "run get {bad}": "/api/v1/runs/{bad}",
+    "event list": "/api/v1/events", "event get {five}": "/api/v1/events/{five}",
+    "function list": "/api/v1/functions", "worker list": "/api/v1/workers",
+    "function get shop/pack": "/api/v1/functions/shop%2Fpack",
+}
+
+
+@pytest.mark.parametrize("command", SCREENS)
+def test_what_a_command_shows(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str
+) -> None:
+    status, out, err = cli(past, *command.format(**ids).split())
+    assert (status, err) == (0, "")
+    shown = re.sub(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\dZ", MOMENT, out)
+    assert shown == SCREENS[command].format(**ids, at=MOMENT).lstrip("\n")
+
+
+@pytest.mark.parametrize("command", DOORS)
+def test_json_is_the_servers_in_one_document(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str
+) -> None:
+    status, out, err = cli(past, *command.format(**ids).split(), "--json")
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    answer = past.yes("GET", DOORS[command].format(**ids))
+    if command.startswith("run get"):
+        answer["steps"] = past.steps(ids["bad"])
+    assert json.loads(out) == answer | ({"limit": 50} if command == "event list" else {})
+
+
+def test_lists_of_nothing_say_so_on_stderr(cli: Cli, server: RunningServer) -> None:
+    for what in "run", "event", "function", "worker":
+        assert cli(server, what, "list") == (0, "", f"ironflow.py: no {what}s\n")
+        status, out, err = cli(server, what, "list", "--json")
+        assert (status, json.loads(out)[f"{what}s"], err) == (0, [], "")
+
+
+@pytest.mark.parametrize(("command", "found"), [
+    ("run list --status failed", "bad"),
+    ("run list --function shop/pack --status completed", "good"),
+    ("run list --function nobody", ""),
+    ("run list --limit 2", "open bad"),
+    ("event list --name placed --search 7}", "seven"),
+    ("event list --source cron", ""),
+    ("event list --since 1h", "nine seven five"),
+    ("event list --since 2026-01-01T00:00:00+01:00 --until 2999-01-01T00:00:00Z",
+     "nine seven five"),
+    ("event list --until 1h30m", ""),
+    ("event list --limit 1", "nine"),
+])
+def test_lists_can_be_narrowed(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str, found: str
+) -> None:
+    status, out, err = cli(past, *command.split())
+    assert status == 0
+    shown = [line.split()[0] for line in out.splitlines()[1:]]
+    assert shown == [ids[name] for name in found.split()]
+    assert ("there are more" in err) == ("--limit" in command)
+
+
+def test_a_list_is_as_long_as_its_limit_whatever_a_page_holds(
+    cli: Cli, shared: RunningServer
+) -> None:
+    name = new_name()
+    shared.yes("POST", "/api/v1/events", [{"name": name, "data": i} for i in range(450)])
+    words = ("event", "list", "--name", name, "--limit", "430", "--json")
+    status, out, err = cli(shared, *words)
+    assert (status, err) == (0, "")
+    assert [event["data"] for event in json.loads(out)["events"]] == list(range(449, 19, -1))
+    assert json.loads(out)["count"] == 430
+
+
+# --- On a terminal ---------------------------------------------------------------------
+
+def without_colours(shown: str) -> str:
+    return re.sub(r"\x1b\[[0-9]*m", "", shown)
+
+
+@pytest.mark.parametrize("command", ["version", *SCREENS])
+def test_every_command_fits_a_terminal(
+    past: RunningServer, ids: dict[str, str], command: str
+) -> None:
+    words = command.format(**ids).split()
+    status, shown = on_terminal(past, *words)
+    lines = without_colours(shown).splitlines()
+    assert status == 0
+    assert lines
+    assert not any("\x1b" in line for line in lines)
+    if words[-1] == "list":
+        assert max(map(len, lines)) <= 80
+        assert shown.startswith("\x1b[1mID ")
+
+
+@pytest.mark.parametrize(("columns", "whole"), [
+    (20, []), (60, ["{bad}"]), (80, ["{bad}", "waiting_for_capacity"]),
+    (200, ["{bad}", "waiting_for_capacity", "shop/pack", "order.placed"]),
+])
+def test_a_table_is_cut_to_the_terminal_and_ids_last(
+    past: RunningServer, ids: dict[str, str], columns: int, whole: list[str]
+) -> None:
+    _, shown = on_terminal(past, "run", "list", "--limit", "3", columns=columns)
+    lines = without_colours(shown).splitlines()
+    assert len(lines) == 4
+    assert max(map(len, lines)) <= columns
+    assert ("…" in shown) == (columns < 200)
+    assert all(text.format(**ids) in shown for text in whole)
+
+
+@pytest.mark.parametrize(("env", "coloured"), [
+    ({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False),
+])
+def test_statuses_have_colours_where_they_are_wanted(
+    past: RunningServer, ids: dict[str, str], env: dict[str, str], coloured: bool
+) -> None:
+    _, shown = on_terminal(past, "run", "get", ids["good"], env=env)
+    assert ("\x1b[32mcompleted\x1b[0m" in shown) == coloured
+    assert ("\x1b" in shown) == coloured
+
+
+@pytest.mark.parametrize(("ms", "text"), [
+    (0, "0ms"), (999, "999ms"), (1000, "1s"), (12_345, "12.3s"), (250_000, "0:04:10"),
+    (100_000_000, "1 day, 3:46:40"),
+])
+def test_lengths_of_time_are_for_people(ms: int, text: str) -> None:
+    assert ironflow.cell({"duration_ms": ms}, "duration_ms") == text
+
+
+NASTY = "\x1b[2J\x07\x9b31m\u202eabc\r\ndef\x7f"
+TAMED = r"\u001b[2J\u0007\u009b31m\u202eabc\r\ndef\u007f"
+
+
+def test_what_a_stranger_says_does_not_reach_the_terminal_raw(
+    cli: Cli, shared: RunningServer
+) -> None:
+    name = new_name()
+    shared.register(name, name)
+    shared.join(name, name)
+    accepted = shared.emit(name, {NASTY: NASTY}, metadata={"by": NASTY})
+    (run_id,) = accepted["run_ids"]
+    job = shared.job(name)
+    error = {"message": NASTY, "code": NASTY, "retryable": False}
+    steps = [step(job, "one", NASTY)]
+    assert shared.tell(job, "failed", name, error=error, steps=steps)[0] == 200
+    lists = f"event list --name {name}", "run list"
+    for command in f"run get {run_id}", f"event get {accepted['id']}", *lists:
+        _, plain, _ = cli(shared, *command.split())
+        status, as_json, err = cli(shared, *command.split(), "--json")
+        assert (status, err) == (0, "")
+        assert (plain + as_json).replace("\n", "").isprintable()
+        assert (TAMED in plain) == (command != "run list")
+        assert TAMED in as_json
+        assert repr(NASTY) in repr(json.loads(as_json))
+
+
+def test_a_strangers_error_and_its_keys_are_tamed_too(cli: Cli, past: RunningServer) -> None:
+    nasty = json.dumps({"message": NASTY, NASTY: NASTY}).encode()
+    with stranger((404, nasty), (200, nasty)) as (url, _):
+        status, out, err = cli(past, "event", "get", "x", "-s", url)
+        assert (status, out) == (1, "")
+        assert err.rstrip("\n").isprintable()
+        status, out, err = cli(past, "event", "get", "x", "-s", url)
+        assert (status, err) == (0, "")
+        assert out.replace("\n", "").isprintable()
+
+
+def test_what_the_output_cannot_encode_is_escaped(shared: RunningServer) -> None:
+    event = shared.emit("umlaut", {"city": "Köln"})
+    env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    words = ("event", "get", event["id"])
+    with process(shared, *words, env=env, stdout=subprocess.PIPE) as cli:
+        assert "K\\xf6ln" in cli.communicate(timeout=DEADLINE_S)[0].decode("ascii")
+    assert cli.returncode == 0
+
+
+# --- Emitting --------------------------------------------------------------------------
+
+def test_emit_prints_the_ids_of_the_event_and_its_runs(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    shared.register(f"{name}-too", name)
+    status, out, err = cli(shared, "emit", name)
+    assert (status, err) == (0, "")
+    event_id, *run_ids = out.split()
+    assert shared.yes("GET", f"/api/v1/events/{event_id}")["data"] == {}
+    assert {shared.run(run_id)["function_id"] for run_id in run_ids} == {name, f"{name}-too"}
+    status, out, _ = cli(shared, "emit", name, "--json")
+    assert len(json.loads(out)["run_ids"]) == 2
+
+
+@pytest.mark.parametrize(("words", "members"), [
+    (["--data", '{"a": [1, "ü"]}'], {"data": {"a": [1, "ü"]}}),
+    (["--data", "null"], {"data": None}),
+    (["--data-file", "{tmp}/data.json"], {"data": {"from": "file"}}),
+    (["--metadata", "by=ann", "--metadata", "why=a=b="],
+     {"metadata": {"by": "ann", "why": "a=b="}}),
+    (["--version", "3"], {"version": 3}),
+])
+def test_emit_hands_in_what_it_is_told(
+    cli: Cli, shared: RunningServer, tmp_path: Path, words: list[str], members: dict[str, Any]
+) -> None:
+    (tmp_path / "data.json").write_text('{"from": "file"}')
+    words = [word.replace("{tmp}", str(tmp_path)) for word in words]
+    status, out, err = cli(shared, "emit", new_name(), *words)
+    assert (status, err) == (0, "")
+    event = shared.yes("GET", f"/api/v1/events/{out.strip()}")
+    assert {name: event[name] for name in members} == members
+
+
+def test_emit_reads_data_from_stdin(shared: RunningServer) -> None:
+    words = ("emit", new_name(), "--data-file", "-")
+    pipe = subprocess.PIPE
+    with process(shared, *words, stdin=pipe, stdout=pipe) as cli:
+        out, _ = cli.communicate(b"[1, 2]", DEADLINE_S)
+    event = shared.yes("GET", f"/api/v1/events/{out.decode().strip()}")
+    assert (cli.returncode, event["data"]) == (0, [1, 2])
+
+
+def test_emit_with_the_same_key_does_nothing_more(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    first, again = (cli(shared, "emit", name, "--idempotency-key", name) for _ in range(2))
+    assert first == again
+    status, out, err = cli(shared, "emit", f"{name}.other", "--idempotency-key", name)
+    assert (status, out) == (1, "")
+    assert name in err
+
+
+def test_emit_is_repeated_when_the_answer_is_lost_and_is_one_event(
+    cli: Cli, shared: RunningServer
+) -> None:
+    name = new_name()
+    with contextlib.closing(Proxy(shared.port)) as proxy:
+        proxy.swallow = 2
+        status, out, err = cli(shared, "emit", name, "--server", proxy.url)
+    assert (status, err, proxy.connections) == (0, "", 3)
+    events = shared.yes("GET", f"/api/v1/events?names={name}")["events"]
+    assert [event["id"] for event in events] == [out.strip()]
+
+
+def test_emit_is_repeated_for_a_server_short_of_breath(cli: Cli, past: RunningServer) -> None:
+    busy = (503, b'{"message": "in a moment"}')
+    yes = (200, b'{"event_id": "evt_1", "run_ids": []}')
+    with stranger(busy, busy, yes) as (url, bodies):
+        assert cli(past, "emit", "x", "-s", url) == (0, "evt_1\n", "")
+        assert len({json.loads(body)["idempotencyKey"] for body in bodies}) == 1
+    with stranger(busy, busy, busy, busy) as (url, _):
+        assert cli(past, "emit", "x", "-s", url) == (1, "", "ironflow.py: in a moment\n")
+
+
+@pytest.mark.parametrize(("report", "status", "row"), [
+    ({"status": "completed", "output": {"paid": 5}}, 0, r'completed +\S+ +\{"paid":5\}'),
+    ({"status": "completed", "output": "fine"}, 0, r"completed +\S+ +fine"),
+    ({"status": "failed", "error": {"message": "no", "retryable": False}}, 1,
+     r'failed +\S+ +\{"message":"no".*\}'),
+])
+def test_emit_can_wait_and_says_how_each_run_ended(
+    cli: Cli, shared: RunningServer, report: dict[str, Any], status: int, row: str
+) -> None:
+    name = new_name()
+    shared.register(name, name)
+    shared.join(name, name)
+
+    def work() -> None:
+        assert shared.tell(shared.job(name), worker_id=name, **report)[0] == 200
+
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(work)
+        found, out, err = cli(shared, "emit", name, "--wait")
+        worker.result(DEADLINE_S)
+    assert (found, err) == (status, "")
+    event_id, header, run = out.splitlines()
+    assert event_id.startswith("evt_")
+    assert header.split() == ["RUN", "ID", "FUNCTION", "ID", "STATUS", "DURATION", "RESULT"]
+    assert re.fullmatch(rf"run_\w+ +{name} +{row}", run)
+
+
+def test_emit_waits_no_longer_than_it_is_told(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    status, out, err = cli(shared, "emit", name, "--wait", "--timeout", "10ms")
+    assert (status, err) == (1, "ironflow.py: not all of its runs ended in time\n")
+    assert "waiting_for_capacity" in out
+    status, out, err = cli(shared, "emit", name, "--wait", "--timeout", "10ms", "--json")
+    assert status == 1
+    assert json.loads(out)["results"][0]["waitTimedOut"]
+
+
+def test_emit_of_what_starts_nothing_has_nothing_to_wait_for(
+    cli: Cli, shared: RunningServer
+) -> None:
+    words = ("emit", new_name(), "--wait", "--timeout", "99999999999999d")
+    status, out, err = cli(shared, *words)
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"evt_\w+\n", out)
+
+
+def test_emit_asks_again_when_a_server_that_stops_answers_early(
+    cli: Cli, past: RunningServer
+) -> None:
+    def answer(status: str, late: bool) -> tuple[int, bytes]:
+        run = {"runId": "run_1", "functionId": "f", "status": status, "waitTimedOut": late}
+        return 200, json.dumps({"eventId": "evt_1", "results": [run]}).encode()
+
+    with stranger(answer("running", True), answer("completed", False)) as (url, bodies):
+        status, out, err = cli(past, "emit", "x", "--wait", "-s", url)
+    assert (status, err) == (0, "")
+    assert "completed" in out
+    first, second = map(json.loads, bodies)
+    assert first["idempotencyKey"] == second["idempotencyKey"]
+    assert second["timeoutMs"] <= first["timeoutMs"] == 60_000
+
+
+# --- What goes wrong -------------------------------------------------------------------
+
+def test_a_run_can_be_cancelled(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    (run_id,) = shared.emit(name)["run_ids"]
+    cancelled = cli(shared, "run", "cancel", run_id, "--reason", "too late")
+    assert cancelled == (0, f"id      {run_id}\nstatus  cancelled\n", "")
+    assert "too late" in shared.run(run_id)["error"]["message"]
+
+
+@pytest.mark.parametrize(("command", "method", "door"), [
+    ("run get no/such", "GET", "/api/v1/runs/no%2Fsuch"),
+    ("run cancel {good}", "POST", "/api/v1/runs/{good}/cancel"),
+    ("event get none", "GET", "/api/v1/events/none"),
+    ("function get none", "GET", "/api/v1/functions/none"),
+    ("emit order.*", "POST", "/api/v1/events"),
+])
+def test_what_the_server_refuses_is_said_as_the_server_says_it(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str, method: str, door: str
+) -> None:
+    body = {"name": "order.*"} if door.endswith("events") else None
+    status, refusal = past.call(method, door.format(**ids), body)
+    assert status >= 400
+    said = f"ironflow.py: {refusal['message']}\n"
+    assert cli(past, *command.format(**ids).split()) == (1, "", said)
+
+
+def test_a_server_that_is_not_there_is_said_in_a_sentence(
+    cli: Cli, past: RunningServer
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    status, out, err = cli(past, "run", "list", "-s", url)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert f"cannot reach {url} (" in err
+    assert "is it running? `python ironflow.py` starts one" in err
+
+
+def test_a_server_that_is_silent_is_asked_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = ironflow.server_url(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ironflow.IronflowError, match="timed out"):
+            ironflow.ask(argparse.Namespace(server=url), "GET", "/", wait_s=0.01)
+        silent.accept()[0].close()
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    ((200, b"<html>"), "cannot understand {url}"),
+    ((200, b"[]"), "cannot understand {url}"),
+    ((200, b"[" * 100_000), "cannot understand {url}"),
+    ((200, b'{"a": NaN}'), "NaN"),
+    ((302, b"{}"), "cannot understand {url}"),
+    ((502, b"bad gateway"), "cannot understand {url}"),
+    ((418, b'{"message": "a teapot"}'), "a teapot"),
+])
+def test_what_is_no_ironflow_server_is_said_in_a_sentence(
+    cli: Cli, past: RunningServer, answer: tuple[int, bytes], words: str
+) -> None:
+    with stranger(answer) as (url, _):
+        status, out, err = cli(past, "event", "get", "x", "-s", url)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert words.format(url=url) in err
+
+
+@pytest.mark.parametrize(("command", "flag"), [
+    ("emit", "name"),
+    ("emit x --data {a", "--data:"),
+    ("emit x --data NaN", "--data:"),
+    ("emit x --data 1e999", "--data:"),
+    ("emit x --data-file {tmp}/none.json", "--data-file:"),
+    ("emit x --data-file {tmp}", "--data-file:"),
+    ("emit x --data-file {tmp}/bad.json", "--data-file:"),
+    ("emit x --data 1 --data-file {tmp}/good.json", "--data"),
+    ("emit x --metadata by", "--metadata: by: give KEY=VALUE"),
+    ("emit x --version 0", "--version:"),
+    ("emit x --timeout soon", "--timeout:"),
+    ("emit x --timeout 5", "--timeout:"),
+    ("run list --status unknown", "--status:"),
+    ("run list --limit none", "--limit:"),
+    ("event list --since yesterday", "--since:"),
+    ("event list --until 2026-01-01T00:00:00", "--until:"),
+    ("event list --since 99999999d", "--since:"),
+    ("run list -s localhost:9123", "--server:"),
+    ("run list -s http://", "--server:"),
+    ("run list -s http://a:99999", "--server:"),
+    ("run list -s http://[::1", "--server:"),
+    ("run list -s http://ann:secret@a", "--server:"),
+    ("run list -s http://ä", "--server:"),
+    ("run get", "id"),
+    ("run", "'run'"),
+    ("walk", "'walk'"),
+    ("backup", "FILE"),
+])
+def test_a_bad_call_is_told_what_was_wrong_and_ends_with_2(
+    cli: Cli, past: RunningServer, tmp_path: Path, command: str, flag: str
+) -> None:
+    (tmp_path / "bad.json").write_bytes(b"\xff")
+    (tmp_path / "good.json").write_text("1")
+    status, out, err = cli(past, *command.replace("{tmp}", str(tmp_path)).split())
+    assert (status, out) == (2, "")
+    assert flag in err.splitlines()[-1]
+
+
+def test_words_that_are_no_utf8_are_refused(cli: Cli, past: RunningServer) -> None:
+    for command in "emit x\udcff", "emit x --metadata a=\udcff", "run get \udcff":
+        status, out, err = cli(past, *command.split())
+        assert (status, out) == (1, "")
+        assert "'utf-8' codec can't encode" in err
+
+
+# --- Help, keys, signals and pipes -----------------------------------------------------
+
+@pytest.mark.parametrize("command", ironflow.commands())
+def test_the_help_of_a_command_has_an_example_that_can_be_run(
+    cli: Cli, past: RunningServer, command: str
+) -> None:
+    status, out, err = cli(past, *command.split(), "--help")
+    assert (status, err) == (0, "")
+    example = re.search(r"example: python ironflow\.py (.*)", out)
+    assert example
+    given = shlex.split(example[1])
+    assert given[:len(command.split())] == command.split()
+    assert ironflow.parser().parse_args([command, *given[len(command.split()):]]).do
+    _, overview, _ = cli(past, "--help")
+    assert f"    {command}" in overview
+
+
+def test_version_prints_the_version(cli: Cli, past: RunningServer) -> None:
+    assert cli(past, "version") == (0, f"{ironflow.__version__}\n", "")
+
+
+def test_backup_prints_one_line(cli: Cli, past: RunningServer, tmp_path: Path) -> None:
+    copy = str(tmp_path / "copy.db")
+    words = ("backup", copy, "--db", str(past.db))
+    assert cli(past, *words) == (0, f"{copy} is a copy of {past.db}\n", "")
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert db.execute("SELECT count(*) FROM run").fetchone() == (3,)
+    status, out, err = cli(past, *words)
+    assert (status, out, err) == (1, "", f"ironflow.py: {copy} exists: name a file that does not\n")
+
+
+def test_the_key_comes_from_the_environment(
+    cli: Cli, keyed: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, err = cli(keyed, "run", "list")
+    assert (status, out) == (1, "")
+    assert "authentication required" in err
+    for key, status in {"ifkey_1": 0, "ifkey_1\n": 0, "other": 1, "ключ": 1, "a\nb": 1}.items():
+        monkeypatch.setenv("IRONFLOW_API_KEY", key)
+        assert cli(keyed, "run", "list")[0] == status
+
+
+def test_the_environment_goes_along(
+    cli: Cli, past: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IRONFLOW_ENV", "blue")
+    status, _, err = cli(past, "run", "list")
+    assert (status, "this server serves the environment 'default'" in err) == (1, True)
+
+
+def test_the_flag_beats_the_variable_and_both_are_checked(
+    cli: Cli, past: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunningServer, "url", "nonsense")
+    assert cli(past, "run", "list")[0] == 2
+    assert cli(past, "run", "list", "-s", f"http://127.0.0.1:{past.port}/")[0] == 0
+
+
+def test_ctrl_c_ends_a_wait_quietly(shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process(shared, "emit", name, "--wait", **pipes) as cli:
+        eventually(lambda: shared.yes("GET", f"/api/v1/runs?function_id={name}")["count"])
+        cli.send_signal(signal.SIGINT)
+        assert cli.communicate(timeout=DEADLINE_S) == (b"", b"")
+    assert cli.returncode == 130
+
+
+def test_a_closed_pipe_ends_it_quietly(shared: RunningServer) -> None:
+    name = new_name()
+    for _ in range(3):
+        shared.emit(name, "x" * 90_000)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process(shared, "event", "list", "--name", name, **pipes) as cli:
+        assert cli.stdout.readline().startswith(b"ID ")
+        cli.stdout.close()
+        assert cli.stderr.read() == b""
+    assert cli.returncode == 141
+
+
+# ======================================================================================
 # The project: examples and README do what they say
 # ======================================================================================
 
@@ -6077,3 +6785,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
+
