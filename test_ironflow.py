@@ -5792,7 +5792,7 @@ def test_a_server_that_does_not_answer_is_given_up_in_time(kind: str) -> None:
 
 
 def calls_in_threads() -> list[threading.Thread]:
-    return [one for one in threading.enumerate() if one.name == "ironflow call"]
+    return [one for one in threading.enumerate() if one.name == "a call"]
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
