@@ -455,6 +455,17 @@ def from_rfc3339(text: str) -> float:
     return round(moment.astimezone(UTC).timestamp(), 3)
 
 
+UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def duration_s(text: str) -> float:
+    """Seconds of a duration such as 500ms, 1h30m or 1.5d. Raises ValueError."""
+    if not re.fullmatch(r"([0-9]+(\.[0-9]+)?(ms|[smhdw]))+", text):
+        raise ValueError(f"{text[:40]!r} is no duration such as 500ms, 1h30m or 30d")
+    parts = re.findall(r"([0-9.]+)(ms|[smhdw])", text)
+    return sum(float(number) * UNITS_S[unit] for number, unit in parts)
+
+
 # --- JSON in and out ------------------------------------------------------------------
 # Refused: NaN, numbers that overflow a double, integers beyond 64 bits, lone
 # surrogates, NUL in a key, nesting over 200. orjson would turn a large integer into a
@@ -927,8 +938,8 @@ def doors() -> dict[str, Handler]:
         trigger: [f"{service}/Trigger", f"{service}/Emit", f"{pubsub}/Emit"],
         trigger_batch: [f"{service}/TriggerBatch"],
         trigger_sync: [f"{service}/TriggerSync"],
-        invoke_function: [f"{service}/InvokeFunction"],
-        invoke_function_sync: [f"{service}/InvokeFunctionSync"],
+        invoke_function: [f"{service}/InvokeFunction",
+                          f"{service}/InvokeFunctionSync"],
         publish_data: ["POST /api/v1/publish", f"{pubsub}/Publish"],
         list_topics: [f"{pubsub}/ListTopics"],
         get_topic_stats: [f"{pubsub}/GetTopicStats"],
@@ -1331,22 +1342,16 @@ async def post_events(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Trigger and Emit, PubSubService/Emit: one event."""
+    body = Fields(await api.read_json(request))
+    event = read_event(body, "event", api.limits, emitted_by(request))
     # the browser's invoke(id) comes by Trigger
     rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
-    _, accepted = await accept_one(api, request, rule)
+    accepted = await api.journal.write(rule, event, size=size_of(event))
     return answer(accepted_to_connect(accepted))
 
 
-async def accept_one(api: Api, request: web.BaseRequest, rule: Callable[..., Accepted]
-                     ) -> tuple[Fields, Accepted]:
-    """The event in a Connect call's body, and what became of it."""
-    body = Fields(await api.read_json(request))
-    event = read_event(body, "event", api.limits, emitted_by(request))
-    return body, await api.journal.write(rule, event, size=size_of(event))
-
-
 async def trigger_batch(api: Api, request: web.BaseRequest) -> web.Response:
-    """IronflowService/TriggerBatch: each event judged alone, all in one commit."""
+    """IronflowService/TriggerBatch: each event is judged alone and has its answer."""
     items = Fields(await api.read_json(request)).items("events")
     run_id = emitted_by(request)
     if len(items) > EVENTS_PER_REQUEST:
@@ -1500,46 +1505,54 @@ DEFAULT_WAIT_MS = 30_000
 
 async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerSync: an event, and how the runs that it started ended."""
-    body, accepted = await accept_one(api, request, accept_event)
-    results = await wait_for_ends(api, request, body, accepted.run_ids)
+    body = Fields(await api.read_json(request))
+    wait_s = patience(request, body)
+    event = read_event(body, "event", api.limits, emitted_by(request))
+    accepted = await api.journal.write(accept_event, event, size=size_of(event))
+    results = await wait_for_ends(api, request, accepted.run_ids, wait_s)
     return answer(join({"eventId": quoted(accepted.event_id),
                         "results": listed(results)}))
 
 
 async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
-    _, run_id, event_id = await invoke_one(api, request)
-    return answer(dumps({"runId": run_id, "eventId": event_id, "run_id": run_id,
-                         "event_id": event_id}))
-
-
-async def invoke_function_sync(api: Api, request: web.BaseRequest) -> web.Response:
-    body, run_id, _ = await invoke_one(api, request)
-    (result,) = await wait_for_ends(api, request, body, [run_id])
-    return answer(join({"result": result}))
-
-
-async def invoke_one(api: Api, request: web.BaseRequest) -> tuple[Fields, str, str]:
+    """IronflowService/InvokeFunction, and InvokeFunctionSync, which waits for the end."""
     body = Fields(await api.read_json(request))
+    wait_s = patience(request, body)
     event = read_event(body, "functionId", api.limits, emitted_by(request),
                        check_function_id, source="invoke")
     accepted = await api.journal.write(invoke, event, size=size_of(event))
-    return body, accepted.run_ids[0], accepted.event_id
+    found = accepted.run_ids
+    if request.raw_path.endswith("Sync"):
+        found = await wait_for_ends(api, request, accepted.run_ids, wait_s)
+    if not found:  # a key of long ago: see `forget_old`
+        raise NotFound(f"the run of event {accepted.event_id} is not kept any more")
+    if found is not accepted.run_ids:
+        return answer(join({"result": found[0]}))
+    ids = {"run_id": quoted(found[0]), "event_id": quoted(accepted.event_id)}
+    return answer(join(ids | in_camel(ids)))
 
 
-async def wait_for_ends(api: Api, request: web.BaseRequest, body: Fields,
-                        run_ids: list[str]) -> list[Json]:
-    """How each run ended, or how it stands when the caller's patience is over, or when
-    the server stops. Cancelling ends the wait; the runs go on."""
+def patience(request: web.BaseRequest, body: Fields) -> float:
+    """Seconds that a caller waits; it is answered before it gives up by itself."""
     wait_ms = body.whole("timeoutMs", high=MAX_INT32) or DEFAULT_WAIT_MS
-    patience = request.headers.get("Connect-Timeout-Ms", "")
-    if re.fullmatch("[0-9]{1,10}", patience):  # answered before the caller gives up
-        wait_ms = min(wait_ms, int(patience) * 9 // 10)
-    api.let_go(request)
+    deadline = request.headers.get("Connect-Timeout-Ms", "")
+    if re.fullmatch("[0-9]{1,10}", deadline):
+        wait_ms = min(wait_ms, int(deadline) * 9 // 10)
+    return wait_ms / 1000
+
+
+async def wait_for_ends(api: Api, request: web.BaseRequest, run_ids: list[str],
+                        wait_s: float) -> list[Json]:
+    """How each run ended, or how it stands when the time is over or the server stops.
+
+    Cancelling ends the waiting alone; the runs go on.
+    """
+    api.let_go(request)  # or a few large ones that wait would keep all others out
     with api.journal.ends_of(run_ids) as ends:  # before the look: none is missed
         runs = await api.journal.read(Queries.runs_by_id, run_ids)
-        open_ends = [ends[run.run_id] for run in runs if run.status not in TERMINAL]
-        if open_ends:
-            await api.desk.first_of(asyncio.gather(*open_ends), wait_ms / 1000)
+        going_on = [ends[run.run_id] for run in runs if run.status not in TERMINAL]
+        if going_on:
+            await api.desk.first_of(asyncio.gather(*going_on), wait_s)
             runs = await api.journal.read(Queries.runs_by_id, run_ids)
     return [result_to_connect(request, run, api.clock.wall()) for run in runs]
 
@@ -3196,10 +3209,12 @@ class JournalFile:
     def _execute_apart(self, batch: list[Wish], now: float) -> None:
         for wish in batch:
             self._db.execute("SAVEPOINT wish")
+            ended = len(self.tx.ended)
             self._carry_out(wish, now, self.tx.flush)
             if wish.error is not None:
                 self._db.execute("ROLLBACK TO wish")
                 self.tx.forget()
+                del self.tx.ended[ended:]
             self._db.execute("RELEASE wish")
 
     def _begin(self) -> None:
@@ -4161,6 +4176,8 @@ def parser() -> argparse.ArgumentParser:
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="a Host name to answer beside the loopback ones")
     add("--cache-mb", type=positive, default=16, help="SQLite's page cache")
+    add("--retain", type=duration, metavar="TIME", dest="retain_s",
+        help="delete what is older, such as 30d; without it everything is kept")
     for name, what in {
         "event_bytes": "one event's name, data and metadata",
         "step_bytes": "one step's output, or one run's",
@@ -4189,6 +4206,13 @@ def port(text: str) -> int:
     return int(text)
 
 
+def duration(text: str) -> float:
+    try:
+        return duration_s(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def positive(text: str) -> int:
     give(int(text) >= 1, text, "1 or more")
     return int(text)
@@ -4212,7 +4236,8 @@ def serve(asked: argparse.Namespace) -> int:
     server = Server(
         db=asked.db, host=asked.host, port=asked.port, environment=asked.env,
         api_key=api_key, dev=asked.dev, allow_hosts=asked.allow_host,
-        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb, limits=limits)
+        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb,
+        retain_s=asked.retain_s, limits=limits)
     try:  # the extra `speed`
         from uvloop import new_event_loop as factory
     except ModuleNotFoundError:
