@@ -1437,6 +1437,21 @@ def test_invoking_again_with_the_same_key_starts_nothing(
     assert stored(shared) == before
 
 
+@pytest.mark.parametrize("method", ["InvokeFunction", "InvokeFunctionSync"])
+def test_a_key_whose_run_is_not_kept_any_more_says_so(
+    server: RunningServer, method: str
+) -> None:
+    """As while retention is at work: runs go first, then what started them."""
+    server.register()
+    body = {"function_id": "f", "idempotency_key": "k", "timeout_ms": 1}
+    server.rpc(method, body)
+    with contextlib.closing(sqlite3.connect(server.db)) as db, db:
+        db.execute("DELETE FROM run")
+    answer = server.call("POST", RPC + method, body)
+    assert code(answer) == UNKNOWN
+    assert "kept" in answer[1]["message"]
+
+
 def test_invoking_again_after_a_pause_is_still_the_first_answer(
     shared: RunningServer,
 ) -> None:
@@ -4213,9 +4228,12 @@ def test_go_hears_enum_names_of_results_too(
 
 
 def test_an_event_that_starts_nothing_has_no_results(shared: RunningServer) -> None:
-    status, body = shared.call("POST", f"{RPC}TriggerSync", {"event": (name := new_name())})
-    assert (status, body["results"]) == (200, [])
-    assert shared.yes("GET", f"/api/v1/events/{body['eventId']}")["name"] == name
+    said = {"data": [1], "version": 3, "metadata": {"by": 1}}
+    body, headers = said | {"event": (name := new_name())}, {"X-Ironflow-Run-ID": "run_0"}
+    status, answer = shared.call("POST", f"{RPC}TriggerSync", body, headers)
+    assert (status, answer["results"]) == (200, [])
+    event = shared.yes("GET", f"/api/v1/events/{answer['eventId']}")
+    assert event == event | said | {"name": name, "run_id": "run_0", "source": "api"}
 
 
 def test_a_call_waits_for_all_functions_of_its_event(shared: RunningServer) -> None:
