@@ -19,6 +19,7 @@ import configparser
 import contextlib
 import copy
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -4445,40 +4446,35 @@ def test_a_run_goes_on_when_its_caller_is_gone(caller: Caller) -> None:
     assert caller.run(job)["status"] == "completed"
 
 
+def waits_in_this_process() -> int:
+    """Tasks and futures that somebody still holds."""
+    return sum(isinstance(thing, asyncio.Future) for thing in gc.get_objects())
+
+
 @pytest.mark.filterwarnings("ignore:It is recommended to use web.RequestKey")
 @pytest.mark.parametrize("method", WAITING)
 def test_a_caller_that_is_gone_leaves_nothing_behind(tmp_path: Path, method: str) -> None:
-    async def tasks_become(number: int) -> None:
-        loop = asyncio.get_running_loop()
-        await asyncio.to_thread(eventually, lambda: len(asyncio.all_tasks(loop)) == number)
+    body = json.dumps({WAITING[method]: "f"})
+    request = (f"POST {RPC}{method} HTTP/1.1\r\nHost: localhost\r\n"
+               f"Content-Length: {len(body)}\r\n\r\n{body}").encode()
+
+    def call_and_leave(server: RunningServer) -> None:
+        server.register("f", "f")
+        quiet = waits_in_this_process()
+        with contextlib.ExitStack() as callers:
+            for _ in range(20):
+                line = callers.enter_context(
+                    socket.create_connection(("127.0.0.1", server.port)))
+                line.sendall(request)
+            eventually(lambda: server.rows("SELECT count(*) FROM run") == [(20,)])
+            assert waits_in_this_process() >= quiet + 20
+        eventually(lambda: waits_in_this_process() <= quiet)
+        assert {*server.rows("SELECT status FROM run")} == {("waiting_for_capacity",)}
 
     async def program() -> None:
-        async with ironflow.Server(db=tmp_path / "journal.db", port=0) as running:
-            server = Inside(running)
-            await asyncio.to_thread(server.register, "f", "f")
-            await tasks_become(before)
-            body = json.dumps({WAITING[method]: "f"})
-            request = (f"POST {RPC}{method} HTTP/1.1\r\nHost: localhost\r\n"
-                       f"Content-Length: {len(body)}\r\n\r\n{body}")
-            writers = []
-            for _ in range(20):
-                _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-                writer.write(request.encode())
-                writers.append(writer)
-            count = "SELECT count(*) FROM run"
-            await asyncio.to_thread(eventually, lambda: server.rows(count) == [(20,)])
-            assert len(asyncio.all_tasks()) >= before + 20  # they are waiting
-            for writer in writers:
-                writer.close()
-            await tasks_become(before)
-            assert {status for status, in server.rows("SELECT status FROM run")} == {
-                "waiting_for_capacity"}
+        async with ironflow.Server(db=tmp_path / "journal.db", port=0) as server:
+            await asyncio.to_thread(call_and_leave, Inside(server))
 
-    async def quiet() -> int:
-        async with ironflow.Server(db=tmp_path / "quiet.db", port=0):
-            return len(asyncio.all_tasks())
-
-    before = asyncio.run(quiet())
     asyncio.run(program())
 
 
