@@ -1802,8 +1802,8 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {name: request[name] for name in ("run_id", "function_id")
-            if name in request}
+    path = {spelling: request[name] for name in ("run_id", "function_id")
+            if name in request for spelling in (name, camel(name))}
     return Fields({**Fields(body).all, **request.query, **path})
 
 
@@ -1838,7 +1838,7 @@ async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
     if (cursor := asks.text("cursor")) and not re.fullmatch("run_[0-9a-z]+", cursor):
         raise InvalidInput(f"cursor is {cursor[:40]!r}: send the last page's, a run id")
     look = Look(asks.whole("limit", high=1000) or 50, cursor or None,
-                offset=asks.whole("offset"))
+                offset=asks.whole("offset", high=SCAN_ROWS))  # else: the cursor
     page = await api.journal.read(Queries.runs, wanted, look)
     rows = [run_to_wire(request, *each) for each in page.rows]
     return answer_list(request, "runs", rows, page.cursor, page.total)
