@@ -7802,7 +7802,6 @@ def test_iteration_sees_each_run_once_and_goes_beyond_a_page(
     assert [one.id for one in client.runs(status="cancelled")] == sent[7].run_ids
 
 
-@pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")
 def test_an_empty_page_with_a_next_one_is_not_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
