@@ -8813,22 +8813,50 @@ def test_an_example_prints_what_its_docstring_says(example: str) -> None:
     assert done.stdout.strip() == says.partition("Prints:\n")[2].strip(), done.stderr
 
 
-def test_the_readmes_worker_does_the_readmes_event(server: RunningServer, tmp_path: Path) -> None:
+@pytest.fixture
+def readme_program(server: RunningServer, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Runs a program of the README beside its worker and its server; what it prints."""
     worker_file = tmp_path / "worker.py"
     worker_file.write_text(fenced("python")[0].replace('"10s"', '"10ms"'))
-    body = re.search(r"-d '(\{.*?\})'", fenced("sh")[3])
-    assert body
     env = server.env | {"IRONFLOW_SERVER_URL": server.url, "PYTHONPATH": str(HERE)}
+
+    def run(program: str) -> str:
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=DEADLINE_S)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     worker = subprocess.Popen([sys.executable, worker_file], env=env, stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: server.yes("GET", "/api/v1/functions")["count"] == 1)
-        accepted = server.yes("POST", "/api/v1/events", body[1].encode())
-        (run_id,) = accepted["run_ids"]
-        run = server.run_becomes(run_id, "completed", "failed")
-        assert run["output"] == "ord_123 shipped, 99.99 paid"
+        yield run
     finally:
         worker.terminate()
         worker.wait(DEADLINE_S)
+
+
+def test_the_readmes_worker_does_the_readmes_event(
+    server: RunningServer, readme_program: Callable[[str], str]
+) -> None:
+    body = re.search(r"-d '(\{.*?\})'", fenced("sh")[3])
+    assert body
+    (run_id,) = server.yes("POST", "/api/v1/events", body[1].encode())["run_ids"]
+    run = server.run_becomes(run_id, "completed", "failed")
+    assert run["output"] == "ord_123 shipped, 99.99 paid"
+
+
+def test_the_readmes_client_hears_what_the_readme_says(
+    readme_program: Callable[[str], str]
+) -> None:
+    first, waited, invoked, *listed = readme_program(fenced("python")[1]).splitlines()
+    assert re.fullmatch(r"evt_\w+ \['[a-z_]+'\]", first)
+    assert waited == "[('process-order', 'completed', 'ord_8 shipped, 5 paid')]"
+    assert invoked == "ord_9 shipped, 5 paid"
+    assert [line.split(maxsplit=2)[1] for line in listed] == ["order.placed"] * 2
+
+
+def test_the_readmes_unit_test_passes(readme_program: Callable[[str], str]) -> None:
+    readme_program(fenced("python")[2])
 
 
 def test_both_files_run_when_copied_alone(tmp_path: Path) -> None:
