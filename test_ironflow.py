@@ -8859,6 +8859,10 @@ def test_the_readmes_unit_test_passes(readme_program: Callable[[str], str]) -> N
     readme_program(fenced("python")[2])
 
 
+def test_server_and_client_are_of_one_version() -> None:
+    assert ironflow.__version__ == ironflow_client.__version__
+
+
 def test_both_files_run_when_copied_alone(tmp_path: Path) -> None:
     for name in ("ironflow.py", "ironflow_client.py"):
         shutil.copy(HERE / name, tmp_path)
