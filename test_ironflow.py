@@ -5513,9 +5513,11 @@ def stranger(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[bytes]]]:
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as found:
         thread = threading.Thread(target=found.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{found.server_port}", bodies
-        found.shutdown()
-        thread.join(DEADLINE_S)
+        try:
+            yield f"http://127.0.0.1:{found.server_port}", bodies
+        finally:
+            found.shutdown()
+            thread.join(DEADLINE_S)
 
 
 # What each command shows when its output is no terminal. Times are UTC; here they are all
