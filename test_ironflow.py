@@ -6121,6 +6121,15 @@ def test_a_closed_pipe_ends_it_quietly(shared: RunningServer) -> None:
     assert cli.returncode == 141
 
 
+def test_a_pipe_that_nobody_reads_ends_it_quietly(past: RunningServer) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with process(past, "run", "list", stdout=write, stderr=subprocess.PIPE) as cli:
+        os.close(write)
+        assert cli.stderr.read() == b""
+    assert cli.returncode == 141
+
+
 # ======================================================================================
 # The project: examples and README do what they say
 # ======================================================================================
