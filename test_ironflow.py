@@ -5470,7 +5470,8 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def process(server: RunningServer, *words: str, env: Any = None, **io: Any) -> Any:
     """The same as a process of its own."""
-    plain = {"IRONFLOW_SERVER_URL": server.url, "NO_COLOR": "", "TERM": "xterm"} | (env or {})
+    plain = {"IRONFLOW_SERVER_URL": server.url, "TERM": "xterm", "NO_COLOR": "",
+             "PYTHONUNBUFFERED": ""} | (env or {})
     clean = {k: v for k, v in own_environment(plain).items() if k != "COLUMNS"}
     return subprocess.Popen([sys.executable, HERE / "ironflow.py", *words], env=clean, **io)
 
