@@ -7586,7 +7586,7 @@ def test_both_clients_have_the_same_calls_with_their_signatures_and_docstrings()
     ]
     for one in (Client, AsyncClient):
         text = pydoc.plain(pydoc.render_doc(one))
-        assert re.search(r"emit\(self, name: .*Record one event", text, re.DOTALL)
+        assert re.search(r"emit\([\s|]*self,[\s|]*name: .*Record one event", text, re.DOTALL)
 
 
 def test_a_type_checker_knows_what_each_call_returns(server: RunningServer) -> None:
@@ -7802,7 +7802,6 @@ def test_iteration_sees_each_run_once_and_goes_beyond_a_page(
     assert [one.id for one in client.runs(status="cancelled")] == sent[7].run_ids
 
 
-@pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")
 def test_an_empty_page_with_a_next_one_is_not_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -7864,7 +7863,7 @@ def test_a_server_that_does_not_answer_is_given_up_in_time(kind: str) -> None:
 
 
 def calls_in_threads() -> list[threading.Thread]:
-    return [one for one in threading.enumerate() if one.name == "ironflow call"]
+    return [one for one in threading.enumerate() if one.name == "a call"]
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
@@ -7894,24 +7893,20 @@ def test_a_cancelled_call_leaves_neither_thread_nor_connection(
     assert server.rows("SELECT count(*) FROM journal WHERE kind = 'event'") == [(1,)]
 
 
-def test_an_async_client_has_some_dozens_of_threads_and_many_calls(server: RunningServer) -> None:
+def test_an_async_client_asks_some_dozens_of_things_at_a_time(
+    server: RunningServer, proxy: Proxy
+) -> None:
     server.register("f")
-    most = 0
+    client = AsyncClient(proxy.url)
 
-    async def program(client: AsyncClient) -> list[Emitted]:
-        nonlocal most
-        calling = asyncio.gather(
-            *(client.emit_sync("order.placed", timeout="300ms") for _ in range(100)))
-        while not calling.done():
-            most = max(most, len(calls_in_threads()))
-            await asyncio.sleep(0.01)
-        return await calling
+    async def program() -> list[Emitted]:
+        calls = [client.emit_sync("order.placed", timeout="300ms") for _ in range(100)]
+        return await asyncio.gather(*calls)
 
-    client = AsyncClient(server.url)
-    for _ in range(2):  # the second loop comes after the first, and waits for threads, too
-        done = asyncio.run(program(client))
+    for _ in range(2):  # the second loop comes after the first; in both some have to wait
+        done = asyncio.run(program())
         assert [one.results[0].wait_timed_out for one in done] == [True] * 100
-    assert 1 < most <= ironflow_client.THREADS
+    assert 1 < proxy.connections <= ironflow_client.THREADS
     asyncio.run(client.close())
 
 
