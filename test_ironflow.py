@@ -18,16 +18,22 @@ import asyncio
 import configparser
 import contextlib
 import copy
+import fcntl
 import functools
 import gc
 import gzip
 import hashlib
 import http.client
+import http.server
+import inspect
 import json
 import math
 import os
+import pty
+import pydoc
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -36,20 +42,28 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import tomllib
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Generator,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, assert_type
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -58,17 +72,26 @@ from hypothesis import strategies as st
 import ironflow
 import ironflow_client
 from ironflow_client import (
+    AsyncClient,
     Client,
+    Emitted,
+    Event,
+    EventRow,
     Function,
+    InvokeError,
     IronflowError,
     NonRetryableError,
     NotJSON,
     RetryAfterError,
+    Row,
+    Run,
     StepError,
+    StepRow,
     StepTimeoutError,
     Worker,
     WorkerAuthError,
     function,
+    run_inline,
 )
 
 HERE = Path(__file__).parent
@@ -6586,8 +6609,9 @@ def test_a_server_url_may_have_a_path_or_an_ipv6_host(
 
 
 class Proxy:
-    """Stands between a client and the server. Counts connections; told to, it lets a
-    request through and drops the connection instead of bringing the answer."""
+    """Stands between a client and the server. Counts connections, all and the open ones;
+    told to, it lets a request through and drops the connection instead of bringing the
+    answer."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -6609,6 +6633,10 @@ class Proxy:
                 for pair in ((client, server, False), (server, client, True)):
                     self._threads.append(threading.Thread(target=self._pump, args=pair))
                     self._threads[-1].start()
+
+    @property
+    def open(self) -> int:
+        return sum(one.is_alive() for one in self._threads[1::2])
 
     def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
@@ -7487,6 +7515,1284 @@ def test_an_output_over_the_limit_fails_the_run_with_the_servers_words(
 
 
 # ======================================================================================
+# The client: every call, blocking and awaited
+# ======================================================================================
+
+
+class Awaited:
+    """An AsyncClient on a loop of its own, so that a test can call it like a Client."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._client = AsyncClient(url, **options)
+        self._runner = asyncio.Runner()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
+            result = getattr(self._client, name)(*args, **kwargs)
+            if inspect.isawaitable(result):
+                return await result
+            return iter([one async for one in result])
+
+        return lambda *args, **kwargs: self._runner.run(awaited(*args, **kwargs))
+
+    def __enter__(self) -> Awaited:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+
+def client_of(kind: str, url: str, **options: Any) -> Client:
+    made: Any = {"Client": Client, "AsyncClient": Awaited}[kind](url, **options)
+    return made  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=["Client", "AsyncClient"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each test with this argument says the same of both clients."""
+    return str(request.param)
+
+
+@pytest.fixture
+def client(kind: str, server: RunningServer) -> Iterator[Client]:
+    with client_of(kind, server.url) as made:
+        yield made
+
+
+def doubling(called: list[Any] | None = None) -> Function:
+    @on_order(retry={"max_attempts": 1})
+    async def handler(ctx: Any) -> Any:
+        if called is not None:
+            called.append(ctx.event)
+        return await ctx.step.run("double", lambda: ctx.event.data * 2)
+
+    return handler
+
+
+@on_order(id="g", retry={"max_attempts": 1})
+def refusing(ctx: Any) -> None:
+    raise NonRetryableError("the card was declined", "DECLINED")
+
+
+CALLS = [name for name in vars(ironflow_client.Calls) if not name.startswith("_")]
+
+
+def test_both_clients_have_the_same_calls_with_their_signatures_and_docstrings() -> None:
+    assert len(CALLS) >= 24
+    for name in CALLS:
+        call, acall = getattr(Client, name), getattr(AsyncClient, name)
+        assert inspect.signature(call) == inspect.signature(acall)
+        assert (call.__name__, call.__qualname__) == (name, f"Calls.{name}")
+    assert list(inspect.signature(Client("http://h").emit).parameters) == [
+        "name", "data", "version", "metadata", "idempotency_key",
+    ]
+    for one in (Client, AsyncClient):
+        text = pydoc.plain(pydoc.render_doc(one))
+        assert re.search(r"emit\(self, name: .*Record one event", text, re.DOTALL)
+
+
+def test_a_type_checker_knows_what_each_call_returns(server: RunningServer) -> None:
+    """mypy reads the types here; that they are true is asserted while it runs."""
+
+    def is_one(value: T, kind: Any) -> T:
+        assert isinstance(value, kind), value
+        return value
+
+    def blocking(client: Client) -> None:
+        emitted = assert_type(client.emit("order.placed", 1), Emitted)
+        assert_type(is_one(emitted, Emitted).run_ids, list[str])
+        assert_type(client.emit_many([{"name": "a"}]), list[Emitted])
+        waited = assert_type(client.emit_sync("nobody", timeout=0), Emitted)
+        assert_type(is_one(waited, Emitted).results, list[Run])
+        is_one(assert_type(client.get_event(emitted.event_id), EventRow), EventRow)
+        events = is_one(assert_type(client.events(name="a"), Iterator[EventRow]), Iterator)
+        assert_type(next(events), EventRow)
+        is_one(assert_type(client.publish("t"), Row), Row)
+        is_one(assert_type(client.get_run(emitted.run_ids[0]), Run), Run)
+        is_one(assert_type(next(client.runs()), Run), Run)
+        is_one(assert_type(client.run_steps(emitted.run_ids[0]), list[StepRow]), list)
+        assert_type(client.delete_function("f"), None)
+        with pytest.raises(ValueError, match="name must be text"):
+            client.emit(5)  # type: ignore[arg-type]
+
+    async def awaited(client: AsyncClient) -> None:
+        emitted = assert_type(await client.emit("order.placed", 1), Emitted)
+        is_one(emitted, Emitted)
+        assert_type(await client.emit_many([{"name": "a"}]), list[Emitted])
+        events = is_one(assert_type(client.events(), AsyncIterator[EventRow]), AsyncIterator)
+        assert_type(await anext(events), EventRow)
+        is_one(assert_type(await client.get_run(emitted.run_ids[0]), Run), Run)
+        assert_type([run async for run in client.runs()], list[Run])
+        with pytest.raises(ValueError, match="name must be text"):
+            await client.emit(5)  # type: ignore[arg-type]
+
+    async def both() -> None:
+        async with AsyncClient(server.url) as client:
+            await awaited(assert_type(client, AsyncClient))
+
+    server.register("f")
+    asyncio.run(both())
+    with Client(server.url) as client:
+        blocking(assert_type(client, Client))
+
+
+def test_emit_sync_says_what_became_of_every_run(server: RunningServer, client: Client) -> None:
+    with working(server.url, doubling(), refusing):
+        done = client.emit_sync("order.placed", 21, metadata={"m": 1})
+        runs = {one.function_id: one for one in done.results}
+        assert (runs["f"].status, runs["f"].output, runs["f"].wait_timed_out) == (
+            "completed", 42, False,
+        )
+        assert (runs["g"].status, runs["g"].error["message"]) == ("failed", "the card was declined")
+        assert runs["f"].error is runs["g"].output is None
+        assert runs["f"].duration_ms >= 0
+        assert sorted(done.run_ids) == sorted(one.run_id for one in done.results)
+        assert client.get_event(done.event_id).metadata == {"m": 1}
+    assert client.emit_sync("nobody.cares").results == []
+
+
+def test_emit_sync_waits_no_longer_than_its_timeout_and_the_run_goes_on(
+    server: RunningServer, client: Client
+) -> None:
+    server.register("f")
+    started = time.monotonic()
+    (late,) = client.emit_sync("order.placed", 2, timeout="200ms").results
+    assert 0.2 <= time.monotonic() - started < 20
+    assert (late.status, late.wait_timed_out) == ("waiting_for_capacity", True)
+    with working(server.url, doubling()):
+        assert server.run_becomes(late.run_id, "completed")["output"] == 4
+
+
+@pytest.mark.parametrize("goodbye", ["stop", "kill"])
+def test_emit_sync_outlasts_a_restart_of_the_server(
+    server: RunningServer, client: Client, goodbye: str
+) -> None:
+    server.register("f")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.emit_sync, "order.placed", 1, timeout=DEADLINE_S)
+        eventually(lambda: server.rows("SELECT 1 FROM run"))
+        getattr(server, goodbye)()
+        server.start()
+        server.join()
+        server.tell(server.job(), "completed", output="at last")
+        (run,) = waiting.result(DEADLINE_S).results
+    assert (run.status, run.output, run.wait_timed_out) == ("completed", "at last", False)
+    assert server.rows("SELECT count(*) FROM journal WHERE kind = 'event'") == [(1,)]
+
+
+def test_invoke_returns_what_the_function_returns(server: RunningServer, client: Client) -> None:
+    with working(server.url, doubling()):
+        assert client.invoke("f", [1]) == [1, 1]
+        started = client.invoke_async("f", 4)
+        assert server.run_becomes(started.run_id, "completed")["output"] == 8
+        assert client.get_event(started.event_id).source == "invoke"
+
+
+def test_an_invoke_without_output_says_why(server: RunningServer, client: Client) -> None:
+    with working(server.url, refusing), pytest.raises(InvokeError) as caught:
+        client.invoke("g")
+    failed = caught.value
+    assert str(failed) == f"function 'g' failed ({failed.run_id}): the card was declined"
+    assert (failed.code, failed.function_id) == ("INVOKE_FAILED", "g")
+    server.register("f")
+    with pytest.raises(InvokeError, match=r"'f' did not end in time \(run_\w+\)$") as caught:
+        client.invoke("f", timeout="50ms")
+    assert caught.value.code == "INVOKE_TIMEOUT"
+    with ThreadPoolExecutor(1) as pool:
+        invoking = pool.submit(client.invoke, "f", idempotency_key="k", timeout=DEADLINE_S)
+        run_id = eventually(lambda: [one for (one,) in server.rows(
+            "SELECT run_id FROM run WHERE function_id = 'f' ORDER BY run_id")][1:])[0]
+        server.yes("POST", f"/api/v1/runs/{run_id}/cancel", {})
+        with pytest.raises(InvokeError, match="'f' was cancelled") as caught:
+            invoking.result(DEADLINE_S)
+    assert (caught.value.code, caught.value.run_id) == ("INVOKE_CANCELLED", run_id)
+    with pytest.raises(IronflowError) as unknown:
+        client.invoke("nobody")
+    assert (unknown.value.status, unknown.value.code) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [
+        (lambda c: c.emit("a"), "SELECT count(*) FROM journal WHERE kind = 'event'"),
+        (lambda c: c.emit_sync("a"), "SELECT count(*) FROM journal WHERE kind = 'event'"),
+        (lambda c: c.invoke_async("f"), "SELECT count(*) FROM run"),
+        (lambda c: c.publish("t"), "SELECT count(*) FROM journal WHERE kind = 'topic'"),
+    ],
+)
+def test_a_call_whose_answer_is_lost_is_repeated_and_not_doubled(
+    server: RunningServer, proxy: Proxy, kind: str, call: Callable[[Any], Any], count: str
+) -> None:
+    server.register("f")
+    proxy.swallow = 2
+    with client_of(kind, proxy.url) as client:
+        call(client)
+    assert proxy.swallow == 0
+    assert server.rows(count) == [(1,)]
+
+
+def test_a_topic_has_messages_and_counts(client: Client) -> None:
+    first = client.publish("shop.news", {"a": 1}, idempotency_key="k")
+    again = client.publish("shop.news", {"a": 1}, idempotency_key="k")
+    other = client.publish("shop.news")
+    assert (first.event_id, first.duplicate, again.duplicate) == (again.event_id, False, True)
+    assert first.sequence < other.sequence
+    (topic,) = client.topics()
+    assert (topic.name, topic.message_count) == ("shop.news", 2)
+    stats = client.topic_stats("shop.news")
+    assert (stats.first_seq, stats.last_seq) == (first.sequence, other.sequence)
+    assert (stats.message_count, stats.lag, client.topic_stats("none").message_count) == (2, 0, 0)
+
+
+def test_events_can_be_picked_by_name_source_time_and_text(
+    server: RunningServer, client: Client
+) -> None:
+    server.register("f")
+    client.emit_many([{"name": name, "data": {"n": name}} for name in ("a.x", "a.y", "b")])
+    client.invoke_async("f", {"n": "needle"})
+    noon = datetime.now(UTC)
+
+    def names(**filters: Any) -> list[str]:
+        return [one.name for one in client.events(**filters)]
+
+    assert names() == ["f", "b", "a.y", "a.x"]
+    assert names(name="a.") == ["a.y", "a.x"]
+    assert names(names=["b", "a.x"]) == names(names="b,a.x") == ["b", "a.x"]
+    assert names(source="invoke") == names(search="needle") == ["f"]
+    assert names(since=noon + timedelta(hours=1)) == []
+    assert names(until=noon + timedelta(hours=1), since="2020-01-01T00:00:00Z", name="b") == ["b"]
+    with pytest.raises(ValueError, match="since must be an aware datetime"):
+        names(since=datetime(2026, 1, 1))
+    assert {one.name: one.count for one in client.event_names()} == {
+        "a.x": 1, "a.y": 1, "b": 1, "f": 1,
+    }
+    b = next(client.events(names="b"))
+    assert (client.get_event(b.id), b.data, b.run_id) == (b, {"n": "b"}, None)
+
+
+def test_iteration_sees_each_event_once_while_more_are_added(
+    server: RunningServer, client: Client
+) -> None:
+    sent = [one.event_id for one in client.emit_many({"name": "old"} for _ in range(450))]
+    other, stop = Client(server.url), threading.Event()
+
+    def add() -> None:
+        while not stop.is_set():
+            other.emit_many([{"name": "new"}] * 20)
+
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(add)
+        eventually(lambda: server.rows("SELECT 1 FROM journal WHERE name = 'new' LIMIT 1"))
+        seen = [one.id for one in client.events() if one.name == "old"]
+        stop.set()
+        adding.result(DEADLINE_S)
+    assert seen == sent[::-1]
+
+
+def test_iteration_sees_each_run_once_and_goes_beyond_a_page(
+    server: RunningServer, client: Client
+) -> None:
+    server.register("f")
+    server.register("g", event="other")
+    sent = client.emit_many({"name": "order.placed"} for _ in range(450))
+    kept = client.emit("other").run_ids
+    assert [one.id for one in client.runs()] == kept + [one.run_ids[0] for one in sent[::-1]]
+    assert [one.id for one in client.runs(function_id="g")] == kept
+    (one,) = client.runs(event_id=sent[7].event_id, status="waiting_for_capacity")
+    assert [one.id] == sent[7].run_ids
+    assert client.cancel_run(one.id, "enough").status == "cancelled"
+    assert [one.id for one in client.runs(status="cancelled")] == sent[7].run_ids
+
+
+@pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")
+def test_an_empty_page_with_a_next_one_is_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server looks at so many rows for a page, and may find nothing in them."""
+    monkeypatch.setattr(ironflow, "SCAN_ROWS", 50)
+
+    def read_json(page: str) -> Any:
+        with urllib.request.urlopen(page) as answer:
+            return json.load(answer)
+
+    async def program() -> None:
+        async with (ironflow.Server(db=tmp_path / "j.db", port=0) as running,
+                    AsyncClient(running.url) as client):
+            needle = await client.emit("needle", {"text": "needle"})
+            await client.emit_many({"name": "hay"} for _ in range(120))
+            page = f"{running.url}/api/v1/events?search=needle"
+            first = await asyncio.to_thread(read_json, page)
+            assert (first["events"], bool(first["next_cursor"])) == ([], True)
+            found = [one.id async for one in client.events(search="needle")]
+            assert found == [needle.event_id]
+
+    asyncio.run(program())
+
+
+def test_a_function_can_be_paused_and_deleted(server: RunningServer, client: Client) -> None:
+    server.register("shop/ship it?".replace(" ", "-"), name="Ship")
+    (listed,) = client.list_functions()
+    function_id = listed.id
+    assert client.get_function(function_id).name == "Ship"
+    assert client.set_function_status(function_id, "paused").status == "paused"
+    assert client.emit("order.placed").run_ids == []
+    assert client.set_function_status(function_id, "active").status == "active"
+    assert len(client.emit("order.placed").run_ids) == 1
+    client.delete_function(function_id)
+    assert client.list_functions() == []
+    with pytest.raises(IronflowError, match="not found"):
+        client.get_function(function_id)
+
+
+def test_a_client_can_ask_how_the_server_is(server: RunningServer, client: Client) -> None:
+    server.register("f")
+    server.join("w", "f")
+    info = client.info()
+    assert (info.function_count, info.connected_workers, info.active_runs) == (1, 1, 0)
+    assert info.version == client.health().version == ironflow.__version__
+    assert [one.id for one in client.list_workers()] == ["w"]
+
+
+def test_a_server_that_does_not_answer_is_given_up_in_time(kind: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with (client_of(kind, url, timeout="300ms") as client,
+              pytest.raises(IronflowError, match="cannot reach") as caught):
+            client.health()
+    assert caught.value.code == "unavailable"
+
+
+# --- What only an AsyncClient does -----------------------------------------------------
+
+
+def calls_in_threads() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "ironflow call"]
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+def test_a_cancelled_call_leaves_neither_thread_nor_connection(
+    server: RunningServer, proxy: Proxy, how: str
+) -> None:
+    """The server holds an emit_sync: no worker has its function."""
+    server.register("f")
+
+    async def program() -> None:
+        async with AsyncClient(proxy.url) as client:
+            limit = 0.5 if how == "timeout" else None
+            calling = asyncio.create_task(
+                asyncio.wait_for(client.emit_sync("order.placed", timeout=DEADLINE_S), limit))
+            await asyncio.to_thread(eventually, lambda: server.rows("SELECT 1 FROM run"))
+            assert (len(calls_in_threads()), proxy.open) == (1, 1)
+            if how == "cancel":
+                calling.cancel()
+            with pytest.raises((asyncio.CancelledError, TimeoutError)):
+                await calling
+            await asyncio.to_thread(eventually, lambda: proxy.open == 0)
+            await asyncio.to_thread(eventually, lambda: not calls_in_threads())
+            assert (await client.health()).status == "ok"
+
+    asyncio.run(program())
+    assert proxy.connections == 2
+    assert server.rows("SELECT count(*) FROM journal WHERE kind = 'event'") == [(1,)]
+
+
+def test_an_async_client_has_some_dozens_of_threads_and_many_calls(server: RunningServer) -> None:
+    server.register("f")
+    most = 0
+
+    async def program(client: AsyncClient) -> list[Emitted]:
+        nonlocal most
+        calling = asyncio.gather(
+            *(client.emit_sync("order.placed", timeout="300ms") for _ in range(100)))
+        while not calling.done():
+            most = max(most, len(calls_in_threads()))
+            await asyncio.sleep(0.01)
+        return await calling
+
+    client = AsyncClient(server.url)
+    for _ in range(2):  # the second loop comes after the first, and waits for threads, too
+        done = asyncio.run(program(client))
+        assert [one.results[0].wait_timed_out for one in done] == [True] * 100
+    assert 1 < most <= ironflow_client.THREADS
+    asyncio.run(client.close())
+
+
+def test_an_async_client_keeps_its_connections(proxy: Proxy) -> None:
+    async def program() -> None:
+        async with AsyncClient(proxy.url) as client:
+            for _ in range(5):
+                await client.emit("a")
+            await asyncio.gather(*(client.emit("a") for _ in range(20)))
+            assert proxy.connections <= 20
+        await asyncio.to_thread(eventually, lambda: proxy.open == 0)
+
+    asyncio.run(program())
+
+
+# --- Which run a call belongs to -------------------------------------------------------
+
+
+def test_calls_inside_a_handler_say_which_run_they_belong_to(server: RunningServer) -> None:
+    client, aclient = Client(server.url), AsyncClient(server.url)
+
+    @on_order()
+    async def handler(ctx: Any) -> None:
+        await aclient.emit("async handler")
+        await ctx.step.run("a", lambda: client.emit("step in a thread"))
+        await ctx.step.run("b", lambda: aclient.emit("async step"))
+        await asyncio.to_thread(client.emit, "thread of a handler")
+        await ctx.step.run("c", lambda: client.publish("topic"))
+
+    @on_order(id="g")
+    def plain_handler(ctx: Any) -> None:
+        client.emit("plain handler")
+        ctx.step.run("a", lambda: client.emit("plain step"))
+        ctx.step.run("b", lambda: aclient.emit("async step of a plain handler"))
+
+    with working(server.url, handler, plain_handler):
+        ended = client.emit_sync("order.placed").results
+        assert {one.status for one in ended} == {"completed"}
+    run_of = {one.function_id: one.run_id for one in ended}
+    client.emit("outside")
+    said = {one.name: one.run_id for one in client.events()}
+    assert said == {
+        "order.placed": None, "outside": None,
+        **dict.fromkeys(["async handler", "step in a thread", "async step",
+                         "thread of a handler"], run_of["f"]),
+        **dict.fromkeys(["plain handler", "plain step", "async step of a plain handler"],
+                        run_of["g"]),
+    }
+    assert server.rows("SELECT subject FROM journal WHERE kind = 'topic'") == [(run_of["f"],)]
+
+
+# ======================================================================================
+# The client: a function without a server
+# ======================================================================================
+
+
+@pytest.mark.parametrize("kind", [asynchronous, plain])
+@pytest.mark.parametrize("looped", [False, True])
+def test_run_inline_runs_a_function_as_a_server_would(
+    kind: Callable[[list[str]], Function], looped: bool
+) -> None:
+    called: list[str] = []
+
+    async def inside_a_loop() -> Run:
+        return run_inline(kind(called), {"a": 1})
+
+    run = asyncio.run(inside_a_loop()) if looped else run_inline(kind(called), {"a": 1})
+    assert (run.status, run.output, run.error) == ("completed", [[1, 1], {"n": 2}, {"a": 1}], None)
+    assert called == ["first", "second"]
+    assert [(one.step_id, one.step_type, one.status, one.sequence) for one in run.steps] == [
+        ("run_inline:first:0", "invoke", "completed", 0),
+        ("run_inline:a while:0", "sleep", "completed", 1),
+        ("run_inline:second:0", "invoke", "completed", 2),
+    ]
+    assert [one.output for one in run.steps] == [[1, 1], None, {"n": 2}]
+
+
+def test_run_inline_records_the_rows_that_a_server_shows(server: RunningServer) -> None:
+    @on_order()
+    async def handler(ctx: Any) -> Any:
+        for n in range(3):
+            await ctx.step.run("a:b", lambda n=n: n)
+        await ctx.step.sleep("b", 0)
+        with contextlib.suppress(StepError):
+            await ctx.step.run("c", lambda: 1 / 0)
+
+    kept = server.steps(outcome(server, handler)["id"])
+    inline = run_inline(handler).steps
+
+    def rows(steps: Sequence[Any]) -> list[Any]:
+        same = ("name", "step_type", "status", "sequence", "attempt", "output", "error")
+        return [(one["step_id"].replace(one["run_id"], ""), *map(one.get, same)) for one in steps]
+
+    assert rows(inline) == rows(kept)
+    assert all(isinstance(one, StepRow) for one in inline)
+
+
+def test_run_inline_takes_the_results_of_steps_by_name_and_by_id() -> None:
+    called: list[str] = []
+
+    def declined() -> None:
+        raise NonRetryableError("declined")
+
+    @on_order()
+    async def handler(ctx: Any) -> Any:
+        return [await ctx.step.run(name, noting(called, name, n))
+                for n, name in enumerate(["charge", "charge", "ship"])]
+
+    by_name = run_inline(handler, steps={"charge": {"paid": (1,)}})
+    assert by_name.output == [{"paid": [1]}, {"paid": [1]}, 2]
+    assert [one.output for one in by_name.steps] == by_name.output
+    by_id = run_inline(handler, steps={"run_inline:charge:1": "x", "ship": None})
+    assert (by_id.output, called) == ([0, "x", None], ["ship", "charge"])
+    failed = run_inline(handler, steps={"charge": declined})
+    assert (failed.status, called[2:]) == ("failed", [])
+    assert failed.error == {"message": "declined", "code": "STEP_FAILED"}
+    assert [(one.name, one.status) for one in failed.steps] == [("charge", "failed")]
+
+
+def test_run_inline_tries_again_at_once_and_keeps_what_was_done() -> None:
+    called: list[str] = []
+
+    @on_order()
+    def handler(ctx: Any) -> Any:
+        ctx.step.run("once", noting(called, "once", None))
+        ctx.step.sleep("nap", "365d")
+        ctx.step.run("twice", noting(called, "twice", None))
+        if ctx.run.attempt < ctx.run.max_attempts:
+            raise RetryAfterError("busy", "1h")
+        return ctx.run.attempt
+
+    assert run_inline(handler, attempts=3).output == 3
+    assert called == ["once", "twice"]
+    run = run_inline(doubling(), {}, attempts=2)
+    assert (run.status, run.attempt, run.error["code"]) == ("failed", 2, "STEP_FAILED")
+    assert "unsupported operand" in run.error["message"]
+    for attempts in (1, 5):
+        refused = run_inline(refusing, attempts=attempts)
+        assert (refused.attempt, refused.error["code"]) == (1, "DECLINED")
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "data"),
+    [
+        ("order.paid", "order.paid", None),
+        ({"name": "order.paid", "data": 1, "metadata": {"m": 1}}, "order.paid", 1),
+        (EventRow(id="e", name="x", data=[1], timestamp="2026-01-01T00:00:00Z"), "x", [1]),
+        (Event("e", "x", {"a": 1}, datetime.now(UTC)), "x", {"a": 1}),
+        ({"name": "Ann"}, "f", {"name": "Ann"}), ((1, 2), "f", [1, 2]), (None, "f", None),
+    ],
+)
+def test_run_inline_takes_an_event_a_name_or_data(given: Any, name: str, data: Any) -> None:
+    called: list[Event] = []
+
+    @on_order()
+    def handler(ctx: Any) -> None:
+        called.append(ctx.event)
+
+    assert run_inline(handler, given).status == "completed"
+    (event,) = called
+    assert (event.name, event.data, event.timestamp.tzinfo) == (name, data, UTC)
+
+
+def test_run_inline_refuses_what_a_server_would() -> None:
+    @on_order()
+    async def handler(ctx: Any) -> None:
+        await ctx.step.run("weigh", lambda: {"kg": [math.nan]})
+
+    run = run_inline(handler, attempts=3)
+    assert (run.attempt, run.error["code"]) == (1, "SERIALIZATION_ERROR")
+    with pytest.raises(NotJSON, match=r"the event is not JSON at \.data"):
+        run_inline(handler, {"x", "y"})
+
+
+# ======================================================================================
+# The command line
+# ======================================================================================
+
+
+@pytest.fixture(scope="module")
+def past(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server on which three orders were packed: one well, one badly, one not yet."""
+    with serve(tmp_path_factory.mktemp("past")) as running:
+        running.register("shop/pack")
+        running.join("w", "shop/pack")
+        for total in 5, 7, 9:
+            running.emit(data={"total": total}, metadata={"by": "ann"})
+        good, bad = running.job(), running.job()
+        at = "2026-01-01T00:00:00Z"
+        steps = [step(good, "weigh", {"grams": 250}, duration_ms=3250, started_at=at),
+                 step(good, "wrap", None, duration_ms=12, started_at=at)]
+        running.tell(good, "completed", output="packed", steps=steps)
+        error = {"message": "no boxes left", "code": "EMPTY", "retryable": False}
+        running.tell(bad, "failed", error=error)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def ids(past: RunningServer) -> dict[str, str]:
+    """Names for the ids of what happened there, newest first as the lists are."""
+    runs = past.yes("GET", "/api/v1/runs")["runs"]
+    names = dict(zip(("open", "bad", "good"), (run["id"] for run in runs), strict=True))
+    events = (run["event_id"] for run in runs)
+    return names | dict(zip(("nine", "seven", "five"), events, strict=True))
+
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """`python ironflow.py WORDS...` in this process: its status, stdout and stderr."""
+    for name in set(os.environ) - set(own_environment({})):
+        monkeypatch.delenv(name)
+
+    def run(server: RunningServer, *words: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("IRONFLOW_SERVER_URL", server.url)
+        try:
+            status = ironflow.main(list(words))
+        except SystemExit as usage:
+            status = int(usage.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def process(server: RunningServer, *words: str, env: Any = None, **io: Any) -> Any:
+    """The same as a process of its own."""
+    plain = {"IRONFLOW_SERVER_URL": server.url, "NO_COLOR": "", "TERM": "xterm"} | (env or {})
+    clean = {k: v for k, v in own_environment(plain).items() if k != "COLUMNS"}
+    return subprocess.Popen([sys.executable, HERE / "ironflow.py", *words], env=clean, **io)
+
+
+def on_terminal(
+    server: RunningServer, *words: str, columns: int = 80, env: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """The same in a pseudo-terminal so many columns wide: its status, what it shows."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with process(server, *words, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as cli:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while part := os.read(ours, 65536):
+                shown += part
+        os.close(ours)
+    return cli.returncode, shown.decode().replace("\r\n", "\n")
+
+
+@contextlib.contextmanager
+def stranger(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[bytes]]]:
+    """The URL of a server that gives these answers in turn, and the bodies it was sent."""
+    waiting, bodies = list(answers), list[bytes]()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, body = waiting.pop(0)
+            bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_port}", bodies
+        found.shutdown()
+        thread.join(DEADLINE_S)
+
+
+# What each command shows when its output is no terminal. Times are UTC; here they are all
+# set to one instant, for they differ from day to day.
+
+MOMENT = "2026-02-03 04:05:06Z"
+SCREENS = {
+    "run list": """
+ID                        STATUS                FUNCTION ID  EVENT NAME    CREATED
+{open}  waiting_for_capacity  shop/pack    order.placed  {at}
+{bad}  failed                shop/pack    order.placed  {at}
+{good}  completed             shop/pack    order.placed  {at}
+""",
+    "run get {good}": """
+id                {good}
+function id       shop/pack
+event id          {five}
+event name        order.placed
+worker id         w
+status            completed
+attempt           1
+output            packed
+function version  1
+created           {at}
+updated           {at}
+started           {at}
+ended             {at}
+max attempts      3
+input             {{"total":5}}
+execution mode    pull
+
+NAME   STATUS     ATTEMPT  STARTED               DURATION  RESULT
+weigh  completed  1        {at}  3.25s     {{"grams":250}}
+wrap   completed  1        {at}  12ms
+""",
+    "run get {bad}": """
+id                {bad}
+function id       shop/pack
+event id          {seven}
+event name        order.placed
+worker id         w
+status            failed
+attempt           1
+error             {{"message":"no boxes left","code":"EMPTY"}}
+function version  1
+created           {at}
+updated           {at}
+started           {at}
+ended             {at}
+max attempts      3
+input             {{"total":7}}
+execution mode    pull
+""",
+    "event list": """
+ID                        NAME          TIMESTAMP             SOURCE  DATA
+{nine}  order.placed  {at}  api     {{"total":9}}
+{seven}  order.placed  {at}  api     {{"total":7}}
+{five}  order.placed  {at}  api     {{"total":5}}
+""",
+    "event get {five}": """
+id         {five}
+timestamp  {at}
+name       order.placed
+data       {{"total":5}}
+version    1
+metadata   {{"by":"ann"}}
+source     api
+created    {at}
+processed  true
+""",
+    "function list": """
+ID         STATUS  WORKERS  TRIGGERS      UPDATED
+shop/pack  active  1        order.placed  {at}
+""",
+    "function get shop/pack": """
+id              shop/pack
+slug            shop/pack
+name            shop/pack
+status          active
+preferred mode  pull
+execution mode  pull
+triggers        order.placed
+retry attempts  3
+retry delay     1s
+retry backoff   2.0
+timeout         0ms
+metadata        {{}}
+version         1
+created         {at}
+updated         {at}
+workers         1
+""",
+    "worker list": """
+ID  HOSTNAME  ACTIVE JOBS  MAX CONCURRENT  LAST HEARTBEAT        FUNCTION IDS
+w             0            10              {at}  shop/pack
+""",
+}
+DOORS = {
+    "run list": "/api/v1/runs", "run get {bad}": "/api/v1/runs/{bad}",
+    "event list": "/api/v1/events", "event get {five}": "/api/v1/events/{five}",
+    "function list": "/api/v1/functions", "worker list": "/api/v1/workers",
+    "function get shop/pack": "/api/v1/functions/shop%2Fpack",
+}
+
+
+@pytest.mark.parametrize("command", SCREENS)
+def test_what_a_command_shows(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str
+) -> None:
+    status, out, err = cli(past, *command.format(**ids).split())
+    assert (status, err) == (0, "")
+    shown = re.sub(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\dZ", MOMENT, out)
+    assert shown == SCREENS[command].format(**ids, at=MOMENT).lstrip("\n")
+
+
+@pytest.mark.parametrize("command", DOORS)
+def test_json_is_the_servers_in_one_document(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str
+) -> None:
+    status, out, err = cli(past, *command.format(**ids).split(), "--json")
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    answer = past.yes("GET", DOORS[command].format(**ids))
+    if command.startswith("run get"):
+        answer["steps"] = past.steps(ids["bad"])
+    assert json.loads(out) == answer | ({"limit": 50} if command == "event list" else {})
+
+
+def test_lists_of_nothing_say_so_on_stderr(cli: Cli, server: RunningServer) -> None:
+    for what in "run", "event", "function", "worker":
+        assert cli(server, what, "list") == (0, "", f"ironflow.py: no {what}s\n")
+        status, out, err = cli(server, what, "list", "--json")
+        assert (status, json.loads(out)[f"{what}s"], err) == (0, [], "")
+
+
+@pytest.mark.parametrize(("command", "found"), [
+    ("run list --status failed", "bad"),
+    ("run list --function shop/pack --status completed", "good"),
+    ("run list --function nobody", ""),
+    ("run list --limit 2", "open bad"),
+    ("event list --name placed --search 7}", "seven"),
+    ("event list --source cron", ""),
+    ("event list --since 1h", "nine seven five"),
+    ("event list --since 2026-01-01T00:00:00+01:00 --until 2999-01-01T00:00:00Z",
+     "nine seven five"),
+    ("event list --until 1h30m", ""),
+    ("event list --limit 1", "nine"),
+])
+def test_lists_can_be_narrowed(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str, found: str
+) -> None:
+    status, out, err = cli(past, *command.split())
+    assert status == 0
+    shown = [line.split()[0] for line in out.splitlines()[1:]]
+    assert shown == [ids[name] for name in found.split()]
+    assert ("there are more" in err) == ("--limit" in command)
+
+
+def test_a_list_is_as_long_as_its_limit_whatever_a_page_holds(
+    cli: Cli, shared: RunningServer
+) -> None:
+    name = new_name()
+    shared.yes("POST", "/api/v1/events", [{"name": name, "data": i} for i in range(450)])
+    words = ("event", "list", "--name", name, "--limit", "430", "--json")
+    status, out, err = cli(shared, *words)
+    assert (status, err) == (0, "")
+    assert [event["data"] for event in json.loads(out)["events"]] == list(range(449, 19, -1))
+    assert json.loads(out)["count"] == 430
+
+
+# --- On a terminal ---------------------------------------------------------------------
+
+def without_colours(shown: str) -> str:
+    return re.sub(r"\x1b\[[0-9]*m", "", shown)
+
+
+@pytest.mark.parametrize("command", ["version", *SCREENS])
+def test_every_command_fits_a_terminal(
+    past: RunningServer, ids: dict[str, str], command: str
+) -> None:
+    words = command.format(**ids).split()
+    status, shown = on_terminal(past, *words)
+    lines = without_colours(shown).splitlines()
+    assert status == 0
+    assert lines
+    assert not any("\x1b" in line for line in lines)
+    if words[-1] == "list":
+        assert max(map(len, lines)) <= 80
+        assert shown.startswith("\x1b[1mID ")
+
+
+@pytest.mark.parametrize(("columns", "whole"), [
+    (20, []), (60, ["{bad}"]), (80, ["{bad}", "waiting_for_capacity"]),
+    (200, ["{bad}", "waiting_for_capacity", "shop/pack", "order.placed"]),
+])
+def test_a_table_is_cut_to_the_terminal_and_ids_last(
+    past: RunningServer, ids: dict[str, str], columns: int, whole: list[str]
+) -> None:
+    _, shown = on_terminal(past, "run", "list", "--limit", "3", columns=columns)
+    lines = without_colours(shown).splitlines()
+    assert len(lines) == 4
+    assert max(map(len, lines)) <= columns
+    assert ("…" in shown) == (columns < 200)
+    assert all(text.format(**ids) in shown for text in whole)
+
+
+@pytest.mark.parametrize(("env", "coloured"), [
+    ({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False),
+])
+def test_statuses_have_colours_where_they_are_wanted(
+    past: RunningServer, ids: dict[str, str], env: dict[str, str], coloured: bool
+) -> None:
+    _, shown = on_terminal(past, "run", "get", ids["good"], env=env)
+    assert ("\x1b[32mcompleted\x1b[0m" in shown) == coloured
+    assert ("\x1b" in shown) == coloured
+
+
+@pytest.mark.parametrize(("ms", "text"), [
+    (0, "0ms"), (999, "999ms"), (1000, "1s"), (12_345, "12.3s"), (250_000, "0:04:10"),
+    (100_000_000, "1 day, 3:46:40"),
+])
+def test_lengths_of_time_are_for_people(ms: int, text: str) -> None:
+    assert ironflow.cell({"duration_ms": ms}, "duration_ms") == text
+
+
+NASTY = "\x1b[2J\x07\x9b31m\u202eabc\r\ndef\x7f"
+TAMED = r"\u001b[2J\u0007\u009b31m\u202eabc\r\ndef\u007f"
+
+
+def test_what_a_stranger_says_does_not_reach_the_terminal_raw(
+    cli: Cli, shared: RunningServer
+) -> None:
+    name = new_name()
+    shared.register(name, name)
+    shared.join(name, name)
+    accepted = shared.emit(name, {NASTY: NASTY}, metadata={"by": NASTY})
+    (run_id,) = accepted["run_ids"]
+    job = shared.job(name)
+    error = {"message": NASTY, "code": NASTY, "retryable": False}
+    steps = [step(job, "one", NASTY)]
+    assert shared.tell(job, "failed", name, error=error, steps=steps)[0] == 200
+    lists = f"event list --name {name}", "run list"
+    for command in f"run get {run_id}", f"event get {accepted['id']}", *lists:
+        _, plain, _ = cli(shared, *command.split())
+        status, as_json, err = cli(shared, *command.split(), "--json")
+        assert (status, err) == (0, "")
+        assert (plain + as_json).replace("\n", "").isprintable()
+        assert (TAMED in plain) == (command != "run list")
+        assert TAMED in as_json
+        assert repr(NASTY) in repr(json.loads(as_json))
+
+
+def test_a_strangers_error_and_its_keys_are_tamed_too(cli: Cli, past: RunningServer) -> None:
+    nasty = json.dumps({"message": NASTY, NASTY: NASTY}).encode()
+    with stranger((404, nasty), (200, nasty)) as (url, _):
+        status, out, err = cli(past, "event", "get", "x", "-s", url)
+        assert (status, out) == (1, "")
+        assert err.rstrip("\n").isprintable()
+        status, out, err = cli(past, "event", "get", "x", "-s", url)
+        assert (status, err) == (0, "")
+        assert out.replace("\n", "").isprintable()
+
+
+def test_what_the_output_cannot_encode_is_escaped(shared: RunningServer) -> None:
+    event = shared.emit("umlaut", {"city": "Köln"})
+    env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    words = ("event", "get", event["id"])
+    with process(shared, *words, env=env, stdout=subprocess.PIPE) as cli:
+        assert "K\\xf6ln" in cli.communicate(timeout=DEADLINE_S)[0].decode("ascii")
+    assert cli.returncode == 0
+
+
+# --- Emitting --------------------------------------------------------------------------
+
+def test_emit_prints_the_ids_of_the_event_and_its_runs(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    shared.register(f"{name}-too", name)
+    status, out, err = cli(shared, "emit", name)
+    assert (status, err) == (0, "")
+    event_id, *run_ids = out.split()
+    assert shared.yes("GET", f"/api/v1/events/{event_id}")["data"] == {}
+    assert {shared.run(run_id)["function_id"] for run_id in run_ids} == {name, f"{name}-too"}
+    status, out, _ = cli(shared, "emit", name, "--json")
+    assert len(json.loads(out)["run_ids"]) == 2
+
+
+@pytest.mark.parametrize(("words", "members"), [
+    (["--data", '{"a": [1, "ü"]}'], {"data": {"a": [1, "ü"]}}),
+    (["--data", "null"], {"data": None}),
+    (["--data-file", "{tmp}/data.json"], {"data": {"from": "file"}}),
+    (["--metadata", "by=ann", "--metadata", "why=a=b="],
+     {"metadata": {"by": "ann", "why": "a=b="}}),
+    (["--version", "3"], {"version": 3}),
+])
+def test_emit_hands_in_what_it_is_told(
+    cli: Cli, shared: RunningServer, tmp_path: Path, words: list[str], members: dict[str, Any]
+) -> None:
+    (tmp_path / "data.json").write_text('{"from": "file"}')
+    words = [word.replace("{tmp}", str(tmp_path)) for word in words]
+    status, out, err = cli(shared, "emit", new_name(), *words)
+    assert (status, err) == (0, "")
+    event = shared.yes("GET", f"/api/v1/events/{out.strip()}")
+    assert {name: event[name] for name in members} == members
+
+
+def test_emit_reads_data_from_stdin(shared: RunningServer) -> None:
+    words = ("emit", new_name(), "--data-file", "-")
+    pipe = subprocess.PIPE
+    with process(shared, *words, stdin=pipe, stdout=pipe) as cli:
+        out, _ = cli.communicate(b"[1, 2]", DEADLINE_S)
+    event = shared.yes("GET", f"/api/v1/events/{out.decode().strip()}")
+    assert (cli.returncode, event["data"]) == (0, [1, 2])
+
+
+def test_emit_with_the_same_key_does_nothing_more(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    first, again = (cli(shared, "emit", name, "--idempotency-key", name) for _ in range(2))
+    assert first == again
+    status, out, err = cli(shared, "emit", f"{name}.other", "--idempotency-key", name)
+    assert (status, out) == (1, "")
+    assert name in err
+
+
+def test_emit_is_repeated_when_the_answer_is_lost_and_is_one_event(
+    cli: Cli, shared: RunningServer
+) -> None:
+    name = new_name()
+    with contextlib.closing(Proxy(shared.port)) as proxy:
+        proxy.swallow = 2
+        status, out, err = cli(shared, "emit", name, "--server", proxy.url)
+    assert (status, err, proxy.connections) == (0, "", 3)
+    events = shared.yes("GET", f"/api/v1/events?names={name}")["events"]
+    assert [event["id"] for event in events] == [out.strip()]
+
+
+def test_emit_is_repeated_for_a_server_short_of_breath(cli: Cli, past: RunningServer) -> None:
+    busy = (503, b'{"message": "in a moment"}')
+    yes = (200, b'{"event_id": "evt_1", "run_ids": []}')
+    with stranger(busy, busy, yes) as (url, bodies):
+        assert cli(past, "emit", "x", "-s", url) == (0, "evt_1\n", "")
+        assert len({json.loads(body)["idempotencyKey"] for body in bodies}) == 1
+    with stranger(busy, busy, busy, busy) as (url, _):
+        assert cli(past, "emit", "x", "-s", url) == (1, "", "ironflow.py: in a moment\n")
+
+
+@pytest.mark.parametrize(("report", "status", "row"), [
+    ({"status": "completed", "output": {"paid": 5}}, 0, r'completed +\S+ +\{"paid":5\}'),
+    ({"status": "completed", "output": "fine"}, 0, r"completed +\S+ +fine"),
+    ({"status": "failed", "error": {"message": "no", "retryable": False}}, 1,
+     r'failed +\S+ +\{"message":"no".*\}'),
+])
+def test_emit_can_wait_and_says_how_each_run_ended(
+    cli: Cli, shared: RunningServer, report: dict[str, Any], status: int, row: str
+) -> None:
+    name = new_name()
+    shared.register(name, name)
+    shared.join(name, name)
+
+    def work() -> None:
+        assert shared.tell(shared.job(name), worker_id=name, **report)[0] == 200
+
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(work)
+        found, out, err = cli(shared, "emit", name, "--wait")
+        worker.result(DEADLINE_S)
+    assert (found, err) == (status, "")
+    event_id, header, run = out.splitlines()
+    assert event_id.startswith("evt_")
+    assert header.split() == ["RUN", "ID", "FUNCTION", "ID", "STATUS", "DURATION", "RESULT"]
+    assert re.fullmatch(rf"run_\w+ +{name} +{row}", run)
+
+
+def test_emit_waits_no_longer_than_it_is_told(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    status, out, err = cli(shared, "emit", name, "--wait", "--timeout", "10ms")
+    assert (status, err) == (1, "ironflow.py: not all of its runs ended in time\n")
+    assert "waiting_for_capacity" in out
+    status, out, err = cli(shared, "emit", name, "--wait", "--timeout", "10ms", "--json")
+    assert status == 1
+    assert json.loads(out)["results"][0]["waitTimedOut"]
+
+
+def test_emit_of_what_starts_nothing_has_nothing_to_wait_for(
+    cli: Cli, shared: RunningServer
+) -> None:
+    words = ("emit", new_name(), "--wait", "--timeout", "99999999999999d")
+    status, out, err = cli(shared, *words)
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"evt_\w+\n", out)
+
+
+def test_emit_asks_again_when_a_server_that_stops_answers_early(
+    cli: Cli, past: RunningServer
+) -> None:
+    def answer(status: str, late: bool) -> tuple[int, bytes]:
+        run = {"runId": "run_1", "functionId": "f", "status": status, "waitTimedOut": late}
+        return 200, json.dumps({"eventId": "evt_1", "results": [run]}).encode()
+
+    with stranger(answer("running", True), answer("completed", False)) as (url, bodies):
+        status, out, err = cli(past, "emit", "x", "--wait", "-s", url)
+    assert (status, err) == (0, "")
+    assert "completed" in out
+    first, second = map(json.loads, bodies)
+    assert first["idempotencyKey"] == second["idempotencyKey"]
+    assert second["timeoutMs"] <= first["timeoutMs"] == 60_000
+
+
+# --- What goes wrong -------------------------------------------------------------------
+
+def test_a_run_can_be_cancelled(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    (run_id,) = shared.emit(name)["run_ids"]
+    cancelled = cli(shared, "run", "cancel", run_id, "--reason", "too late")
+    assert cancelled == (0, f"id      {run_id}\nstatus  cancelled\n", "")
+    assert "too late" in shared.run(run_id)["error"]["message"]
+
+
+@pytest.mark.parametrize(("command", "method", "door"), [
+    ("run get no/such", "GET", "/api/v1/runs/no%2Fsuch"),
+    ("run cancel {good}", "POST", "/api/v1/runs/{good}/cancel"),
+    ("event get none", "GET", "/api/v1/events/none"),
+    ("function get none", "GET", "/api/v1/functions/none"),
+    ("emit order.*", "POST", "/api/v1/events"),
+])
+def test_what_the_server_refuses_is_said_as_the_server_says_it(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str, method: str, door: str
+) -> None:
+    body = {"name": "order.*"} if door.endswith("events") else None
+    status, refusal = past.call(method, door.format(**ids), body)
+    assert status >= 400
+    said = f"ironflow.py: {refusal['message']}\n"
+    assert cli(past, *command.format(**ids).split()) == (1, "", said)
+
+
+def test_a_server_that_is_not_there_is_said_in_a_sentence(
+    cli: Cli, past: RunningServer
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    status, out, err = cli(past, "run", "list", "-s", url)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert f"cannot reach {url} (" in err
+    assert "is it running? `python ironflow.py` starts one" in err
+
+
+def test_a_server_that_is_silent_is_asked_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = ironflow.server_url(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ironflow.IronflowError, match="timed out"):
+            ironflow.ask(argparse.Namespace(server=url), "GET", "/", wait_s=0.01)
+        silent.accept()[0].close()
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    ((200, b"<html>"), "cannot understand {url}"),
+    ((200, b"[]"), "cannot understand {url}"),
+    ((200, b"[" * 100_000), "cannot understand {url}"),
+    ((200, b'{"a": NaN}'), "NaN"),
+    ((302, b"{}"), "cannot understand {url}"),
+    ((502, b"bad gateway"), "cannot understand {url}"),
+    ((418, b'{"message": "a teapot"}'), "a teapot"),
+])
+def test_what_is_no_ironflow_server_is_said_in_a_sentence(
+    cli: Cli, past: RunningServer, answer: tuple[int, bytes], words: str
+) -> None:
+    with stranger(answer) as (url, _):
+        status, out, err = cli(past, "event", "get", "x", "-s", url)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert words.format(url=url) in err
+
+
+@pytest.mark.parametrize(("command", "flag"), [
+    ("emit", "name"),
+    ("emit x --data {a", "--data:"),
+    ("emit x --data NaN", "--data:"),
+    ("emit x --data 1e999", "--data:"),
+    ("emit x --data-file {tmp}/none.json", "--data-file:"),
+    ("emit x --data-file {tmp}", "--data-file:"),
+    ("emit x --data-file {tmp}/bad.json", "--data-file:"),
+    ("emit x --data 1 --data-file {tmp}/good.json", "--data"),
+    ("emit x --metadata by", "--metadata: by: give KEY=VALUE"),
+    ("emit x --version 0", "--version:"),
+    ("emit x --timeout soon", "--timeout:"),
+    ("emit x --timeout 5", "--timeout:"),
+    ("run list --status unknown", "--status:"),
+    ("run list --limit none", "--limit:"),
+    ("event list --since yesterday", "--since:"),
+    ("event list --until 2026-01-01T00:00:00", "--until:"),
+    ("event list --since 99999999d", "--since:"),
+    ("run list -s localhost:9123", "--server:"),
+    ("run list -s http://", "--server:"),
+    ("run list -s http://a:99999", "--server:"),
+    ("run list -s http://[::1", "--server:"),
+    ("run list -s http://ann:secret@a", "--server:"),
+    ("run list -s http://ä", "--server:"),
+    ("run get", "id"),
+    ("run", "'run'"),
+    ("walk", "'walk'"),
+    ("backup", "FILE"),
+])
+def test_a_bad_call_is_told_what_was_wrong_and_ends_with_2(
+    cli: Cli, past: RunningServer, tmp_path: Path, command: str, flag: str
+) -> None:
+    (tmp_path / "bad.json").write_bytes(b"\xff")
+    (tmp_path / "good.json").write_text("1")
+    status, out, err = cli(past, *command.replace("{tmp}", str(tmp_path)).split())
+    assert (status, out) == (2, "")
+    assert flag in err.splitlines()[-1]
+
+
+def test_words_that_are_no_utf8_are_refused(cli: Cli, past: RunningServer) -> None:
+    for command in "emit x\udcff", "emit x --metadata a=\udcff", "run get \udcff":
+        status, out, err = cli(past, *command.split())
+        assert (status, out) == (1, "")
+        assert "'utf-8' codec can't encode" in err
+
+
+# --- Help, keys, signals and pipes -----------------------------------------------------
+
+@pytest.mark.parametrize("command", ironflow.commands())
+def test_the_help_of_a_command_has_an_example_that_can_be_run(
+    cli: Cli, past: RunningServer, command: str
+) -> None:
+    status, out, err = cli(past, *command.split(), "--help")
+    assert (status, err) == (0, "")
+    example = re.search(r"example: python ironflow\.py (.*)", out)
+    assert example
+    given = shlex.split(example[1])
+    assert given[:len(command.split())] == command.split()
+    assert ironflow.parser().parse_args([command, *given[len(command.split()):]]).do
+    _, overview, _ = cli(past, "--help")
+    assert f"    {command}" in overview
+
+
+def test_version_prints_the_version(cli: Cli, past: RunningServer) -> None:
+    assert cli(past, "version") == (0, f"{ironflow.__version__}\n", "")
+
+
+def test_backup_prints_one_line(cli: Cli, past: RunningServer, tmp_path: Path) -> None:
+    copy = str(tmp_path / "copy.db")
+    words = ("backup", copy, "--db", str(past.db))
+    assert cli(past, *words) == (0, f"{copy} is a copy of {past.db}\n", "")
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert db.execute("SELECT count(*) FROM run").fetchone() == (3,)
+    status, out, err = cli(past, *words)
+    assert (status, out, err) == (1, "", f"ironflow.py: {copy} exists: name a file that does not\n")
+
+
+def test_the_key_comes_from_the_environment(
+    cli: Cli, keyed: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, err = cli(keyed, "run", "list")
+    assert (status, out) == (1, "")
+    assert "authentication required" in err
+    for key, status in {"ifkey_1": 0, "ifkey_1\n": 0, "other": 1, "ключ": 1, "a\nb": 1}.items():
+        monkeypatch.setenv("IRONFLOW_API_KEY", key)
+        assert cli(keyed, "run", "list")[0] == status
+
+
+def test_the_environment_goes_along(
+    cli: Cli, past: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IRONFLOW_ENV", "blue")
+    status, _, err = cli(past, "run", "list")
+    assert (status, "this server serves the environment 'default'" in err) == (1, True)
+
+
+def test_the_flag_beats_the_variable_and_both_are_checked(
+    cli: Cli, past: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunningServer, "url", "nonsense")
+    assert cli(past, "run", "list")[0] == 2
+    assert cli(past, "run", "list", "-s", f"http://127.0.0.1:{past.port}/")[0] == 0
+
+
+def test_ctrl_c_ends_a_wait_quietly(shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process(shared, "emit", name, "--wait", **pipes) as cli:
+        eventually(lambda: shared.yes("GET", f"/api/v1/runs?function_id={name}")["count"])
+        cli.send_signal(signal.SIGINT)
+        assert cli.communicate(timeout=DEADLINE_S) == (b"", b"")
+    assert cli.returncode == 130
+
+
+def test_a_closed_pipe_ends_it_quietly(shared: RunningServer) -> None:
+    name = new_name()
+    for _ in range(3):
+        shared.emit(name, "x" * 90_000)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process(shared, "event", "list", "--name", name, **pipes) as cli:
+        assert cli.stdout.readline().startswith(b"ID ")
+        cli.stdout.close()
+        assert cli.stderr.read() == b""
+    assert cli.returncode == 141
+
+
+# ======================================================================================
 # The project: examples and README do what they say
 # ======================================================================================
 
@@ -7558,3 +8864,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
+
