@@ -566,7 +566,8 @@ def listed(texts: Iterable[Json]) -> Json:
 
 
 def as_texts(values: dict[str, Any]) -> dict[str, Json | None]:
-    return {name: dumps(value) for name, value in values.items()}
+    return {name: None if value is None else dumps(value)
+            for name, value in values.items()}
 
 
 def stamp(instant: Instant) -> Json:
@@ -1705,8 +1706,8 @@ async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
         if name in function.function_id and status in ("", function.status)
         and mode in ("", read_enum(
             json.loads(function.config)["preferredMode"], "execution_mode"))]
-    offset = asks.whole("offset")
-    offset += sum(f.function_id <= asks.text("cursor") for f in found)
+    offset, cursor = asks.whole("offset"), asks.text("cursor")
+    offset += sum(function.function_id <= cursor for function in found)
     page = found[offset : offset + (asks.whole("limit", high=1000) or 1000)]
     more = offset + len(page) < len(found)
     rows = await functions_to_wire(api, request, page)
@@ -1789,7 +1790,8 @@ async def asked(api: Api, request: web.BaseRequest) -> Fields:
     body = await api.read_json(request) if request.body_exists else {}
     path = {spelling: text for name, text in request[GIVEN].items()
             for spelling in (name, camel(name))}
-    return Fields({**Fields(body).all, **request.query, **path})
+    query = {name: text for name, text in request.query.items() if text}
+    return Fields({**Fields(body).all, **query, **path})
 
 
 async def get_run(api: Api, request: web.BaseRequest) -> web.Response:

@@ -611,6 +611,13 @@ def test_public_paths_need_no_key(keyed: RunningServer, path: str) -> None:
     keyed.yes("GET", path)
 
 
+def test_the_browser_may_ask_for_capabilities_before_it_has_its_key(
+    keyed: RunningServer,
+) -> None:
+    assert keyed.rpc("GetCapabilities", {})["auth_required"] is True
+    assert code(keyed.call("POST", f"{RPC}Info", {})) == (401, "unauthenticated")
+
+
 def test_dev_ignores_a_key_and_says_so_loudly(tmp_path: Path) -> None:
     with serve(tmp_path, "--dev", env={"IRONFLOW_API_KEY": "k"}) as server:
         status, headers, _ = ask(server, "GET", "/api/v1/runs", Host="box", Origin="https://a.b")
@@ -729,9 +736,10 @@ def test_errors_have_two_shapes(shared: RunningServer) -> None:
 
 @pytest.mark.parametrize("kind", ["application/proto", "application/connect+proto"])
 def test_binary_protobuf_is_told_where_to_send_json(shared: RunningServer, kind: str) -> None:
-    status, _, body = ask(shared, "POST", f"{RPC}Emit", b"\x0a\x01a", Content_Type=kind)
-    assert code((status, body)) == (501, "unimplemented")
-    assert "POST /api/v1/events" in body["message"]
+    for path in f"{RPC}Emit", f"{RPC}Info", f"{PUBSUB}ListTopics", f"{PUBSUB}Publish":
+        status, _, body = ask(shared, "POST", path, b"\x0a\x01a", Content_Type=kind)
+        assert code((status, body)) == (501, "unimplemented")
+        assert "POST /api/v1/events" in body["message"]
 
 
 # ======================================================================================
@@ -1999,6 +2007,7 @@ def shelved(page: Any) -> list[int]:
     ("names=webhook%2Fstripe.charge,user.joined", "32"), ("names=nowhere,nightly", "5"),
     ("names=nightly,nightly", "5"), ("names=", "76543210"), ("names=nowhere", ""),
     ("source=api", "764210"), ("source=webhook", "3"), ("source=cron", "5"), ("source=ap", ""),
+    ("source=cron,webhook", "53"), ("source=nobody,cron", "5"), ("source=", "76543210"),
     ("since=2026-01-01T03:30:00Z", "7654"), ("until=2026-01-01T03:30:00Z", "3210"),
     ("since=2026-01-01T04:30:00%2B01:00", "7654"),
     ("since=2026-01-01T01:30:00Z&until=2026-01-01T05:30:00Z", "5432"),
@@ -2017,6 +2026,7 @@ def test_events_are_listed_by_filters(library: RunningServer, query: str, found:
     page = browse(library, query)
     assert shelved(page) == [*map(int, found)]
     assert (page["limit"], page["approx_total"]) == (20, len(found))
+    assert page["approx_total_capped"] is False
     assert not page["has_next"] and not page["has_prev"]
     short = browse(library, f"{query}&limit=2")
     assert shelved(short) == [*map(int, found[:2])]
@@ -2120,6 +2130,19 @@ def test_names_of_events_are_counted(library: RunningServer, server: RunningServ
     assert found["scan_cap"] >= 50_000
     nothing = server.yes("GET", "/api/v1/events/names")
     assert nothing == found | {"names": [], "scanned": 0}
+
+
+@pytest.mark.parametrize(("query", "found"), [
+    ("source=cron", {"nightly": 1}), ("source=cron,webhook", {"nightly": 1, SHELF[3].name: 1}),
+    ("source=nobody", {}), ("until=2026-01-01T01:30:00Z", {"order.placed": 1, "order.paid": 1}),
+    ("since=2026-01-01T05:30:00Z&source=api", {"order.placed": 1, "order.paid": 1}),
+    ("since=2999-01-01T00:00:00Z", {}),
+])
+def test_names_of_events_are_counted_by_filters(
+    library: RunningServer, query: str, found: dict[str, int]
+) -> None:
+    names = library.yes("GET", f"/api/v1/events/names?{query}")["names"]
+    assert {row["name"]: row["count"] for row in names} == found
 
 
 # --- Runs ------------------------------------------------------------------------------
@@ -2464,6 +2487,8 @@ def test_a_count_of_more_than_a_page_looks_at_is_a_lower_bound(haystack: Haystac
     for total in (browse(haystack.server)["approx_total"], runs_of(haystack.server, "rpc")[2],
                   runs_of(haystack.server, "rest")[2]):
         assert 50_000 <= total <= MANY
+    for query, capped in ("", True), ("names=needle", False), ("search=eedl", True):
+        assert browse(haystack.server, query)["approx_total_capped"] is capped, query
     names = haystack.server.yes("GET", "/api/v1/events/names")
     assert (names["scanned"], names["truncated"]) == (names["scan_cap"], True)
     assert sum(row["count"] for row in names["names"]) == names["scanned"] < MANY
@@ -4139,7 +4164,8 @@ class Caller(Bench):
         return {WAITING[self.method]: self.name} | more
 
     def call(self, **more: Any) -> Answer:
-        return begin(self.server, self.method, self.body(**more))
+        """A caller with more patience than this test: one who is forgotten is noticed."""
+        return begin(self.server, self.method, self.body(**{"timeout_ms": 600_000} | more))
 
     def start(self, **more: Any) -> str:
         """The run, with nobody waiting for it; a key lets a call wait for it later."""
@@ -4244,12 +4270,15 @@ def test_a_call_waits_through_a_sleep(caller: Caller) -> None:
 
 
 @pytest.mark.parametrize("ending", ["completed", "failed", "cancelled"])
-@pytest.mark.parametrize(("agent", "go"), [("node", False), ("Mozilla/5.0", False), ("", False),
-                                           ("Go-http-client/2.0", True)])
+@pytest.mark.parametrize(("agent", "go"), [
+    ("node", False), ("Mozilla/5.0", False), ("", False), ("Go-http-client/2.0", True),
+    ("connect-go/1.19.1 (go1.24)", True),
+])
 def test_go_hears_enum_names_of_results_too(
     caller: Caller, ending: str, agent: str, go: bool
 ) -> None:
-    answer = begin(caller.server, caller.method, caller.body(), User_Agent=agent)
+    body = caller.body(timeout_ms=600_000)
+    answer = begin(caller.server, caller.method, body, User_Agent=agent)
     job = caller.next_job()
     if ending == "cancelled":
         caller.server.rpc("CancelRun", {"id": job["run_id"]})
@@ -4294,7 +4323,7 @@ def poll_for(bench: Bench, size: int) -> list[Any]:
 
 def test_when_time_is_up_some_runs_may_be_over_and_some_not(shared: RunningServer) -> None:
     caller = Caller(shared, "TriggerSync")
-    shared.register(f"{caller.name}-late", caller.name)
+    shared.register(f"{caller.name}-late", caller.name)  # nobody carries it
     key = {"idempotency_key": caller.name}
     caller.start(**key)
     caller.said(caller.next_job(), "completed", output={})
@@ -4355,10 +4384,12 @@ def test_the_shorter_deadline_counts_in_every_spelling(
 def test_who_names_no_deadline_or_a_distant_one_is_kept_waiting(
     caller: Caller, members: dict[str, Any], headers: dict[str, str]
 ) -> None:
+    since = time.monotonic()
     answer = begin(caller.server, caller.method, caller.body(**members), **headers)
     caller.said(caller.next_job(), "completed")
     found = result(answer())
     assert (found["status"], found["waitTimedOut"]) == ("completed", False)
+    assert time.monotonic() - since < 25
 
 
 @pytest.mark.parametrize("timeout", ["soon", "-1", "1.5", "1s", "\xff", "9" * 30])
@@ -4508,7 +4539,7 @@ def test_a_caller_that_is_gone_leaves_nothing_behind(tmp_path: Path, method: str
 @pytest.mark.parametrize("method", WAITING)
 def test_a_stop_answers_callers_that_wait(server: RunningServer, method: str) -> None:
     caller = Caller(server, method)
-    answers = [caller.call(timeout_ms=600_000) for _ in range(20)]
+    answers = [caller.call() for _ in range(20)]
     eventually(lambda: server.rows("SELECT count(*) FROM run") == [(20,)])
     job = caller.next_job()
     assert server.process is not None
@@ -4522,7 +4553,7 @@ def test_a_stop_answers_callers_that_wait(server: RunningServer, method: str) ->
 
 def test_a_caller_may_wait_again_after_a_restart(server: RunningServer) -> None:
     caller = Caller(server, "TriggerSync")
-    key = {"idempotency_key": "k", "timeout_ms": 600_000}
+    key = {"idempotency_key": "k"}
     answer = caller.call(**key)
     job = caller.next_job()
     assert server.process is not None
@@ -8138,7 +8169,8 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def process(server: RunningServer, *words: str, env: Any = None, **io: Any) -> Any:
     """The same as a process of its own."""
-    plain = {"IRONFLOW_SERVER_URL": server.url, "NO_COLOR": "", "TERM": "xterm"} | (env or {})
+    plain = {"IRONFLOW_SERVER_URL": server.url, "TERM": "xterm", "NO_COLOR": "",
+             "PYTHONUNBUFFERED": ""} | (env or {})
     clean = {k: v for k, v in own_environment(plain).items() if k != "COLUMNS"}
     return subprocess.Popen([sys.executable, HERE / "ironflow.py", *words], env=clean, **io)
 
@@ -8181,9 +8213,11 @@ def stranger(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[bytes]]]:
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as found:
         thread = threading.Thread(target=found.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{found.server_port}", bodies
-        found.shutdown()
-        thread.join(DEADLINE_S)
+        try:
+            yield f"http://127.0.0.1:{found.server_port}", bodies
+        finally:
+            found.shutdown()
+            thread.join(DEADLINE_S)
 
 
 # What each command shows when its output is no terminal. Times are UTC; here they are all
@@ -8787,6 +8821,15 @@ def test_a_closed_pipe_ends_it_quietly(shared: RunningServer) -> None:
     assert cli.returncode == 141
 
 
+def test_a_pipe_that_nobody_reads_ends_it_quietly(past: RunningServer) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with process(past, "run", "list", stdout=write, stderr=subprocess.PIPE) as cli:
+        os.close(write)
+        assert cli.stderr.read() == b""
+    assert cli.returncode == 141
+
+
 # ======================================================================================
 # The project: examples and README do what they say
 # ======================================================================================
@@ -8816,22 +8859,54 @@ def test_an_example_prints_what_its_docstring_says(example: str) -> None:
     assert done.stdout.strip() == says.partition("Prints:\n")[2].strip(), done.stderr
 
 
-def test_the_readmes_worker_does_the_readmes_event(server: RunningServer, tmp_path: Path) -> None:
+@pytest.fixture
+def readme_program(server: RunningServer, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Runs a program of the README beside its worker and its server; what it prints."""
     worker_file = tmp_path / "worker.py"
     worker_file.write_text(fenced("python")[0].replace('"10s"', '"10ms"'))
-    body = re.search(r"-d '(\{.*?\})'", fenced("sh")[3])
-    assert body
     env = server.env | {"IRONFLOW_SERVER_URL": server.url, "PYTHONPATH": str(HERE)}
+
+    def run(program: str) -> str:
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=DEADLINE_S)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     worker = subprocess.Popen([sys.executable, worker_file], env=env, stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: server.yes("GET", "/api/v1/functions")["count"] == 1)
-        accepted = server.yes("POST", "/api/v1/events", body[1].encode())
-        (run_id,) = accepted["run_ids"]
-        run = server.run_becomes(run_id, "completed", "failed")
-        assert run["output"] == "ord_123 shipped, 99.99 paid"
+        yield run
     finally:
         worker.terminate()
         worker.wait(DEADLINE_S)
+
+
+def test_the_readmes_worker_does_the_readmes_event(
+    server: RunningServer, readme_program: Callable[[str], str]
+) -> None:
+    body = re.search(r"-d '(\{.*?\})'", fenced("sh")[3])
+    assert body
+    (run_id,) = server.yes("POST", "/api/v1/events", body[1].encode())["run_ids"]
+    run = server.run_becomes(run_id, "completed", "failed")
+    assert run["output"] == "ord_123 shipped, 99.99 paid"
+
+
+def test_the_readmes_client_hears_what_the_readme_says(
+    readme_program: Callable[[str], str]
+) -> None:
+    first, waited, invoked, *listed = readme_program(fenced("python")[1]).splitlines()
+    assert re.fullmatch(r"evt_\w+ \['[a-z_]+'\]", first)
+    assert waited == "[('process-order', 'completed', 'ord_8 shipped, 5 paid')]"
+    assert invoked == "ord_9 shipped, 5 paid"
+    assert [line.split(maxsplit=2)[1] for line in listed] == ["order.placed"] * 2
+
+
+def test_the_readmes_unit_test_passes(readme_program: Callable[[str], str]) -> None:
+    readme_program(fenced("python")[2])
+
+
+def test_server_and_client_are_of_one_version() -> None:
+    assert ironflow.__version__ == ironflow_client.__version__
 
 
 def test_both_files_run_when_copied_alone(tmp_path: Path) -> None:
