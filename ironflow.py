@@ -380,7 +380,8 @@ class Look:
 class Page(Generic[T]):
     """Rows, newest first."""
     rows: list[T]
-    total: int  # how many match in all, of the SCAN_ROWS that were looked at
+    total: int  # how many match in all, of the newest SCAN_ROWS
+    capped: bool  # there are older ones, which were not looked at
     cursor: Any  # to go on from; None at the end
 
 
@@ -1461,7 +1462,7 @@ async def list_events(api: Api, request: web.BaseRequest) -> web.Response:
     events: dict[str, Json | None] = {"events": listed(map(event_to_rest, rows))}
     return answer(join(events | as_texts({
         "count": len(rows), "limit": limit, "approx_total": page.total,
-        "approx_total_capped": page.total == SCAN_ROWS,
+        "approx_total_capped": page.capped,
         "has_prev": before is not None, "prev_cursor": str(before or ""),
         "has_next": after is not None, "next_cursor": str(after or "")})))
 
@@ -2390,9 +2391,9 @@ def give_back(tx: Transaction, run_id: str, fence: int, sent: bool, limits: Limi
 
 def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     """Do what is due at `now`; the instant at which to come back."""
-    for run in tx.runs_with_ended_lease(now):
+    for run in tx.overdue("running", now):
         become(tx, run, lease_ended(run, limits.lost_leases, now), now)
-    for run in tx.runs_to_wake(now):
+    for run in tx.overdue("waiting", now):
         end_sleeps(tx, run, now)
         become(tx, run, queued(run, now), now)
     return tx.next_instant()
@@ -2613,13 +2614,8 @@ def select(row: Any, *keys: str) -> str:
     return f"SELECT {columns(row)} FROM {table} WHERE {tests}"
 
 
-@lru_cache(maxsize=64)
-def insert(table: str, *names: str) -> str:
-    return f"INSERT INTO {table} ({', '.join(names)}) VALUES (:{', :'.join(names)})"
-
-
-@lru_cache(maxsize=2 * ROWS_AT_ONCE)
-def insert_many(table: str, names: tuple[str, ...], count: int) -> str:
+@lru_cache(maxsize=4 * ROWS_AT_ONCE)
+def insert(table: str, names: tuple[str, ...], count: int = 1) -> str:
     marks = ", ".join([f"({', '.join('?' * len(names))})"] * count)
     return f"INSERT INTO {table} ({', '.join(names)}) VALUES {marks}"
 
@@ -2653,13 +2649,15 @@ class Queries:
         cursor = self._db.execute(f"SELECT {columns(kind)} FROM {source}", params)
         return [row(*values) for values in cursor.fetchall()]
 
+    def _column(self, sql: str, **params: Any) -> list[Any]:
+        return [value for value, in self._db.execute(sql, params).fetchall()]
+
     def _value(self, sql: str, **params: Any) -> Any:
         found = self._db.execute(sql, params).fetchone()
         return found[0] if found else None
 
-    def meta(self, name: str) -> str | None:
-        found = self._value("SELECT value FROM meta WHERE name = :name", name=name)
-        return None if found is None else str(found)
+    def meta(self, name: str) -> Any:
+        return self._value("SELECT value FROM meta WHERE name = :name", name=name)
 
     def functions(self) -> list[Function]:
         return self._rows(Function, "function ORDER BY function_id")
@@ -2675,8 +2673,8 @@ class Queries:
 
     def run_ids_of(self, event_seq: int) -> list[str]:
         """The runs that an event started, in the order in which it started them."""
-        sql = "SELECT run_id FROM run WHERE event_seq = ? ORDER BY run_id"
-        return [run_id for run_id, in self._db.execute(sql, (event_seq,)).fetchall()]
+        sql = "SELECT run_id FROM run WHERE event_seq = :seq ORDER BY run_id"
+        return self._column(sql, seq=event_seq)
 
     def input_of(self, run: Run) -> Json:
         sql = "SELECT data FROM journal WHERE seq = :seq"
@@ -2700,8 +2698,7 @@ class Queries:
                   "search": "instr(name || ' ' || event_id || ' ' || data, :search)"}
 
         def fetch(seq: int) -> tuple[Event, int]:
-            event = self.find(Event, seq=seq)
-            assert event is not None
+            (event,) = self._rows(Event, "journal WHERE seq = :seq", seq=seq)
             return event, len(event.data)
 
         index = "journal_by_name" if one else "journal_events"
@@ -2733,7 +2730,7 @@ class Queries:
         best = next((name for name in tests if name in wanted), "")
         by_index = {best: tests.pop(best, ""), "since": "run_id >= :since",
                     "until": "run_id < :until"}
-        by_row = {name: f"+{test}" for name, test in tests.items()} | {
+        by_row = tests | {
             "statuses": "instr(',' || :statuses || ',', ',' || status || ',')",
             "search": "instr(run_id || ' ' || function_id || ' ' || event_name,"
                       " :search)"}
@@ -2755,39 +2752,37 @@ class Queries:
         perhaps empty, with a cursor to go on from; the count is of the newest so many.
         A page ends early, too, once it holds 16 MiB.
         """
-        step, order, end = (">", "ASC", "max") if look.newer else ("<", "DESC", "min")
-        back = "<=" if look.newer else ">="
+        step, order = (">", "ASC") if look.newer else ("<", "DESC")
         whole = " AND ".join([source, *[by_index[n] for n in by_index if n in wanted]])
         part = whole if look.cursor is None else f"{whole} AND {key} {step} :cursor"
-        tests = "".join(f" AND {by_row[n]}" for n in by_row
-                        if n in wanted and n not in by_index)
+        tests = [by_row[n] for n in by_row if n in wanted and n not in by_index]
+        judged = f"SELECT {key} AS found, {' AND '.join(tests) or 1} AS passes FROM"
         given = wanted | {"cursor": look.cursor, "limit": look.limit + 1,
                           "offset": look.offset}
-        if tests:
-            for name, rows, way, last in (("far", part, order, end),
-                                          ("oldest", whole, "DESC", "min")):
-                given[name] = self._value(
-                    f"SELECT {last}({key}) FROM (SELECT {key} FROM {rows}"
-                    f" ORDER BY {key} {way} LIMIT {SCAN_ROWS})", **given)
-            beyond = f"SELECT :far FROM {part} AND {key} {step} :far LIMIT 1"
-            part = f"{part} AND {key} {back} :far{tests}"
-            whole = f"{whole} AND {key} >= :oldest{tests}"
-        total = self._value(f"SELECT count(*) FROM (SELECT 1 FROM {whole}"
-                            f" LIMIT {SCAN_ROWS})", **given)
-        keys = [found for found, in self._db.execute(
-            f"SELECT {key} FROM {part} ORDER BY {key} {order} LIMIT :limit"
-            " OFFSET :offset", given).fetchall()]
-        page: list[T] = []
-        size = 0
+        total, scanned = self._db.execute(
+            f"""
+            SELECT count(*) FILTER (WHERE passes), count(*)
+              FROM ({judged} {whole} ORDER BY {key} DESC LIMIT {SCAN_ROWS})
+            """, given).fetchone()
+        keys = self._column(  # a subquery with a LIMIT hands its rows on in their order
+            f"""
+            SELECT found FROM ({judged} {part} ORDER BY {key} {order}
+                                LIMIT {SCAN_ROWS if tests else -1})
+             WHERE passes LIMIT :limit OFFSET :offset
+            """, **given)
+        page, size = list[T](), 0
         for found in keys[:look.limit]:
             row, weight = fetch(found)
             page.append(row)
             if (size := size + weight) > PAGE_BYTES:
                 break
-        cursor = self._value(beyond, **given) if tests else None
-        if len(page) < len(keys):
-            cursor = keys[len(page) - 1]
-        return Page(page[::-1] if look.newer else page, total, cursor)
+        cursor = keys[len(page) - 1] if len(page) < len(keys) else None
+        if cursor is None and tests:  # the last row that was looked at, if more follow
+            last = self._column(f"SELECT {key} FROM {part} ORDER BY {key} {order}"
+                                f" LIMIT 2 OFFSET {SCAN_ROWS - 1}", **given)
+            cursor = last[0] if len(last) == 2 else None
+        return Page(page[::-1] if look.newer else page, total,
+                    scanned == SCAN_ROWS, cursor)
 
     def topics(self, name: str | None = None) -> list[Topic]:
         """What programs published on: all topics, or one."""
@@ -2882,7 +2877,7 @@ class Transaction(Queries):
             for i in range(0, len(new), ROWS_AT_ONCE):
                 some = new[i : i + ROWS_AT_ONCE]
                 values = [value for row in some for value in row]
-                self._db.execute(insert_many(table, names, len(some)), values)
+                self._db.execute(insert(table, names, len(some)), values)
 
     def find(self, row: type[T], **key: Any) -> T | None:
         known: Any = self._new_keys.get(key.get("idempotency_key", ""))
@@ -2901,13 +2896,12 @@ class Transaction(Queries):
         if not isinstance(row, Step):
             key = kept = column_names(kind)[0]
         changes = columns(kind, "{0} = excluded.{0}", kept)
-        sql = insert(kind.__name__.lower(), *column_names(kind))
+        sql = insert(kind.__name__.lower(), column_names(kind))
         self._db.execute(f"{sql} ON CONFLICT ({key}) DO UPDATE SET {changes}",
-                         columns_of(row))
+                         list(columns_of(row).values()))
 
     def set_meta(self, name: str, value: str) -> None:
-        row = {"name": name, "value": value}
-        self._db.execute(insert("meta", *row), row)
+        self._db.execute("INSERT INTO meta VALUES (?, ?)", (name, value))
 
     def append(self, kind: str, verb: str, subject: str, change: dict[str, Any],
                now: float, step: str | None = None) -> None:
@@ -2940,8 +2934,8 @@ class Transaction(Queries):
         delete = "DELETE FROM function_trigger WHERE function_id = ?"
         self._db.execute(delete, (function_id,))
         for event in dict.fromkeys(events):
-            row = {"event": event, "function_id": function_id, "wild": is_wild(event)}
-            self._db.execute(insert("function_trigger", *row), row)
+            self._db.execute("INSERT INTO function_trigger VALUES (?, ?, ?)",
+                             (event, function_id, is_wild(event)))
 
     def delete_function(self, function_id: str) -> None:
         self._triggered.clear()
@@ -3007,23 +3001,20 @@ class Transaction(Queries):
                     ORDER BY due_at, run_id LIMIT :limit"""
         return self._rows(Run, source, id=function_id, limit=limit)
 
-    def runs_with_ended_lease(self, now: float) -> list[Run]:
-        source = """run WHERE status = 'running' AND lease_until <= :now
-                    ORDER BY lease_until LIMIT :limit"""
-        return self._rows(Run, source, now=now, limit=BEHIND_AT_ONCE)
+    TIMERS: dict[str, str] = {"running": "lease_until", "waiting": "due_at"}
 
-    def runs_to_wake(self, now: float) -> list[Run]:
-        """Runs whose retry or sleep is due."""
-        source = """run WHERE status = 'waiting' AND due_at <= :now
-                    ORDER BY due_at LIMIT :limit"""
-        return self._rows(Run, source, now=now, limit=BEHIND_AT_ONCE)
+    def overdue(self, status: RunStatus, now: float) -> list[Run]:
+        """Running ones whose lease ended; waiting ones whose retry or sleep is due."""
+        instant = self.TIMERS[status]
+        return self._rows(Run, f"""run WHERE status = '{status}' AND {instant} <= :now
+                          ORDER BY {instant} LIMIT {BEHIND_AT_ONCE}""", now=now)
 
     def next_instant(self) -> float:
         """When the next lease ends or the next sleeper is due; infinity for never."""
-        ends = self._value("SELECT min(lease_until) FROM run WHERE status = 'running'")
-        due = self._value("SELECT min(due_at) FROM run"
-                          " WHERE status = 'waiting' AND due_at IS NOT NULL")
-        return min(ends or math.inf, due or math.inf)
+        return min(self._value(
+            f"SELECT min({instant}) FROM run"
+            f" WHERE status = '{status}' AND {instant} IS NOT NULL") or math.inf
+            for status, instant in self.TIMERS.items())
 
     def next_sequence(self, run_id: str) -> int:
         """One more than the highest sequence of a run's rows; 0 for a new run."""
@@ -3821,14 +3812,13 @@ def read_report(body: Fields, status: str | None = None) -> Report:
     known = ("ack", "progress", "completed", "failed", "yielded")
     if said not in known:
         raise InvalidInput(f"status is {said[:40]!r}: send one of {', '.join(known)}")
-    steps = body.items("steps")
+    steps = body.objects("steps")
     if said == "progress" and len(steps) > STEPS_PER_REPORT:
         raise InvalidInput(f"{len(steps)} steps in one report: send up to "
                            f"{STEPS_PER_REPORT}")
     return Report(
         said, body.whole("executionSeq", default=-1), body.text("leaseToken"),
-        steps=[read_step(Fields(step, f"steps[{i}]")) for i, step in enumerate(steps)],
-        step_offset=body.whole("stepOffset"),
+        list(map(read_step, steps)), body.whole("stepOffset"),
         output=dumps(body.get("output")),
         error=read_error(body.get("error")) if said == "failed" else {},
         yielded=read_yield(body.inner("yield")) if said == "yielded" else None,
@@ -4011,8 +4001,7 @@ class Server:
             for sock in sockets:
                 stack.callback(sock.close)
             offers = Offers(self.limits)
-            loop = asyncio.get_running_loop()
-            self.failed: Future = loop.create_future()
+            self.failed: Future = asyncio.get_running_loop().create_future()
             journal = Journal(
                 Path(self.db), clock=self.clock, ids=self.ids, offers=offers,
                 environment=self.environment, cache_mb=self.cache_mb,
@@ -4023,13 +4012,11 @@ class Server:
             for worker in await journal.read(Queries.connected_workers):
                 desk.remember(worker.worker_id)
             timekeeper = Timekeeper(desk)
-            keeping = asyncio.create_task(timekeeper.keep(), name="ironflow time")
-            keeping.add_done_callback(self._time_stopped)
-            stack.push_async_callback(end_task, keeping)
-            if self.retain_s is not None:
-                sweeping = asyncio.create_task(sweep(journal, self.retain_s))
-                sweeping.add_done_callback(self._time_stopped)
-                stack.push_async_callback(end_task, sweeping)
+            loops = [timekeeper.keep()]
+            loops += [sweep(journal, self.retain_s)] if self.retain_s is not None else []
+            for task in map(asyncio.create_task, loops):
+                task.add_done_callback(self._time_stopped)
+                stack.push_async_callback(end_task, task)
             api = Api(journal, desk, self._guard, self.limits, self.environment,
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
