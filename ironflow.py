@@ -714,6 +714,7 @@ class StartError(Exception):
 # function of its arguments.
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+PLAIN = re.compile(r"[^*>\s\x00-\x1f\x7f-\x9f.]+(\.[^*>\s\x00-\x1f\x7f-\x9f.]+)*")
 
 
 def check_event_name(name: str) -> str:
@@ -735,8 +736,7 @@ RESERVED = ("events:", "system.", "entity:", "public.")
 
 def check_topic(topic: str) -> str:
     """A topic to publish on. Raises InvalidInput for one that none could watch."""
-    strange = re.search(r"[*>\s]", topic) or CONTROL.search(topic)
-    if strange or "" in topic.split("."):
+    if not PLAIN.fullmatch(topic):
         raise InvalidInput(f"topic {topic[:80]!r}: use words with dots between them, "
                            "no `*`, `>`, blank or empty one, such as orders.shipped")
     if topic.startswith(RESERVED):
@@ -761,8 +761,7 @@ def check_trigger(pattern: str) -> str:
 
 def check_function_id(function_id: str) -> str:
     """A function's id: dot segments, no wildcard, blank or control character."""
-    strange = re.search(r"[*>\s]", function_id) or CONTROL.search(function_id)
-    if strange or "" in function_id.split("."):
+    if not PLAIN.fullmatch(function_id):
         raise InvalidInput(f"function id {function_id[:80]!r}: use letters, digits, "
                            "`-`, `_`, `/` and dots between them; no `*`, `>`, blank or "
                            "empty segment")
@@ -1070,7 +1069,12 @@ class Doors:
         Raises NotFound, Unimplemented (Connect), MethodNotAllowed.
         """
         given: dict[str, str] = {}
-        methods = self._plain.get(path) or self._find_named(path, given)
+        methods = self._plain.get(path, {})
+        for named in self._named if not methods else ():
+            if found := named.fullmatch(path):
+                methods = self._named[named]
+                given = {name: unquote(s) for name, s in found.groupdict().items()}
+                break
         handler = methods.get("GET" if method == "HEAD" else method)
         if handler is not None:
             return handler, given
@@ -1080,13 +1084,6 @@ class Doors:
         if path.startswith(CONNECT):
             raise Unimplemented(f"{path[:120]} is not supported by this server yet")
         raise NotFound(f"{method} {path[:120]}: there is no such door here")
-
-    def _find_named(self, path: str, given: dict[str, str]) -> dict[str, Handler]:
-        for pattern, methods in self._named.items():
-            if found := pattern.fullmatch(path):
-                given |= {name: unquote(s) for name, s in found.groupdict().items()}
-                return methods
-        return {}
 
 
 @dataclass(slots=True)
@@ -1467,10 +1464,10 @@ async def list_events(api: Api, request: web.BaseRequest) -> web.Response:
         "has_next": after is not None, "next_cursor": str(after or "")})))
 
 
-def filters(asks: Fields, *names: str) -> dict[str, Any]:
+def filters(asks: Fields, *names: str, **more: str) -> dict[str, Any]:
     """Those of a list's filters that are set; `since` and `until` are instants."""
-    found: dict[str, Any] = {name: asks.text(camel(name)) for name in names}
-    found |= {name: asks.instant(name) for name in ("since", "until")}
+    texts = more | {name: asks.text(camel(name)) for name in names}
+    found = texts | {name: asks.instant(name) for name in ("since", "until")}
     return {name: value for name, value in found.items() if value not in ("", None)}
 
 
@@ -1522,15 +1519,15 @@ async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
     event = read_event(body, "functionId", api.limits, emitted_by(request),
                        check_function_id, source="invoke")
     accepted = await api.journal.write(invoke, event, size=size_of(event))
-    found = accepted.run_ids
-    if request.raw_path.endswith("Sync"):
-        found = await wait_for_ends(api, request, accepted.run_ids, wait_s)
+    waits, found = request.raw_path.endswith("Sync"), accepted.run_ids
+    if waits:
+        found = await wait_for_ends(api, request, found, wait_s)
     if not found:  # a key of long ago: see `forget_old`
         raise NotFound(f"the run of event {accepted.event_id} is not kept any more")
-    if found is not accepted.run_ids:
+    if waits:
         return answer(join({"result": found[0]}))
-    ids = {"run_id": found[0], "event_id": accepted.event_id}
-    return answer(dumps(ids | {camel(name): text for name, text in ids.items()}))
+    ids = as_texts({"run_id": found[0], "event_id": accepted.event_id})
+    return answer(join(ids | in_camel(ids)))
 
 
 def patience(request: web.BaseRequest, body: Fields) -> float:
@@ -1817,12 +1814,10 @@ def run_and_input(journal: Queries, run_id: str) -> tuple[Run, Json]:
 async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
     """ListRuns, GET /api/v1/runs: newest first, 50 a page; the cursor is a run's id."""
     asks = await asked(api, request)
-    wanted = filters(asks, "function_id", "event_id", "search")
     words = [read_enum(value, "run_status") for value in asks.items("statuses")]
-    for name, word in (("status", read_enum(asks.get("status"), "run_status")),
-                       ("statuses", ",".join(filter(None, words)))):
-        if word:
-            wanted[name] = word
+    wanted = filters(asks, "function_id", "event_id", "search",
+                     status=read_enum(asks.get("status"), "run_status"),
+                     statuses=",".join(filter(None, words)))
     if (cursor := asks.text("cursor")) and not re.fullmatch("run_[0-9a-z]+", cursor):
         raise InvalidInput(f"cursor is {cursor[:40]!r}: send the last page's, a run id")
     look = Look(asks.whole("limit", high=1000) or 50, cursor or None,
@@ -1851,8 +1846,7 @@ def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
     found |= {"input": data, "execution_mode": '"pull"'}
     if not is_connect(request):
         return join(found)
-    return to_connect(request, run,
-                      found | {"execution_mode": '"EXECUTION_MODE_PULL"'})
+    return to_connect(request, run, found | {"execution_mode": '"EXECUTION_MODE_PULL"'})
 
 
 def to_connect(request: web.BaseRequest, run: Run, found: dict[str, Json | None]
@@ -2113,9 +2107,6 @@ class Offer:
     error: IronflowError | None = None
     state: Literal["open", "taken", "over"] = "open"
 
-    def has_room(self) -> bool:
-        return self.state != "over" and len(self.jobs) < self.slots
-
 
 class Offers:
     """All that stand, by function, oldest first. The writer alone looks at those."""
@@ -2170,7 +2161,8 @@ class Offers:
             lease_to_offers(tx, self, wanted, self._limits, now)
 
     def standing(self, function_id: str) -> list[Offer]:
-        return [o for o in self._standing.get(function_id, ()) if o.has_room()]
+        return [offer for offer in self._standing.get(function_id, ())
+                if offer.state != "over" and len(offer.jobs) < offer.slots]
 
     def room(self, function_ids: list[str]) -> int:
         able = {offer for f in function_ids for offer in self.standing(f)}
@@ -2195,10 +2187,6 @@ class Offers:
         for offer in void:
             offer.jobs, offer.error, offer.state = [], None, "open"
             self.add(offer)
-
-
-def look_at_offers(tx: Transaction, now: float) -> None:
-    """Nothing; but a batch ends with a look at the offers, and so does an empty one."""
 
 
 def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
@@ -2810,18 +2798,18 @@ class Queries:
         """Journal rows after a `seq`, each with what its subscribers are told of it."""
         rows = self._db.execute(
             """
-            SELECT seq, at, kind, name, subject, step, data, event_id FROM journal
-             WHERE seq > :after AND source IS NOT 'invoke' ORDER BY seq LIMIT :limit
+            SELECT seq, at, topic, kind, name, subject, step, journal.data, event_id
+              FROM topic JOIN journal USING (seq)
+             WHERE seq > :after ORDER BY seq LIMIT :limit
             """, {"after": after, "limit": limit}).fetchall()
         found = []
-        for seq, at, kind, name, subject, step_id, data, event_id in rows:
+        for seq, at, topic, kind, name, subject, step_id, data, event_id in rows:
             if kind == "run" and (run := self.find(Run, run_id=subject)):
                 data = run_message(run, self.input_of(run), name, json.loads(data), at)
             elif kind == "step" and (
                 step := self.find(Step, run_id=subject, step_id=step_id)
             ):
                 data = step_message(step, name, json.loads(data))
-            topic = topic_of(kind, name, subject, step_id)
             found.append(Message(seq, at, topic, event_id or f"seq_{seq}", data))
         return found
 
@@ -3059,15 +3047,6 @@ class Message:
     topic: str
     event_id: str
     data: Json
-
-
-def topic_of(kind: str, name: str, subject: str | None, step: str | None) -> str:
-    """What a journal row is published on. The view `topic` says the same in SQL."""
-    if kind in ("event", "topic"):
-        return f"{'events' if kind == 'event' else 'topic'}:{name}"
-    if kind == "step":
-        return f"system.run.{subject}.step.{step}.{name}"
-    return f"system.{kind}.{subject}.{name}"
 
 
 def run_message(run: Run, data: Json, verb: str, change: dict[str, Any],
@@ -3591,7 +3570,7 @@ class PullDesk:
         offer = Offer(worker_id, slots, lambda got: settle_future(waiting, got), acked)
         self.offers.add(offer)
         try:
-            await self.journal.write(look_at_offers)
+            await self.journal.write(lambda tx, now: None)  # it ends with a look
             await self.first_of(waiting, wait_s)
             if self.offers.withdraw(offer):
                 return []
@@ -4013,7 +3992,8 @@ class Server:
                 desk.remember(worker.worker_id)
             timekeeper = Timekeeper(desk)
             loops = [timekeeper.keep()]
-            loops += [sweep(journal, self.retain_s)] if self.retain_s is not None else []
+            if self.retain_s is not None:
+                loops.append(sweep(journal, self.retain_s))
             for task in map(asyncio.create_task, loops):
                 task.add_done_callback(self._time_stopped)
                 stack.push_async_callback(end_task, task)
