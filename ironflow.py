@@ -1055,13 +1055,12 @@ class Doors:
 
     def __init__(self, doors: dict[str, Handler]) -> None:
         self._plain: dict[str, dict[str, Handler]] = {}  # by path, then by method
-        self._named: dict[re.Pattern[str], dict[str, Handler]] = {}  # with {names}
         for door, handler in doors.items():
             method, path = door.split(" ")
-            named = re.compile(re.sub(r"{(\w+)}", r"(?P<\1>[^/]*)", path))
-            of_path = (self._named.setdefault(named, {}) if named.groups
-                       else self._plain.setdefault(path, {}))
-            of_path[method] = handler
+            self._plain.setdefault(path, {})[method] = handler
+        self._named = {  # paths with {names}
+            re.compile(path.replace("{", "(?P<").replace("}", ">[^/]*)")): methods
+            for path, methods in self._plain.items() if "{" in path}
 
     def find(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
         """The handler, and what stands in the path for its `{names}`.
@@ -1069,11 +1068,11 @@ class Doors:
         Raises NotFound, Unimplemented (Connect), MethodNotAllowed.
         """
         given: dict[str, str] = {}
-        methods = self._plain.get(path, {})
-        for named in self._named if not methods else ():
+        methods = {} if "{" in path else self._plain.get(path, {})
+        for named, its_methods in () if methods else self._named.items():
             if found := named.fullmatch(path):
-                methods = self._named[named]
                 given = {name: unquote(s) for name, s in found.groupdict().items()}
+                methods = its_methods
                 break
         handler = methods.get("GET" if method == "HEAD" else method)
         if handler is not None:
@@ -1714,7 +1713,6 @@ async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 async def get_function(api: Api, request: web.BaseRequest) -> web.Response:
-    """GetFunction {id}, GET /api/v1/functions/{id}."""
     function_id = (await asked(api, request)).text("functionId", "id")
     function = await api.journal.read(known, Function, function_id)
     return answer((await functions_to_wire(api, request, [function]))[0])
@@ -1732,7 +1730,6 @@ async def post_status(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 async def remove_function(api: Api, request: web.BaseRequest) -> web.Response:
-    """DeleteFunction {id}, DELETE /api/v1/functions/{id}."""
     function_id = (await asked(api, request)).text("functionId", "id")
     await api.journal.write(delete_function, function_id)
     return answer("{}")
@@ -1767,7 +1764,6 @@ def function_to_rest(function: Function) -> dict[str, Any]:
 
 async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/workers: those connected now, with the runs they hold."""
-    rows = await api.journal.read(Queries.connected_workers)
     held = await api.journal.read(Queries.held_runs)
     workers = [
         join(members(worker, "id=worker_id hostname function_ids labels version"
@@ -1775,8 +1771,7 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
             "active_jobs": str(held.get(worker.worker_id, 0)),
             "last_heartbeat": stamp(api.desk.last_seen(worker)),
             "transport": '"polling"'})
-        for worker in rows
-    ]
+        for worker in await api.journal.read(Queries.connected_workers)]
     return answer(join({"workers": listed(workers), "count": str(len(workers))}))
 
 
@@ -1793,7 +1788,6 @@ async def asked(api: Api, request: web.BaseRequest) -> Fields:
 
 
 async def get_run(api: Api, request: web.BaseRequest) -> web.Response:
-    """GetRun {id}, GET /api/v1/runs/{id}."""
     run_id = (await asked(api, request)).text("runId", "id")
     return answer(run_to_wire(request, *await api.journal.read(run_and_input, run_id)))
 
@@ -1829,7 +1823,6 @@ async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
 
 def answer_list(request: web.BaseRequest, what: str, rows: list[Json],
                 cursor: str | None, total: int) -> web.Response:
-    """A page in the caller's shape."""
     found: dict[str, Json | None] = {
         what: listed(rows), "next_cursor": dumps(cursor or ""),
         "total_count": str(total)}
@@ -1870,7 +1863,6 @@ async def list_steps(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
-    """A step in the caller's shape."""
     found = members(step, "run_id step_id name step_type=type sequence status output"
                           " error attempt duration_ms compensation_for sleep_until"
                           " started_at ended_at created_at updated_at")
@@ -1985,8 +1977,8 @@ def start_run(tx: Transaction, function: Function, event: Event, now: float) -> 
     """A run of one function for one event, due at once; its id."""
     run_id = tx.ids.new("run", now)
     tx.insert_run(run_id, function, event, now)
-    change = {"status": "waiting_for_capacity", "attempt": 1}
-    tx.append("run", "created", run_id, change, now)
+    tx.append("run", "created", run_id,
+              {"status": "waiting_for_capacity", "attempt": 1}, now)
     return run_id
 
 
@@ -2069,8 +2061,7 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
         return
     tx.save(worker)
     if old is None or not old.connected:
-        change = {"status": "connected"}
-        tx.append("worker", "connected", worker.worker_id, change, now)
+        tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
 
 
 def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) -> None:
@@ -2126,8 +2117,7 @@ class Offers:
     def withdraw(self, offer: Offer) -> bool:
         """Whether the offer was still open; if not, its answer is on the way."""
         with self._lock:
-            was_open = offer.state == "open"
-            if was_open:
+            if was_open := offer.state == "open":
                 offer.state = "over"
             return was_open
 
@@ -2622,7 +2612,6 @@ class Queries:
         self._db = db
 
     def find(self, row: type[T], **key: Any) -> T | None:
-        """The row with these values; None if there is none."""
         kind: Any = row
         found = self._db.execute(select(kind, *key), key).fetchone()
         return None if found is None else row(*found)
@@ -2724,8 +2713,7 @@ class Queries:
                       " :search)"}
 
         def fetch(run_id: str) -> tuple[tuple[Run, Json], int]:
-            run = known(self, Run, run_id)
-            data = self.input_of(run)
+            run, data = run_and_input(self, run_id)
             return (run, data), len(data) + len(run.output or "")
 
         return self._look(look, "run WHERE 1", "run_id", by_index, by_row,
@@ -2831,9 +2819,10 @@ class Transaction(Queries):
         super().__init__(db)
         self.ids = ids
         self._triggered: dict[str, list[Function]] = {}
-        self.begin()
+        self._gather()
 
     def begin(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
         self.touched: set[str] = set()
         self.ended: list[str] = []
         self.alarm: float = math.inf
@@ -2957,7 +2946,6 @@ class Transaction(Queries):
 
     def insert_run(self, run_id: str, function: Function, event: Event,
                    now: float) -> None:
-        """A new run, due at once."""
         self.touched.add(function.function_id)
         self._new_runs[run_id] = (
             run_id, function.function_id, function.version, event.seq, event.event_id,
@@ -3137,10 +3125,10 @@ class JournalFile:
         A rule that raises before it wrote fails alone. One that had written makes the
         batch start over, each rule behind a savepoint: a second try, still one commit.
         """
-        self._begin()
+        self.tx.begin()
         if not self._execute_together(batch, now):
             self.rollback()
-            self._begin()
+            self.tx.begin()
             self._execute_apart(batch, now)
         if self.offers is not None:
             self.offers.hand_out(self.tx, now)
@@ -3168,10 +3156,6 @@ class JournalFile:
                 self.tx.forget()
                 del self.tx.ended[ended:]
             self._db.execute("RELEASE wish")
-
-    def _begin(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        self.tx.begin()
 
     def _carry_out(self, wish: Wish, now: float,
                    then: Callable[[], None] = lambda: None) -> None:
@@ -3613,8 +3597,8 @@ class PullDesk:
 
     async def give_back(self, jobs: list[Job], sent: bool) -> None:
         for job in jobs:
-            lease = (job.run.run_id, job.run.fence)
-            await self.journal.write(give_back, *lease, sent, self.limits)
+            await self.journal.write(give_back, job.run.run_id, job.run.fence, sent,
+                                     self.limits)
 
     def look_after(self, jobs: list[Job], transport: asyncio.Transport | None) -> None:
         """Count jobs that were sent; a moment later, see whether their client is there.
@@ -3826,15 +3810,13 @@ def read_step(body: Fields) -> ReportedStep:
 
 def read_error(value: Any) -> dict[str, Any]:
     """An error as reported: an object, a bare sentence, or nothing."""
-    error = dict(value) if isinstance(value, dict) else {"message": value}
-    message = error.get("message")
+    said = Fields(value if isinstance(value, dict) else {"message": value}, "error")
+    message, after = said.all.get("message"), said.number("retryAfterMs")
     message = message if isinstance(message, str) else "unknown error"
-    after = Fields(error, "error").number("retryAfterMs")
     always = {"message": message[:MAX_ERROR_TEXT],
-              "retryable": error.get("retryable") is True}
-    error = {**error, **always}
-    for name in ("retryAfterMs", "retry_after_ms"):
-        error.pop(name, None)
+              "retryable": said.all.get("retryable") is True}
+    error = {name: value for name, value in said.all.items()
+             if name not in ("retryAfterMs", "retry_after_ms")} | always
     if len(dumps(error)) > 4 * MAX_ERROR_TEXT:  # a stack like that helps nobody
         error = always
     return error if after is None else error | {"retry_after_ms": max(0.0, after)}
