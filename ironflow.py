@@ -586,7 +586,8 @@ def members(row: Any, names: str) -> dict[str, Json | None]:
 def spelled(row: Any, names: str) -> list[tuple[str, Any, Callable[[Any], Json]]]:
     """Of each name: what the wire calls it, how to get it, and how it is written."""
     kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(row)}
-    writers: dict[str, Callable[[Any], Json]] = {"Json": str, "Instant": stamp}
+    writers: dict[str, Callable[[Any], Json]] = {
+        "Json": str, "int": str, "Instant": stamp}
     pairs = [name.split("=") for name in names.split()]
     return [(pair[0], attrgetter(pair[-1]), writers.get(kinds.get(pair[-1], ""), dumps))
             for pair in pairs]
