@@ -925,7 +925,9 @@ CORS_HEADERS = {
 }
 BINARY = re.compile("application/(connect[+])?proto")
 GO = re.compile("Go-http-client/|connect-go/")
-HELD = "ironflow.held"  # bytes of a request that `Api.in_flight` counts
+# What a request's path has for {names}; its bytes that `Api.in_flight` counts.
+request_key: Any = getattr(web, "RequestKey", lambda name, _: name)  # aiohttp 3.14
+GIVEN, HELD = request_key("given", dict), request_key("held", int)
 PASSING = frozenset({"data", "metadata", "output", "error"})  # JSON text already
 Handler: TypeAlias = "Callable[[Api, web.BaseRequest], Awaitable[web.StreamResponse]]"
 
@@ -1104,7 +1106,7 @@ class Api:
                         "binary protobuf is not supported by this server yet: send "
                         "JSON, for example events to POST /api/v1/events")
                 handler, given = self.doors.find(method, path)
-                request.update(given)
+                request[GIVEN] = given
                 response = await handler(self, request)
         except IronflowError as error:
             response = error_response(path, error)
@@ -1469,7 +1471,7 @@ async def list_event_names(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 async def get_event(api: Api, request: web.BaseRequest) -> web.Response:
-    event_id = request["event_id"]
+    event_id = request[GIVEN]["event_id"]
     event = await api.journal.read(lambda file: file.find(Event, event_id=event_id))
     if event is None:
         raise NotFound(f"event {event_id[:80]!r} not found")
@@ -1802,8 +1804,8 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {name: request[name] for name in ("run_id", "function_id")
-            if name in request}
+    path = {spelling: text for name, text in request[GIVEN].items()
+            for spelling in (name, camel(name))}
     return Fields({**Fields(body).all, **request.query, **path})
 
 
@@ -1838,7 +1840,7 @@ async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
     if (cursor := asks.text("cursor")) and not re.fullmatch("run_[0-9a-z]+", cursor):
         raise InvalidInput(f"cursor is {cursor[:40]!r}: send the last page's, a run id")
     look = Look(asks.whole("limit", high=1000) or 50, cursor or None,
-                offset=asks.whole("offset"))
+                offset=asks.whole("offset", high=SCAN_ROWS))  # else: the cursor
     page = await api.journal.read(Queries.runs, wanted, look)
     rows = [run_to_wire(request, *each) for each in page.rows]
     return answer_list(request, "runs", rows, page.cursor, page.total)
@@ -3714,7 +3716,7 @@ class PullDesk:
 
 def worker_of(request: web.BaseRequest) -> str:
     """The worker's id, client-made: in every path, and taken as it is."""
-    worker_id: str = request["worker_id"]
+    worker_id: str = request[GIVEN]["worker_id"]
     if len(worker_id) > 255 or CONTROL.search(worker_id):
         raise InvalidInput("worker id: send up to 255 characters, no control "
                            "characters")
@@ -3786,20 +3788,20 @@ def job_to_json(job: Job) -> Json:
 
 async def put_ack(api: Api, request: web.BaseRequest) -> web.Response:
     said = read_report(Fields(await api.read_json(request)), "ack")
-    await api.journal.write(report, request["job_id"], said, api.limits)
+    await api.journal.write(report, request[GIVEN]["job_id"], said, api.limits)
     return answer('{"status":"ok"}')
 
 
 async def put_update(api: Api, request: web.BaseRequest) -> web.Response:
     """Progress, or the end of a run's execution: completed, failed, yielded."""
-    job_id, body = request["job_id"], b""
+    job_id, body = request[GIVEN]["job_id"], b""
     try:
         body = await api.read_body(request)
         said = read_report(Fields(parse_json(body)))
     except (InvalidInput, TooLarge) as wrong:
         said = last_word(job_id, status_in(body, wrong), wrong)
     if said.status != "progress":
-        api.desk.job_ended(request["worker_id"])
+        api.desk.job_ended(request[GIVEN]["worker_id"])
     await api.journal.write(report, job_id, said, api.limits, size=len(body))
     return answer('{"status":"ok"}')
 

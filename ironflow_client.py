@@ -553,7 +553,7 @@ class Connection:
         self._socket: socket.socket | None = None
         self.closed = False
 
-    def request(self, method: str, path: str, body: bytes | None,
+    def request(self, method: str, path: str, body: Callable[[], bytes] | None,
                 timeout: float) -> Reply:
         """Send one request, read its answer; `timeout` (s) bounds each wait for bytes.
 
@@ -562,10 +562,11 @@ class Connection:
 
         Raises OSError when there is no answer, or one that is neither HTTP nor JSON.
         """
+        content = None if body is None else body()
         if self._socket is not None:
             with contextlib.suppress(ConnectionError):
-                return self._exchange(method, path, body, timeout)
-        return self._exchange(method, path, body, timeout)
+                return self._exchange(method, path, content, timeout)
+        return self._exchange(method, path, content, timeout)
 
     def close(self) -> None:
         """Wake whoever waits here for an answer, and who then frees the socket."""
@@ -684,8 +685,7 @@ def played(steps: Any) -> Any:
 def keyed(what: str, key: str | None, **members: Any) -> dict[str, Any]:
     """A body in JSON, with the idempotency key or else a new one. Raises NotJSON."""
     members["idempotency_key"] = key or new_name("once-")
-    body: dict[str, Any] = json_copy(members, what)
-    return body
+    return dict(json_copy(members, what))
 
 
 def new_event(name: str, data: Any = None, version: int = 1,
@@ -966,12 +966,16 @@ class Calls:
     async def _send(self, method: str, path: str, body: Any = None,
                     deadline: float | None = None) -> Any:
         """The JSON of the answer; a `body` that is callable is called for each try."""
+        def content() -> bytes:
+            return encode(body() if callable(body) else body).encode()
+
+        make = None if body is None else content
         deadline = deadline or monotonic() + self._timeout
         for delay in backoff():
             cause: OSError | None = None
+            left = max(deadline - monotonic(), 0.001)
             try:
-                left = max(deadline - monotonic(), 0.001)
-                reply = await self._ask(method, path, body, left)
+                reply: Reply = await self._exchange(method, path, make, left)
             except OSError as error:
                 cause, trouble = error, IronflowError(
                     f"cannot reach the ironflow server at {self._address.url} "
@@ -989,20 +993,19 @@ class Calls:
             await self._pause(delay)
         raise AssertionError("backoff() never ends")
 
-    async def _ask(self, method: str, path: str, body: Any, timeout: float) -> Reply:
+    @contextlib.contextmanager
+    def _line(self) -> Iterator[Connection]:
+        """A connection for one request. Hangs up when that fails or is cancelled."""
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = Connection(self._address)
-
-        def request() -> Reply:
-            content = body() if callable(body) else body
-            text = None if content is None else encode(content).encode()
-            return connection.request(method, path, text, timeout)
-
-        reply: Reply = await self._exchange(connection, request, timeout)
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
         self._idle.append(connection)
-        return reply
 
 
 class Client(Calls, contextlib.AbstractContextManager["Client"]):
@@ -1019,9 +1022,9 @@ class Client(Calls, contextlib.AbstractContextManager["Client"]):
             while True:
                 yield played(anext(work))
 
-    async def _exchange(self, connection: Connection, request: Callable[[], Reply],
-                        timeout: float) -> Reply:
-        return request()
+    async def _exchange(self, *request: Any) -> Reply:
+        with self._line() as line:
+            return line.request(*request)
 
     async def _pause(self, delay: float) -> None:
         time.sleep(delay)  # noqa: ASYNC251
@@ -1042,16 +1045,12 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
-    async def _exchange(self, connection: Connection, request: Callable[[], Reply],
-                        timeout: float) -> Reply:
+    async def _exchange(self, *request: Any) -> Reply:
         if self._loop is not (loop := asyncio.get_running_loop()):
             self._loop, self._gate = loop, asyncio.Semaphore(THREADS)
-        try:
-            async with asyncio.timeout(timeout), self._gate:
-                return await in_thread(request, "ironflow call")
-        except BaseException:               # cancelled, or too late: hang up
-            connection.close()
-            raise
+        async with asyncio.timeout(request[-1]), self._gate:
+            with self._line() as line:
+                return await in_thread(lambda: line.request(*request), "a call")
 
 
 # ======================================================================================
@@ -1825,7 +1824,7 @@ class Link:
         for delay in backoff():
             registered = self._registered
             try:
-                reply = wire.request(method, path, body() if body else None, ANSWER_S)
+                reply = wire.request(method, path, body, ANSWER_S)
             except OSError as error:
                 if wire.closed:
                     raise _Closed from None
