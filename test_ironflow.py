@@ -8166,7 +8166,8 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def process(server: RunningServer, *words: str, env: Any = None, **io: Any) -> Any:
     """The same as a process of its own."""
-    plain = {"IRONFLOW_SERVER_URL": server.url, "NO_COLOR": "", "TERM": "xterm"} | (env or {})
+    plain = {"IRONFLOW_SERVER_URL": server.url, "TERM": "xterm", "NO_COLOR": "",
+             "PYTHONUNBUFFERED": ""} | (env or {})
     clean = {k: v for k, v in own_environment(plain).items() if k != "COLUMNS"}
     return subprocess.Popen([sys.executable, HERE / "ironflow.py", *words], env=clean, **io)
 
@@ -8209,9 +8210,11 @@ def stranger(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[bytes]]]:
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as found:
         thread = threading.Thread(target=found.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{found.server_port}", bodies
-        found.shutdown()
-        thread.join(DEADLINE_S)
+        try:
+            yield f"http://127.0.0.1:{found.server_port}", bodies
+        finally:
+            found.shutdown()
+            thread.join(DEADLINE_S)
 
 
 # What each command shows when its output is no terminal. Times are UTC; here they are all
@@ -8811,6 +8814,15 @@ def test_a_closed_pipe_ends_it_quietly(shared: RunningServer) -> None:
     with process(shared, "event", "list", "--name", name, **pipes) as cli:
         assert cli.stdout.readline().startswith(b"ID ")
         cli.stdout.close()
+        assert cli.stderr.read() == b""
+    assert cli.returncode == 141
+
+
+def test_a_pipe_that_nobody_reads_ends_it_quietly(past: RunningServer) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with process(past, "run", "list", stdout=write, stderr=subprocess.PIPE) as cli:
+        os.close(write)
         assert cli.stderr.read() == b""
     assert cli.returncode == 141
 
