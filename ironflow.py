@@ -64,7 +64,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -72,7 +72,7 @@ from errno import EADDRINUSE
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
 NO_AIOHTTP = (
@@ -100,6 +100,7 @@ OLDEST_SQLITE = (3, 37, 0)  # STRICT tables
 
 log = logging.getLogger("ironflow")
 T = TypeVar("T")
+Future: TypeAlias = "asyncio.Future[Any]"
 KIB, MIB = 1024, 1024 * 1024
 
 
@@ -155,14 +156,15 @@ Json = str  # JSON text
 
 @dataclass(frozen=True, slots=True)
 class NewEvent:
-    """An event as a caller hands it in."""
-    name: str
+    """An event as a caller hands it in; or data for a topic, or a function's input."""
+    name: str  # the event's, the topic's, or the id of the function that is invoked
     data: Json = "{}"
     version: int = 1
     metadata: Json | None = None
     idempotency_key: str | None = None
-    source: str = "api"
+    source: str = "api"  # or invoke
     subject: str | None = None  # the run inside which it was emitted
+    kind: str = "event"  # or topic
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +351,34 @@ class Job:
     next_sequence: int
 
 
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """What programs published under one name."""
+    name: str
+    message_count: int
+    first_seq: int
+    last_seq: int
+    first_message_at: float
+    last_message_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A page as somebody asks for it: beyond a cursor, or else from the newest on."""
+    limit: int
+    cursor: int | str | None = None
+    newer: bool = False  # the page on the newer side of the cursor
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """Rows, newest first."""
+    rows: list[T]
+    total: int  # how many match in all, of the SCAN_ROWS that were looked at
+    cursor: Any  # to go on from; None at the end
+
+
 @lru_cache(maxsize=64)
 def column_names(row: Any) -> tuple[str, ...]:
     return tuple(f.name for f in fields(row))
@@ -391,18 +421,24 @@ class Ids:
 
     def new(self, prefix: str, now: float) -> str:
         """`prefix`, an underscore and 20 characters."""
-        number = (int(now * 1000) & (1 << 48) - 1) << 52 | self._randbits(52)
+        number = (round(now * 1000) & (1 << 48) - 1) << 52 | self._randbits(52)
         if number <= self._last:
             number = self._last + 1 + self._randbits(20)
         self._last = number
         return f"{prefix}_{self._spell(number)}"
 
+    @classmethod
+    def first(cls, prefix: str, instant: float) -> str:
+        """The least id that can be made at an instant: times are ranges of ids."""
+        return f"{prefix}_{cls._spell((round(instant * 1000) & (1 << 48) - 1) << 52)}"
+
     def token(self) -> str:
         """A secret that a lease's holder proves itself with."""
         return f"lt_{self._spell(self._secret_bits(100))}"
 
-    def _spell(self, number: int) -> str:
-        return "".join([self.PAIRS[number >> at & 1023] for at in range(90, -1, -10)])
+    @classmethod
+    def _spell(cls, number: int) -> str:
+        return "".join([cls.PAIRS[number >> at & 1023] for at in range(90, -1, -10)])
 
 
 def to_rfc3339(instant: float) -> str:
@@ -663,6 +699,21 @@ def check_event_name(name: str) -> str:
     return name
 
 
+RESERVED = ("events:", "system.", "entity:", "public.")
+
+
+def check_topic(topic: str) -> str:
+    """A topic to publish on. Raises InvalidInput for one that none could watch."""
+    strange = re.search(r"[*>\s]", topic) or CONTROL.search(topic)
+    if strange or "" in topic.split("."):
+        raise InvalidInput(f"topic {topic[:80]!r}: use words with dots between them, "
+                           "no `*`, `>`, blank or empty one, such as orders.shipped")
+    if topic.startswith(RESERVED):
+        raise InvalidInput(f"topic {topic[:80]!r}: {', '.join(RESERVED)} are the "
+                           "server's own: choose another beginning")
+    return topic
+
+
 def check_trigger(pattern: str) -> str:
     """A trigger's event name or pattern. Raises InvalidInput if it could not match."""
     if CONTROL.search(pattern):
@@ -866,16 +917,29 @@ def doors() -> dict[str, Handler]:
     """Every door there is. A worker may say POST or, as Go does, PUT."""
     service, pubsub = f"POST {CONNECT}IronflowService", f"POST {CONNECT}PubSubService"
     runs, worker = "/api/v1/runs", "/api/v1/workers/{worker_id}"
+    functions, function = "/api/v1/functions", "/api/v1/functions/{function_id}"
     handlers: dict[Handler, list[str]] = {
         get_health: ["GET /health", f"{service}/Health"],
         get_ready: ["GET /ready"],
         get_capabilities: ["GET /api/v1/capabilities", f"{service}/GetCapabilities"],
+        get_info: [f"{service}/Info"],
         post_events: ["POST /api/v1/events"],
-        not_built: ["GET /api/v1/events"],  # a path with another verb
-        get_event: ["GET /api/v1/events/{event_id}"],
         trigger: [f"{service}/Trigger", f"{service}/Emit", f"{pubsub}/Emit"],
+        trigger_batch: [f"{service}/TriggerBatch"],
+        trigger_sync: [f"{service}/TriggerSync"],
+        invoke_function: [f"{service}/InvokeFunction",
+                          f"{service}/InvokeFunctionSync"],
+        publish_data: ["POST /api/v1/publish", f"{pubsub}/Publish"],
+        list_topics: [f"{pubsub}/ListTopics"],
+        get_topic_stats: [f"{pubsub}/GetTopicStats"],
+        list_events: ["GET /api/v1/events"],
+        list_event_names: ["GET /api/v1/events/names"],
+        get_event: ["GET /api/v1/events/{event_id}"],
         post_function: [f"{service}/RegisterFunction"],
-        get_functions: ["GET /api/v1/functions"],
+        list_functions: [f"GET {functions}", f"{service}/ListFunctions"],
+        get_function: [f"GET {function}", f"{service}/GetFunction"],
+        post_status: [f"POST {function}/status", f"{service}/UpdateFunctionStatus"],
+        remove_function: [f"DELETE {function}", f"{service}/DeleteFunction"],
         get_workers: ["GET /api/v1/workers"],
         list_runs: [f"GET {runs}", f"{service}/ListRuns"],
         get_run: [f"GET {runs}/{{run_id}}", f"{service}/GetRun"],
@@ -1002,6 +1066,7 @@ class Api:
     environment: str
     clock: Clock
     doors: Doors
+    started_at: float
     in_flight: int = 0  # bytes of request bodies in memory
 
     async def gate(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -1030,7 +1095,7 @@ class Api:
             bare = IronflowError("internal error: see the log")
             response = error_response(path, bare)
         finally:
-            self.in_flight -= request.get(HELD, 0)
+            self.let_go(request)
         origin = headers.get("Origin")
         if origin is not None and response.status != 403:
             response.headers.update(CORS_HEADERS)
@@ -1089,6 +1154,10 @@ class Api:
             raise Overloaded("too many large requests at once: try again in a moment")
         self.in_flight += size
         request[HELD] = request.get(HELD, 0) + size
+
+    def let_go(self, request: web.BaseRequest) -> None:
+        """Its body is not in memory any more."""
+        self.in_flight -= request.pop(HELD, 0)
 
 
 def is_connect(request: web.BaseRequest) -> bool:
@@ -1230,6 +1299,17 @@ async def get_capabilities(api: Api, request: web.BaseRequest) -> web.Response:
                          "version": PROTOCOL_VERSION, "auth_required": needs_key}))
 
 
+async def get_info(api: Api, request: web.BaseRequest) -> web.Response:
+    """IronflowService/Info; the runtime stands where the SDKs look for Go's."""
+    read = api.journal.read
+    return answer(dumps({
+        "version": __version__, "goVersion": f"python {sys.version.split()[0]}",
+        "startedAt": to_rfc3339(api.started_at),
+        "functionCount": len(await read(Queries.functions)),
+        "activeRuns": await read(Queries.active_runs),
+        "connectedWorkers": len(await read(Queries.connected_workers))}))
+
+
 # --- Events ---------------------------------------------------------------------------
 
 async def post_events(api: Api, request: web.BaseRequest) -> web.Response:
@@ -1256,14 +1336,36 @@ async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
     # the browser's invoke(id) comes by Trigger
     rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
     accepted = await api.journal.write(rule, event, size=size_of(event))
-    return answer(dumps({"runIds": accepted.run_ids, "eventId": accepted.event_id}))
+    return answer(accepted_to_connect(accepted))
 
 
-def read_event(body: Fields, name_member: str, limits: Limits,
-               run_id: str | None) -> NewEvent:
+async def trigger_batch(api: Api, request: web.BaseRequest) -> web.Response:
+    """IronflowService/TriggerBatch: each event is judged alone and has its answer."""
+    items = Fields(await api.read_json(request)).items("events")
+    run_id = emitted_by(request)
+    if len(items) > EVENTS_PER_REQUEST:
+        raise InvalidInput(
+            f"{len(items)} events in one request: send up to {EVENTS_PER_REQUEST}")
+
+    async def accept(i: int, item: Any) -> Json:
+        try:
+            body = Fields(item, f"events[{i}]")
+            event = read_event(body, "event", api.limits, run_id)
+            return accepted_to_connect(
+                await api.journal.write(accept_event, event, size=size_of(event)))
+        except IronflowError as error:
+            return dumps({"error": {"message": error.message, "code": error.code}})
+
+    results = await asyncio.gather(*[accept(i, item) for i, item in enumerate(items)])
+    return answer(join({"results": listed(results)}))
+
+
+def read_event(body: Fields, name_member: str, limits: Limits, run_id: str | None,
+               check: Callable[[str], str] = check_event_name,
+               **more: str) -> NewEvent:
     """An event as the SDKs spell it; an error says where in an array it is."""
     try:
-        name = check_event_name(body.text(name_member))
+        name = check(body.text(name_member))
         key = body.text("idempotencyKey") or None
         if key is not None and (len(key.encode()) > MAX_KEY_BYTES or "\0" in key):
             raise InvalidInput(f"idempotencyKey: send up to {MAX_KEY_BYTES} bytes, no"
@@ -1274,9 +1376,10 @@ def read_event(body: Fields, name_member: str, limits: Limits,
         if data is None and not body.all.keys() & {"data", "dataValue", "data_value"}:
             data = {}
         version = body.whole("version", high=MAX_INT32) or 1
-        event = NewEvent(name, dumps(data), version, metadata, key, subject=run_id)
+        event = NewEvent(name, dumps(data), version, metadata, key, subject=run_id,
+                         **more)
         if (size := size_of(event)) > (limit := limits.event_bytes):
-            raise TooLarge(f"event {name[:80]!r}", size, limit, "--max-event-bytes")
+            raise TooLarge(what_it_is(event)[:80], size, limit, "--max-event-bytes")
         return event
     except IronflowError as error:
         if not error.message.startswith(body.where):
@@ -1305,9 +1408,44 @@ def accepted_to_rest(accepted: Accepted) -> Json:
                  "eventId": event_id, "runIds": run_ids})
 
 
-async def not_built(api: Api, request: web.BaseRequest) -> web.Response:
-    raise Unimplemented(f"{request.method} {request.raw_path[:120]} is not supported "
-                        "by this server yet: ask for one event by its id")
+def accepted_to_connect(accepted: Accepted) -> Json:
+    return dumps({"runIds": accepted.run_ids, "eventId": accepted.event_id})
+
+
+async def list_events(api: Api, request: web.BaseRequest) -> web.Response:
+    """GET /api/v1/events: newest first; `cursor` goes to older pages, `before` back."""
+    asks = await asked(api, request)
+    limit = min(asks.whole("limit") or 20, 200)
+    older, newer = (asks.whole(name) or None for name in ("cursor", "before"))
+    if older and newer:
+        raise InvalidInput("cursor and before: send one of them")
+    look = Look(limit, older or newer, newer=newer is not None)
+    page = await api.journal.read(
+        Queries.events, filters(asks, "name", "names", "source", "search"), look)
+    rows, after = page.rows, page.cursor
+    before = rows[0].seq if rows and older else None
+    if newer:
+        before, after = after, rows[-1].seq if rows else None
+    events: dict[str, Json | None] = {"events": listed(map(event_to_rest, rows))}
+    return answer(join(events | as_texts({
+        "count": len(rows), "limit": limit, "approx_total": page.total,
+        "has_prev": before is not None, "prev_cursor": str(before or ""),
+        "has_next": after is not None, "next_cursor": str(after or "")})))
+
+
+def filters(asks: Fields, *names: str) -> dict[str, Any]:
+    """Those of a list's filters that are set; `since` and `until` are instants."""
+    found: dict[str, Any] = {name: asks.text(camel(name)) for name in names}
+    found |= {name: asks.instant(name) for name in ("since", "until")}
+    return {name: value for name, value in found.items() if value not in ("", None)}
+
+
+async def list_event_names(api: Api, request: web.BaseRequest) -> web.Response:
+    names = await api.journal.read(Queries.event_names)
+    scanned = sum(names.values())
+    return answer(dumps({
+        "names": [{"name": name, "count": count} for name, count in names.items()],
+        "scanned": scanned, "scan_cap": SCAN_ROWS, "truncated": scanned == SCAN_ROWS}))
 
 
 async def get_event(api: Api, request: web.BaseRequest) -> web.Response:
@@ -1315,9 +1453,14 @@ async def get_event(api: Api, request: web.BaseRequest) -> web.Response:
     event = await api.journal.read(lambda file: file.find(Event, event_id=event_id))
     if event is None:
         raise NotFound(f"event {event_id[:80]!r} not found")
-    return answer(join(event_members(event) | {
+    return answer(event_to_rest(event))
+
+
+def event_to_rest(event: Event) -> Json:
+    """An event for readers: it started what it starts when it was recorded."""
+    return join(event_members(event) | {
         "created_at": stamp(event.at), "processed": "true",
-        "run_id": quoted(event.subject)}))
+        "run_id": quoted(event.subject)})
 
 
 def event_members(event: Event) -> dict[str, Json | None]:
@@ -1342,6 +1485,106 @@ def members(row: Any, names: Iterable[str]) -> dict[str, Json | None]:
 
 def in_camel(members: dict[str, Json | None]) -> dict[str, Json | None]:
     return {camel(name): text for name, text in members.items()}
+
+
+# --- Calls that wait ------------------------------------------------------------------
+
+DEFAULT_WAIT_MS = 30_000
+
+
+async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
+    """IronflowService/TriggerSync: an event, and how the runs that it started ended."""
+    body = Fields(await api.read_json(request))
+    wait_s = patience(request, body)
+    event = read_event(body, "event", api.limits, emitted_by(request))
+    accepted = await api.journal.write(accept_event, event, size=size_of(event))
+    results = await wait_for_ends(api, request, accepted.run_ids, wait_s)
+    return answer(join({"eventId": quoted(accepted.event_id),
+                        "results": listed(results)}))
+
+
+async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
+    """IronflowService/InvokeFunction, and InvokeFunctionSync, which waits for the end."""
+    body = Fields(await api.read_json(request))
+    wait_s = patience(request, body)
+    event = read_event(body, "functionId", api.limits, emitted_by(request),
+                       check_function_id, source="invoke")
+    accepted = await api.journal.write(invoke, event, size=size_of(event))
+    found = accepted.run_ids
+    if request.raw_path.endswith("Sync"):
+        found = await wait_for_ends(api, request, accepted.run_ids, wait_s)
+    if not found:  # a key of long ago: see `forget_old`
+        raise NotFound(f"the run of event {accepted.event_id} is not kept any more")
+    if found is not accepted.run_ids:
+        return answer(join({"result": found[0]}))
+    ids = {"run_id": quoted(found[0]), "event_id": quoted(accepted.event_id)}
+    return answer(join(ids | in_camel(ids)))
+
+
+def patience(request: web.BaseRequest, body: Fields) -> float:
+    """Seconds that a caller waits; it is answered before it gives up by itself."""
+    wait_ms = body.whole("timeoutMs", high=MAX_INT32) or DEFAULT_WAIT_MS
+    deadline = request.headers.get("Connect-Timeout-Ms", "")
+    if re.fullmatch("[0-9]{1,10}", deadline):
+        wait_ms = min(wait_ms, int(deadline) * 9 // 10)
+    return wait_ms / 1000
+
+
+async def wait_for_ends(api: Api, request: web.BaseRequest, run_ids: list[str],
+                        wait_s: float) -> list[Json]:
+    """How each run ended, or how it stands when the time is over or the server stops.
+
+    Cancelling ends the waiting alone; the runs go on.
+    """
+    api.let_go(request)  # or a few large ones that wait would keep all others out
+    with api.journal.ends_of(run_ids) as ends:  # before the look: none is missed
+        runs = await api.journal.read(Queries.runs_by_id, run_ids)
+        going_on = [ends[run.run_id] for run in runs if run.status not in TERMINAL]
+        if going_on:
+            await api.desk.first_of(asyncio.gather(*going_on), wait_s)
+            runs = await api.journal.read(Queries.runs_by_id, run_ids)
+    return [result_to_connect(request, run, api.clock.wall()) for run in runs]
+
+
+def result_to_connect(request: web.BaseRequest, run: Run, now: float) -> Json:
+    """A run's end, for who waited; `waitTimedOut`, if there was none in time."""
+    took_s = (run.ended_at or now) - run.created_at
+    found = members(run, ("run_id", "function_id", "status", "output", "error"))
+    return to_connect(request, run, found | {
+        "duration_ms": str(max(0, round(took_s * 1000))),
+        "wait_timed_out": dumps(run.status not in TERMINAL)})
+
+
+# --- Topics ---------------------------------------------------------------------------
+
+async def publish_data(api: Api, request: web.BaseRequest) -> web.Response:
+    """PubSubService/Publish, POST /api/v1/publish: data for whoever watches a topic."""
+    event = read_event(Fields(await api.read_json(request)), "topic", api.limits,
+                       emitted_by(request), check_topic, kind="topic")
+    seq, duplicate = await api.journal.write(publish, event, size=size_of(event))
+    found = {"eventId": f"seq_{seq}", "sequence": str(seq), "duplicate": duplicate}
+    if not is_connect(request):
+        found |= {"event_id": f"seq_{seq}", "sequence": seq}
+    return answer(dumps(found))
+
+
+async def list_topics(api: Api, request: web.BaseRequest) -> web.Response:
+    topics = await api.journal.read(Queries.topics)
+    wire = ("name", "first_message_at", "last_message_at")
+    return answer(join({"topics": listed(
+        join(in_camel(members(topic, wire)) | as_texts({
+            "messageCount": str(topic.message_count), "consumerCount": 0}))
+        for topic in topics)}))
+
+
+async def get_topic_stats(api: Api, request: web.BaseRequest) -> web.Response:
+    """GetTopicStats {topic}: zeros for one that nobody published on."""
+    name = check_topic((await asked(api, request)).text("topic"))
+    found = await api.journal.read(Queries.topics, name)
+    topic = found[0] if found else Topic(name, 0, 0, 0, 0.0, 0.0)
+    return answer(dumps({
+        "name": name, "messageCount": str(topic.message_count), "consumerCount": 0,
+        "lag": "0", "firstSeq": str(topic.first_seq), "lastSeq": str(topic.last_seq)}))
 
 
 # --- Functions and workers ------------------------------------------------------------
@@ -1416,15 +1659,28 @@ def read_retry(body: Fields) -> Retry:
 
 def read_mode(body: Fields) -> str:
     """Push without an endpoint is what Go sends for all: a worker may take it."""
-    mode = body.get("preferredMode", "mode") or ""
-    if isinstance(mode, int) and mode in (1, 2):
-        word = "push" if mode == 1 else "pull"
-    else:
-        word = str(mode).lower().removeprefix("execution_mode_")
-    word = word.replace("unspecified", "") or "pull"
-    if word not in ("push", "pull"):
+    mode = body.get("preferredMode", "mode")
+    word = read_enum(mode, "execution_mode")
+    if not word and not is_empty(mode) and "unspecified" not in str(mode).lower():
         raise InvalidInput(f"preferredMode is {str(mode)[:40]!r}: send pull or push")
-    return f"EXECUTION_MODE_{word.upper()}"
+    return f"EXECUTION_MODE_{(word or 'pull').upper()}"
+
+
+ENUMS = {  # the words that stand for 1, 2, 3 ... in the SDKs' messages
+    "execution_mode": ["push", "pull"],
+    "function_status": ["active", "paused", "archived"],
+    "run_status": ["pending", "running", "completed", "failed", "cancelled", "paused",
+                   "waiting_for_capacity", "waiting"],
+}
+
+
+def read_enum(value: Any, enum: str) -> str:
+    """The word for a value in any spelling, RUN_STATUS_FAILED, FAILED, failed or 4;
+    none for an unknown one."""
+    words, word = ENUMS[enum], str(value).lower().removeprefix(f"{enum}_")
+    if re.fullmatch("[1-9]", word) and int(word) <= len(words):
+        return words[int(word) - 1]
+    return word if word in words else ""
 
 
 def function_to_connect(function: Function) -> Json:
@@ -1433,28 +1689,65 @@ def function_to_connect(function: Function) -> Json:
         "status": f'"FUNCTION_STATUS_{function.status.upper()}"'})
 
 
-async def get_functions(api: Api, request: web.BaseRequest) -> web.Response:
-    """GET /api/v1/functions; without `workers` its due runs wait, visibly, for ever."""
-    query = Fields(request.query)
-    functions = await api.journal.read(Queries.functions)
+async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
+    """ListFunctions, GET /api/v1/functions: in the order of ids, a thousand a page."""
+    asks = await asked(api, request)
+    name, status = asks.text("name"), read_enum(asks.get("status"), "function_status")
+    mode = read_enum(asks.get("mode"), "execution_mode")
+    found = [
+        function for function in await api.journal.read(Queries.functions)
+        if name in function.function_id and status in ("", function.status)
+        and mode in ("", read_enum(
+            json.loads(function.config)["preferredMode"], "execution_mode"))]
+    offset = asks.whole("offset")
+    offset += sum(f.function_id <= asks.text("cursor") for f in found)
+    page = found[offset : offset + (asks.whole("limit", high=1000) or 1000)]
+    more = offset + len(page) < len(found)
+    rows = await functions_to_wire(api, request, page)
+    cursor = page[-1].function_id if more and page else ""
+    return answer_list(request, "functions", rows, cursor, len(found))
+
+
+async def get_function(api: Api, request: web.BaseRequest) -> web.Response:
+    """GetFunction {id}, GET /api/v1/functions/{id}."""
+    function_id = (await asked(api, request)).text("functionId", "id")
+    function = await api.journal.read(known_function, function_id)
+    return answer((await functions_to_wire(api, request, [function]))[0])
+
+
+async def post_status(api: Api, request: web.BaseRequest) -> web.Response:
+    """UpdateFunctionStatus {id, status}: active, paused or archived."""
+    asks = await asked(api, request)
+    function_id, status = asks.text("functionId", "id"), asks.get("status")
+    if not (word := read_enum(status, "function_status")):
+        raise InvalidInput(f"status is {str(status)[:40]!r}: send active, paused or "
+                           "archived")
+    function = await api.journal.write(set_status, function_id, word)
+    return answer((await functions_to_wire(api, request, [function]))[0])
+
+
+async def remove_function(api: Api, request: web.BaseRequest) -> web.Response:
+    """DeleteFunction {id}, DELETE /api/v1/functions/{id}."""
+    function_id = (await asked(api, request)).text("functionId", "id")
+    await api.journal.write(delete_function, function_id)
+    return answer("{}")
+
+
+async def functions_to_wire(api: Api, request: web.BaseRequest,
+                            functions: list[Function]) -> list[Json]:
+    """In the caller's shape; without `workers` a function's runs wait, visibly."""
+    if is_connect(request):
+        return list(map(function_to_connect, functions))
     workers = await api.journal.read(Queries.connected_workers)
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
-    rows = [function_to_rest(function) | {"workers": carried[function.function_id]}
-            for function in functions]
-    name, status, mode = query.text("name"), query.text("status"), query.text("mode")
-    found = [row for row in rows
-             if name in row["id"] and status in ("", row["status"])
-             and mode in ("", row["preferred_mode"])]
-    offset, limit = query.whole("offset"), query.whole("limit", default=1000, low=1)
-    page = found[offset : offset + limit]
-    return answer(dumps({"functions": page, "count": len(page),
-                         "total_count": len(found)}))
+    return [dumps(function_to_rest(each) | {"workers": carried[each.function_id]})
+            for each in functions]
 
 
 def function_to_rest(function: Function) -> dict[str, Any]:
     """The union of the two published row shapes (docs, JS 0.29)."""
     config, retry = json.loads(function.config), Retry.from_text(function.retry)
-    mode = config["preferredMode"].removeprefix("EXECUTION_MODE_").lower()
+    mode = read_enum(config["preferredMode"], "execution_mode")
     return {
         "id": function.function_id, "slug": function.function_id,
         "name": config["name"], "description": config["description"],
@@ -1489,7 +1782,8 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {"run_id": request["run_id"]} if "run_id" in request else {}
+    path = {name: request[name] for name in ("run_id", "function_id")
+            if name in request}
     return Fields({**Fields(body).all, **request.query, **path})
 
 
@@ -1513,41 +1807,34 @@ def run_and_input(journal: Queries, run_id: str) -> tuple[Run, Json]:
 
 
 async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
-    """ListRuns, GET /api/v1/runs: newest first, 50 a page."""
+    """ListRuns, GET /api/v1/runs: newest first, 50 a page; the cursor is a run's id."""
     asks = await asked(api, request)
-    limit, offset = asks.whole("limit", high=1000) or 50, asks.whole("offset")
-    wanted = {
-        "function_id": asks.text("functionId"), "status": read_status(asks),
-        "event_id": asks.text("eventId"), "search": asks.text("search"),
-        "since": asks.instant("since"), "until": asks.instant("until"),
-    }
-    page, total, more = await api.journal.read(
-        Queries.runs_with_input, wanted, limit, offset, asks.text("cursor"))
+    wanted = filters(asks, "function_id", "event_id", "search")
+    words = [read_enum(value, "run_status") for value in asks.items("statuses")]
+    for name, word in (("status", read_enum(asks.get("status"), "run_status")),
+                       ("statuses", ",".join(filter(None, words)))):
+        if word:
+            wanted[name] = word
+    limit, cursor = asks.whole("limit", high=1000) or 50, asks.text("cursor") or None
+    look = Look(limit, cursor, offset=asks.whole("offset"))
+    page = await api.journal.read(Queries.runs, wanted, look)
+    rows = [run_to_wire(request, *each) for each in page.rows]
+    return answer_list(request, "runs", rows, page.cursor, page.total)
+
+
+def answer_list(request: web.BaseRequest, what: str, rows: list[Json],
+                cursor: str | None, total: int) -> web.Response:
+    """A page in the caller's shape."""
     found: dict[str, Json | None] = {
-        "runs": listed(run_to_wire(request, *each) for each in page),
-        "next_cursor": dumps(page[-1][0].run_id if more else ""),
+        what: listed(rows), "next_cursor": dumps(cursor or ""),
         "total_count": str(total)}
     if is_connect(request):
         return answer(join(in_camel(found)))
-    return answer(join(found | {"count": str(len(page))}))
-
-
-RUN_STATUS_NUMBERS = {"2": "running", "3": "completed", "4": "failed", "5": "cancelled",
-                      "6": "paused", "7": "waiting_for_capacity", "8": "waiting"}
-
-
-def read_status(asks: Fields) -> str | None:
-    """A status in any SDK's spelling; an unknown one does not filter."""
-    word = str(asks.get("status")).lower().removeprefix("run_status_")
-    word = RUN_STATUS_NUMBERS.get(word, word)
-    return word if word in NEXT else None
+    return answer(join(found | {"count": str(len(rows))}))
 
 
 def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
-    """A run in the caller's shape: REST in snake_case, Connect in camelCase.
-
-    In Connect JSON, Go reads RUN_STATUS_COMPLETED, everybody else `completed`.
-    """
+    """A run in the caller's shape: REST in snake_case, Connect in camelCase."""
     wire = ("function_id", "event_id", "event_name", "worker_id", "status", "attempt",
             "output", "error", "function_version", "created_at", "updated_at",
             "started_at", "ended_at")
@@ -1556,11 +1843,17 @@ def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
         "input": data, "execution_mode": '"pull"'}
     if not is_connect(request):
         return join(found)
-    found["execution_mode"] = '"EXECUTION_MODE_PULL"'
+    return to_connect(request, run,
+                      found | {"execution_mode": '"EXECUTION_MODE_PULL"'})
+
+
+def to_connect(request: web.BaseRequest, run: Run, found: dict[str, Json | None]
+               ) -> Json:
+    """In Connect JSON Go reads RUN_STATUS_COMPLETED, everybody else `completed`."""
     if request.headers.get("User-Agent", "").startswith("Go-http-client/"):
         found["status"] = f'"RUN_STATUS_{run.status.upper()}"'
     for name in ("input", "output"):
-        if (value := found[name]) is not None and not value.startswith("{"):
+        if (value := found.get(name)) is not None and not value.startswith("{"):
             found[f"{name}_value"] = value
     return join(in_camel(found))
 
@@ -1600,27 +1893,55 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
 # notice. What a rule changes, a row of `journal` says in the same transaction.
 
 
-def accept_event(tx: Transaction, event: NewEvent, now: float,
-                 by_id: bool = False) -> Accepted:
+def accept_event(tx: Transaction, event: NewEvent, now: float, started_by:
+                 Callable[[Transaction, str], list[Function]] | None = None
+                 ) -> Accepted:
     """Record an event and a run for each function it triggers: all or nothing.
 
     A repeat, by its idempotency key, gets the answer that the first one got and leaves
-    no trace. Raises AlreadyExists if the key belongs to an event of another name.
+    no trace. Raises AlreadyExists if the key belongs to something else.
     """
     if (first := find_original(tx, event, {})) is not None:
         return Accepted(first.event_id, tx.run_ids_of(first.seq))
-    kept = tx.append_event(event, tx.ids.new("evt", now), now)
-    functions = tx.functions_triggered_by(event.name)
-    if by_id and not functions:
-        named = tx.find(Function, function_id=event.name, status="active")
-        functions = [named] if named else []
-    run_ids = [start_run(tx, function, kept, now) for function in functions]
-    return Accepted(kept.event_id, run_ids)
+    functions = (started_by or Transaction.functions_triggered_by)(tx, event.name)
+    event_id = tx.ids.new("evt", now)
+    kept = tx.append_event(event, event_id, now)
+    return Accepted(event_id, [start_run(tx, f, kept, now) for f in functions])
 
 
 def accept_call(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """As `accept_event`; if it triggers nothing, its name may be a function's id."""
-    return accept_event(tx, event, now, by_id=True)
+    return accept_event(tx, event, now, triggered_or_named)
+
+
+def triggered_or_named(tx: Transaction, name: str) -> list[Function]:
+    named = tx.find(Function, function_id=name, status="active")
+    return tx.functions_triggered_by(name) or ([named] if named else [])
+
+
+def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
+    """Start a run of the function that the event is named after, and of no other.
+
+    Raises NotFound, and FailedPrecondition if it is paused or archived.
+    """
+    return accept_event(tx, event, now, the_named)
+
+
+def the_named(tx: Transaction, function_id: str) -> list[Function]:
+    function = known_function(tx, function_id)
+    if function.status != "active":
+        raise FailedPrecondition(f"function {function_id!r} is {function.status}: set "
+                                 "its status to active to start runs of it")
+    return [function]
+
+
+def publish(tx: Transaction, event: NewEvent, now: float) -> tuple[int, bool]:
+    """Record data for a topic; its `seq`, and whether it was there before.
+
+    It starts nothing. Raises AlreadyExists as `accept_event`.
+    """
+    first = find_original(tx, event, {})
+    return (first or tx.append_event(event, None, now)).seq, first is not None
 
 
 def accept_events(tx: Transaction, events: list[NewEvent],
@@ -1647,11 +1968,17 @@ def find_original(tx: Transaction, event: NewEvent,
     if (key := event.idempotency_key) is None:
         return None
     first = tx.find(Event, idempotency_key=key)
-    name = first.name if first else names.setdefault(key, event.name)
-    if event.name != name:
-        raise AlreadyExists(f"idempotency key {key!r} belongs to an event {name!r}: "
-                            f"use another key for {event.name!r}")
+    owner = what_it_is(first) if first else names.setdefault(key, what_it_is(event))
+    if owner != what_it_is(event):
+        raise AlreadyExists(f"idempotency key {key!r} belongs to {owner}: use another "
+                            f"key for {what_it_is(event)}")
     return first
+
+
+def what_it_is(event: NewEvent) -> str:
+    """In words; what has the same words and the same key is the same."""
+    kind = "an invocation of" if event.source == "invoke" else f"the {event.kind}"
+    return f"{kind} {event.name!r}"
 
 
 def start_run(tx: Transaction, function: Function, event: Event, now: float) -> str:
@@ -1687,6 +2014,13 @@ def known_run(tx: Queries, run_id: str) -> Run:
     return run
 
 
+def known_function(tx: Queries, function_id: str) -> Function:
+    """A function. Raises NotFound."""
+    if (function := tx.find(Function, function_id=function_id)) is None:
+        raise NotFound(f"function {function_id[:80]!r} not found")
+    return function
+
+
 def known_worker(tx: Queries, worker_id: str) -> Worker:
     """A worker that once registered. Raises NotFound."""
     if (worker := tx.find(Worker, worker_id=worker_id)) is None:
@@ -1709,12 +2043,35 @@ def register_function(tx: Transaction, new: NewFunction,
         return old, False
     known = (old.status, old.version + 1, old.created_at) if old else ("active", 1, now)
     function = Function(new.function_id, new.config, new.retry, *known, updated_at=now)
-    tx.save_function(function, new.events)
-    change = {"id": new.function_id, "version": function.version,
-              "status": function.status}
-    verb = "updated" if old else "registered"
-    tx.append("function", verb, new.function_id, change, now)
+    tx.save_function(function)
+    tx.set_triggers(new.function_id, new.events)
+    say_of_function(tx, "updated" if old else "registered", function, now)
     return function, old is None
+
+
+def say_of_function(tx: Transaction, verb: str, function: Function,
+                    now: float) -> None:
+    change = {"id": function.function_id, "version": function.version,
+              "status": function.status}
+    tx.append("function", verb, function.function_id, change, now)
+
+
+def set_status(tx: Transaction, function_id: str, status: str, now: float) -> Function:
+    """Only an active function starts runs; those that exist go on. Raises NotFound."""
+    old = known_function(tx, function_id)
+    if old.status == status:
+        return old
+    function = replace(old, status=status, updated_at=now)
+    tx.save_function(function)
+    say_of_function(tx, "updated", function, now)
+    return function
+
+
+def delete_function(tx: Transaction, function_id: str, now: float) -> None:
+    """It starts no more runs; those that exist go on, if a worker still carries it."""
+    function = known_function(tx, function_id)
+    tx.delete_function(function_id)
+    say_of_function(tx, "deleted", function, now)
 
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
@@ -2073,6 +2430,17 @@ def cancel_run(tx: Transaction, run_id: str, reason: str, now: float) -> Run:
     return become(tx, run, cancelled(run, reason, now), now)
 
 
+def forget_old(tx: Transaction, retain_s: float, after: int, now: float) -> int | None:
+    """Delete a few rows older than that, from `after` on; where to go on, or None.
+
+    Ended runs go with their steps, and then the events that started them. A live run
+    stays, and so does its event; what the journal said of it goes.
+    """
+    if tx.delete_ended_runs(now - retain_s):
+        return after
+    return tx.delete_rows(now - retain_s, after)
+
+
 # ======================================================================================
 # 8. The journal
 # ======================================================================================
@@ -2202,7 +2570,22 @@ CREATE TABLE worker (
   connected    INTEGER NOT NULL, registered_at REAL NOT NULL
 ) STRICT;
 """
-MIGRATIONS = [SCHEMA]  # MIGRATIONS[n] takes a journal from version n to n + 1
+TOPICS = """
+-- A page of events is found without a look at what lies between them.
+CREATE INDEX journal_events ON journal (seq) WHERE kind = 'event';
+
+-- Kind `topic`: what programs published. Invocations are nobody's to watch.
+DROP VIEW topic;
+CREATE VIEW topic AS
+SELECT seq, datetime(at, 'unixepoch') AS utc,
+       CASE kind
+       WHEN 'event' THEN 'events:' || name
+       WHEN 'topic' THEN 'topic:' || name
+       WHEN 'step' THEN 'system.run.' || subject || '.step.' || step || '.' || name
+       ELSE 'system.' || kind || '.' || subject || '.' || name END AS topic, data
+  FROM journal WHERE source IS NOT 'invoke';
+"""
+MIGRATIONS = [SCHEMA, TOPICS]  # MIGRATIONS[n] takes a journal from version n to n + 1
 APPLICATION_ID = 0x49524F4E  # "IRON", so that `file` and we know our own
 
 BATCH_RULES, BATCH_BYTES = 500, 8 * MIB
@@ -2211,6 +2594,8 @@ FOLD_BYTES, WAL_BYTES = 4 * MIB, 64 * MIB  # fold the log now and then; truncate
 IDLE_S = 1.0  # after the last write, until the log is folded into the file
 FOREIGN_LOCK_S = 5  # how long somebody else may hold the write lock
 READERS = 2
+SCAN_ROWS = 50_000  # looked at for one page of a list, and counted for its total
+SWEPT = 500  # old rows deleted in one transaction
 BEHIND_AT_ONCE = 200  # timers handled in one transaction
 PAGE_BYTES = 16 * MIB  # a page of a list ends early when it gets this large
 ROWS_AT_ONCE = 50  # new rows in one statement
@@ -2246,6 +2631,13 @@ def insert_many(table: str, names: tuple[str, ...], count: int) -> str:
     return f"INSERT INTO {table} ({', '.join(names)}) VALUES {marks}"
 
 
+def with_ids(wanted: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Instants as the ids that are made then; `until` is included."""
+    later_s = {"since": 0.0, "until": 0.001}
+    return wanted | {name: Ids.first(prefix, wanted[name] + later_s[name])
+                     for name in wanted.keys() & later_s.keys()}
+
+
 class Queries:
     """What can be asked of the file. Each fetches all and closes its cursor at once."""
 
@@ -2260,6 +2652,9 @@ class Queries:
 
     def find_run(self, run_id: str) -> Run | None:
         return self.find(Run, run_id=run_id)
+
+    def runs_by_id(self, run_ids: list[str]) -> list[Run]:
+        return [run for run in map(self.find_run, run_ids) if run]
 
     def _rows(self, row: type[T], source: str, **params: Any) -> list[T]:
         """Rows of a table as the words of chapter 2: `source` is all after FROM."""
@@ -2296,31 +2691,119 @@ class Queries:
         sql = "SELECT data FROM journal WHERE seq = :seq"
         return str(self._value(sql, seq=run.event_seq))
 
-    def runs_with_input(self, wanted: dict[str, Any], limit: int, offset: int,
-                        before: str) -> tuple[list[tuple[Run, Json]], int, bool]:
-        """Runs with inputs, newest first; how many match in all; whether more follow.
+    def events(self, wanted: dict[str, Any], look: Look) -> Page[Event]:
+        """Events that match what is wanted: any of name (a part of it), names (with
+        commas between them), source, since, until, search."""
+        one = wanted.get("names", ",")
+        one = "" if "," in one else one  # an index finds the events of one name
+        by_index = ({"names": "name = :names"} if one else {}) | {
+            "since": "seq >= (SELECT seq FROM journal WHERE event_id >= :since"
+                     " ORDER BY event_id LIMIT 1)",
+            "until": "seq <= (SELECT seq FROM journal WHERE event_id < :until"
+                     " ORDER BY event_id DESC LIMIT 1)"}
+        by_row = {"names": "instr(',' || :names || ',', ',' || name || ',')",
+                  "name": "instr(name, :name)", "source": "source = :source",
+                  "search": "instr(name || ' ' || event_id || ' ' || data, :search)"}
 
-        A page ends early, with more to follow, once it holds 16 MiB.
-        """
+        def fetch(seq: int) -> tuple[Event, int]:
+            event = self.find(Event, seq=seq)
+            assert event is not None
+            return event, len(event.data)
+
+        index = "journal_by_name" if one else "journal_events"
+        source = f"journal INDEXED BY {index} WHERE kind = 'event'"
+        return self._look(look, source, "seq", by_index, by_row,
+                          with_ids(wanted, "evt"), fetch)
+
+    def runs(self, wanted: dict[str, Any], look: Look) -> Page[tuple[Run, Json]]:
+        """Runs that match what is wanted, each with its input: any of event_id, status,
+        function_id, statuses (with commas between them), since, until, search."""
         tests = {
-            "since": "created_at >= :since", "until": "created_at <= :until", "search":
-            "instr(run_id || ' ' || function_id || ' ' || event_name, :search)"}
-        params = {name: x for name, x in wanted.items() if x not in (None, "")}
-        each = [tests.get(name, f"{name} = :{name}") for name in params]
-        where = " AND ".join(each or ["1"])
-        total = self._value(f"SELECT count(*) FROM run WHERE {where}", **params)
-        if before:
-            where += " AND run_id < :before"
-        rows = self._rows(
-            Run, f"run WHERE {where} ORDER BY run_id DESC LIMIT :limit OFFSET :offset",
-            **params, before=before, limit=limit + 1, offset=offset)
-        page, size = [], 0
-        for run in rows[:limit]:
-            page.append((run, self.input_of(run)))
-            size += len(page[-1][1]) + len(run.output or "")
-            if size > PAGE_BYTES:
+            "event_id": "event_seq = (SELECT seq FROM journal"
+                        " WHERE event_id = :event_id)",
+            "status": "status = :status", "function_id": "function_id = :function_id"}
+        best = next((name for name in tests if name in wanted), "")
+        by_index = {best: tests.pop(best, ""), "since": "run_id >= :since",
+                    "until": "run_id < :until"}
+        by_row = {name: f"+{test}" for name, test in tests.items()} | {
+            "statuses": "instr(',' || :statuses || ',', ',' || status || ',')",
+            "search": "instr(run_id || ' ' || function_id || ' ' || event_name,"
+                      " :search)"}
+
+        def fetch(run_id: str) -> tuple[tuple[Run, Json], int]:
+            run = known_run(self, run_id)
+            data = self.input_of(run)
+            return (run, data), len(data) + len(run.output or "")
+
+        return self._look(look, "run WHERE 1", "run_id", by_index, by_row,
+                          with_ids(wanted, "run"), fetch)
+
+    def _look(self, look: Look, source: str, key: str, by_index: dict[str, str],
+              by_row: dict[str, str], wanted: dict[str, Any],
+              fetch: Callable[[Any], tuple[T, int]]) -> Page[T]:
+        """A page of what passes all tests that are `wanted`, newest first.
+
+        Those `by_row` are tried on SCAN_ROWS rows and no more: there the page ends,
+        perhaps empty, with a cursor to go on from; the count is of the newest so many.
+        A page ends early, too, once it holds 16 MiB.
+        """
+        step, order, end = (">", "ASC", "max") if look.newer else ("<", "DESC", "min")
+        back = "<=" if look.newer else ">="
+        whole = " AND ".join([source, *[by_index[n] for n in by_index if n in wanted]])
+        part = whole if look.cursor is None else f"{whole} AND {key} {step} :cursor"
+        tests = "".join(f" AND {by_row[n]}" for n in by_row
+                        if n in wanted and n not in by_index)
+        given = wanted | {"cursor": look.cursor, "limit": look.limit + 1,
+                          "offset": look.offset}
+        if tests:
+            for name, rows, way, last in (("far", part, order, end),
+                                          ("oldest", whole, "DESC", "min")):
+                given[name] = self._value(
+                    f"SELECT {last}({key}) FROM (SELECT {key} FROM {rows}"
+                    f" ORDER BY {key} {way} LIMIT {SCAN_ROWS})", **given)
+            beyond = f"SELECT :far FROM {part} AND {key} {step} :far LIMIT 1"
+            part = f"{part} AND {key} {back} :far{tests}"
+            whole = f"{whole} AND {key} >= :oldest{tests}"
+        total = self._value(f"SELECT count(*) FROM (SELECT 1 FROM {whole}"
+                            f" LIMIT {SCAN_ROWS})", **given)
+        keys = [found for found, in self._db.execute(
+            f"SELECT {key} FROM {part} ORDER BY {key} {order} LIMIT :limit"
+            " OFFSET :offset", given).fetchall()]
+        page: list[T] = []
+        size = 0
+        for found in keys[:look.limit]:
+            row, weight = fetch(found)
+            page.append(row)
+            if (size := size + weight) > PAGE_BYTES:
                 break
-        return page, total, len(page) < len(rows)
+        cursor = self._value(beyond, **given) if tests else None
+        if len(page) < len(keys):
+            cursor = keys[len(page) - 1]
+        return Page(page[::-1] if look.newer else page, total, cursor)
+
+    def event_names(self) -> dict[str, int]:
+        """How often each name is among the newest SCAN_ROWS events."""
+        sql = f"""SELECT name, count(*) FROM (
+                    SELECT name FROM journal INDEXED BY journal_events
+                     WHERE kind = 'event' ORDER BY seq DESC LIMIT {SCAN_ROWS})
+                   GROUP BY name ORDER BY name"""
+        return dict(self._db.execute(sql).fetchall())
+
+    def topics(self, name: str | None = None) -> list[Topic]:
+        """What programs published on: all topics, or one."""
+        sql = f"""SELECT name, n, first, last,
+                         (SELECT at FROM journal WHERE seq = first),
+                         (SELECT at FROM journal WHERE seq = last)
+                    FROM (SELECT name, count(*) n, min(seq) first, max(seq) last
+                            FROM journal WHERE kind = 'topic'
+                             {"" if name is None else "AND name = :name"}
+                           GROUP BY name)"""
+        return [Topic(*row) for row in self._db.execute(sql, {"name": name}).fetchall()]
+
+    def active_runs(self) -> int:
+        """Runs that are neither over nor paused."""
+        return int(self._value("SELECT count(*) FROM run WHERE status IN"
+                               " ('waiting_for_capacity', 'running', 'waiting')"))
 
     def steps(self, run_id: str) -> list[Step]:
         """All recorded steps of a run, in sequence."""
@@ -2331,7 +2814,7 @@ class Queries:
         rows = self._db.execute(
             """
             SELECT seq, at, kind, name, subject, step, data, event_id FROM journal
-             WHERE seq > :after ORDER BY seq LIMIT :limit
+             WHERE seq > :after AND source IS NOT 'invoke' ORDER BY seq LIMIT :limit
             """, {"after": after, "limit": limit}).fetchall()
         found = []
         for seq, at, kind, name, subject, step_id, data, event_id in rows:
@@ -2349,8 +2832,9 @@ class Queries:
 class Transaction(Queries):
     """The verbs of one open transaction: the journal's contents page.
 
-    Beside the rows it keeps two notes for the batch's end: the functions that got due
-    runs (`touched`), and the earliest instant at which something falls due (`alarm`).
+    Beside the rows it keeps notes for the batch's end: the functions that got due runs
+    (`touched`), the runs that ended, and the earliest instant at which something falls
+    due (`alarm`).
 
     New journal rows and new runs gather here until somebody could miss them, then go
     to SQLite many at a time: each statement hands the interpreter's lock to the loop
@@ -2366,6 +2850,7 @@ class Transaction(Queries):
 
     def begin(self) -> None:
         self.touched: set[str] = set()
+        self.ended: list[str] = []
         self.alarm: float = math.inf
         self._gather()
         last = self._value("SELECT seq FROM sqlite_sequence WHERE name = 'journal'")
@@ -2427,12 +2912,13 @@ class Transaction(Queries):
         """Say in the journal what became of a run, step, function or worker."""
         self._add_row(now, kind, verb, subject, step, dumps(change))
 
-    def append_event(self, event: NewEvent, event_id: str, now: float) -> Event:
-        """Record an event."""
-        seq = self._add_row(now, "event", event.name, event.subject, None, event.data,
-                            event_id, event.version, event.source,
+    def append_event(self, event: NewEvent, event_id: str | None,
+                     now: float) -> Event:
+        """Record an event; what goes to a topic has no id but its `seq`."""
+        seq = self._add_row(now, event.kind, event.name, event.subject, None,
+                            event.data, event_id, event.version, event.source,
                             event.idempotency_key, event.metadata)
-        kept = Event(**columns_of(event), event_id=event_id, seq=seq, at=now)
+        kept = Event(**columns_of(event), event_id=event_id or "", seq=seq, at=now)
         if event.idempotency_key is not None:
             self._new_keys[event.idempotency_key] = kept
         return kept
@@ -2444,15 +2930,21 @@ class Transaction(Queries):
         self._new_rows.append((seq, *row, *[None] * missing))
         return seq
 
-    def save_function(self, function: Function, events: list[str]) -> None:
+    def save_function(self, function: Function) -> None:
         self._triggered.clear()
         self.save(function)
-        function_id = function.function_id
+
+    def set_triggers(self, function_id: str, events: Iterable[str]) -> None:
         delete = "DELETE FROM function_trigger WHERE function_id = ?"
         self._db.execute(delete, (function_id,))
         for event in dict.fromkeys(events):
             row = {"event": event, "function_id": function_id, "wild": is_wild(event)}
             self._db.execute(insert("function_trigger", *row), row)
+
+    def delete_function(self, function_id: str) -> None:
+        self._triggered.clear()
+        self.set_triggers(function_id, ())
+        self._db.execute("DELETE FROM function WHERE function_id = ?", (function_id,))
 
     def functions_triggered_by(self, name: str) -> list[Function]:
         """Active functions with a trigger that matches, each once, in the order of ids.
@@ -2493,6 +2985,8 @@ class Transaction(Queries):
             self.touched.add(run.function_id)
         elif run.status == "waiting":
             self.alarm = min(self.alarm, run.due_at or math.inf)
+        elif run.status in TERMINAL:
+            self.ended.append(run.run_id)
         self.alarm = min(self.alarm, run.lease_until or math.inf)
         changes = columns(Run, "{0} = :{0}", "created_at")
         self._db.execute(f"UPDATE run SET {changes} WHERE run_id = :run_id",
@@ -2542,6 +3036,33 @@ class Transaction(Queries):
         sql = "SELECT coalesce(max(sequence) + 1, 0) FROM step WHERE run_id = :id"
         return int(self._value(sql, id=run_id))
 
+    def delete_ended_runs(self, before: float) -> bool:
+        """Delete runs that ended before an instant, with their steps; whether any."""
+        self.flush()
+        params = {"before": before, "id": Ids.first("run", before), "limit": SWEPT}
+        some = """(SELECT run_id FROM run
+                    WHERE status IN ('completed', 'failed', 'cancelled')
+                      AND run_id < :id AND ended_at < :before LIMIT :limit)"""
+        self._db.execute(f"DELETE FROM step WHERE run_id IN {some}", params)
+        gone = self._db.execute(f"DELETE FROM run WHERE run_id IN {some}", params)
+        return gone.rowcount > 0
+
+    def delete_rows(self, before: float, after: int) -> int | None:
+        """Delete old journal rows after a `seq`, but the input of a run that is kept.
+
+        Returns the last `seq` looked at; None where the younger rows begin.
+        """
+        rows = self._db.execute(
+            "SELECT seq, at FROM journal WHERE seq > :after ORDER BY seq LIMIT :limit",
+            {"after": after, "limit": SWEPT}).fetchall()
+        old = [seq for seq, at in rows if at < before]
+        self._db.execute(
+            """
+            DELETE FROM journal WHERE seq > :after AND seq <= :last AND at < :before
+               AND NOT EXISTS (SELECT 1 FROM run WHERE event_seq = journal.seq)
+            """, {"after": after, "last": old[-1] if old else 0, "before": before})
+        return rows[-1][0] if rows and rows[-1][1] < before else None
+
 
 # --- What subscribers are told --------------------------------------------------------
 
@@ -2557,8 +3078,8 @@ class Message:
 
 def topic_of(kind: str, name: str, subject: str | None, step: str | None) -> str:
     """What a journal row is published on. The view `topic` says the same in SQL."""
-    if kind == "event":
-        return f"events:{name}"
+    if kind in ("event", "topic"):
+        return f"{'events' if kind == 'event' else 'topic'}:{name}"
     if kind == "step":
         return f"system.run.{subject}.step.{step}.{name}"
     return f"system.{kind}.{subject}.{name}"
@@ -2599,7 +3120,7 @@ class Wish:
     size: int = KIB  # bytes that it may hold in memory, roughly
     result: Any = None
     error: BaseException | None = None
-    future: asyncio.Future[Any] | None = None
+    future: Future | None = None
 
 
 class JournalFile:
@@ -2616,7 +3137,7 @@ class JournalFile:
         self.path, self.offers = path, offers
         self._db = connect(path, cache_mb)
         try:
-            version = self._check_owner()
+            version = check_owner(self._db, path)
             prepare_to_write(self._db, path)
             self._migrate(version)
             self.tx = Transaction(self._db, ids)
@@ -2624,21 +3145,6 @@ class JournalFile:
         except BaseException:
             self._db.close()
             raise
-
-    def _check_owner(self) -> int:
-        """The file's version. Before anything is changed: it may be somebody else's."""
-        (owner,) = self._db.execute("PRAGMA application_id").fetchone()
-        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if (owner, bool(tables)) not in ((0, False), (APPLICATION_ID, True)):
-            raise StartError(f"{self.path} is not an ironflow journal: name another "
-                             "file (--db)")
-        if version > len(MIGRATIONS):
-            raise StartError(
-                f"{self.path} was written by a newer ironflow (its version {version}, "
-                f"this one reads up to {len(MIGRATIONS)}): start it with the newer "
-                "program")
-        return int(version)
 
     def _migrate(self, version: int) -> None:
         """Bring the file to this program's version, each step in one transaction."""
@@ -2692,10 +3198,12 @@ class JournalFile:
     def _execute_apart(self, batch: list[Wish], now: float) -> None:
         for wish in batch:
             self._db.execute("SAVEPOINT wish")
+            ended = len(self.tx.ended)
             self._carry_out(wish, now, self.tx.flush)
             if wish.error is not None:
                 self._db.execute("ROLLBACK TO wish")
                 self.tx.forget()
+                del self.tx.ended[ended:]
             self._db.execute("RELEASE wish")
 
     def _begin(self) -> None:
@@ -2760,6 +3268,20 @@ def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Conne
         raise StartError(f"cannot open {path}: {error}") from None
 
 
+def check_owner(db: sqlite3.Connection, path: Path) -> int:
+    """The file's version. Before anything is changed: it may be somebody else's."""
+    (owner,) = db.execute("PRAGMA application_id").fetchone()
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if (owner, bool(tables)) not in ((0, False), (APPLICATION_ID, True)):
+        raise StartError(f"{path} is not an ironflow journal: name another file (--db)")
+    if version > len(MIGRATIONS):
+        raise StartError(
+            f"{path} was written by a newer ironflow (its version {version}, this one "
+            f"reads up to {len(MIGRATIONS)}): start it with the newer program")
+    return int(version)
+
+
 def prepare_to_write(db: sqlite3.Connection, path: Path) -> None:
     """Each of these buys something. Raises StartError if the log cannot be had."""
     (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -2782,6 +3304,30 @@ def trouble(error: BaseException, path: Path) -> IronflowError | None:
         return Unavailable(f"another program has held the write lock of {path} for "
                            f"{FOREIGN_LOCK_S} s: end its transaction, then try again")
     return None
+
+
+def backup(db: Path, target: Path) -> None:
+    """A copy of a journal, consistent also while a server writes to it.
+
+    It holds what was acknowledged before, and has its name once it is whole and on
+    disk. Raises StartError, a sentence for a person.
+    """
+    if target.exists():
+        raise StartError(f"{target} exists: name a file that does not")
+    if not db.exists():
+        raise StartError(f"{db} does not exist: name the server's file with --db")
+    part = target.with_name(f"{target.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        with contextlib.closing(connect(db.resolve(), 16, read_only=True)) as source, \
+             contextlib.closing(connect(part.resolve(), 16)) as copy:
+            check_owner(source, db)
+            source.backup(copy)  # in one read: a later commit would start it over
+        part.rename(target)
+    except (OSError, sqlite3.Error) as error:
+        raise StartError(f"cannot back up {db} to {target}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # --- The writer thread ----------------------------------------------------------------
@@ -2841,6 +3387,7 @@ class Journal:
         self._queued_bytes = 0
         self._open = True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
+        self._ends: dict[str, set[Future]] = {}  # who waits for which run
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="ironflow reader")
         self._thread = threading.Thread(target=self._work, name="ironflow writer")
         self._thread.start()
@@ -2879,6 +3426,20 @@ class Journal:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             self._readers.put(db)
+
+    @contextlib.contextmanager
+    def ends_of(self, run_ids: Iterable[str]) -> Iterator[dict[str, Future]]:
+        """A future for each run, done by the commit that ends it from now on."""
+        ends = {run_id: self._loop.create_future() for run_id in run_ids}
+        for run_id, end in ends.items():
+            self._ends.setdefault(run_id, set()).add(end)
+        try:
+            yield ends
+        finally:
+            for run_id, end in ends.items():
+                self._ends[run_id].discard(end)
+                if not self._ends[run_id]:
+                    del self._ends[run_id]
 
     def _work(self) -> None:
         """The writer thread: take what is there, commit once, answer all, again."""
@@ -2924,8 +3485,10 @@ class Journal:
                 raise
             log.error("%s", failure)
         filled = [] if failure else self._offers.committed()
-        alarm = math.inf if failure else self._file.tx.alarm
-        self._loop.call_soon_threadsafe(self._answer, batch, filled, alarm, failure)
+        tx = self._file.tx
+        alarm, ended = (math.inf, []) if failure else (tx.alarm, tx.ended)
+        self._loop.call_soon_threadsafe(self._answer, batch, filled, alarm, ended,
+                                        failure)
         if (changes := self._file.changes - before):
             self._unfolded += changes * KIB + sum(wish.size for wish in batch)
 
@@ -2937,7 +3500,7 @@ class Journal:
             self._unfolded = 1
 
     def _answer(self, batch: list[Wish], filled: list[Offer], alarm: float,
-                failure: Exception | None) -> None:
+                ended: list[str], failure: Exception | None) -> None:
         """On the loop, once per batch: everybody hears how it went."""
         self.last_trouble = str(failure) if failure else None
         for wish in batch:
@@ -2945,6 +3508,9 @@ class Journal:
             settle_future(wish.future, failure or wish.error or wish.result)
         for offer in filled:
             offer.answer(offer.error or offer.jobs)
+        for run_id in ended:
+            for end in self._ends.get(run_id, ()):
+                settle_future(end, None)
         if alarm < math.inf:
             self._on_alarm(alarm)
 
@@ -2971,7 +3537,7 @@ class Journal:
         os.close(self._lock)
 
 
-def settle_future(future: asyncio.Future[Any] | None, got: Any) -> None:
+def settle_future(future: Future | None, got: Any) -> None:
     """Give who waits what came; an exception is raised there. Nobody waits: nothing."""
     if future is None or future.done():
         return
@@ -3042,7 +3608,7 @@ class PullDesk:
         self.offers.add(offer)
         try:
             await self.journal.write(look_at_offers)
-            await self._first_of(waiting, wait_s)
+            await self.first_of(waiting, wait_s)
             if self.offers.withdraw(offer):
                 return []
             return await asyncio.shield(waiting)  # taken: its commit is under way
@@ -3069,9 +3635,9 @@ class PullDesk:
         if worker_id in self.freed:
             self.freed.pop(worker_id).set()
 
-    async def _first_of(self, waiting: asyncio.Future[Any], wait_s: float) -> None:
+    async def first_of(self, waiting: Future, wait_s: float) -> None:
         """Until the answer, the end of the wait, or the end of the server."""
-        closing: asyncio.Future[Any] = asyncio.ensure_future(self.closing.wait())
+        closing: Future = asyncio.ensure_future(self.closing.wait())
         try:
             await asyncio.wait({waiting, closing}, timeout=wait_s,
                                return_when=asyncio.FIRST_COMPLETED)
@@ -3342,6 +3908,7 @@ def step_name(step_id: str) -> str:
 CLOCK_CHECK_S = 30.0  # how long a step of the wall clock can go unnoticed
 CLOCK_STEP_S = 1.0  # less than this is drift
 RETRY_S = 1.0  # between two tries of the timers to write
+SWEEP_EVERY_S, SWEEP_PAUSE_S = 3600.0, 0.05  # between sweeps; between parts of one
 STOP_S = 10.0  # how long requests in progress may take when stopping
 
 
@@ -3396,6 +3963,17 @@ class Timekeeper:
         self._next_at = min(self._next_at, instant)
 
 
+async def sweep(journal: Journal, retain_s: float) -> None:
+    """Delete what is too old, a little at a time, so that no caller waits for it."""
+    while True:
+        after: int | None = 0
+        with contextlib.suppress(DiskFull, Unavailable):  # again with the next sweep
+            while after is not None:
+                after = await journal.write(forget_old, retain_s, after)
+                await asyncio.sleep(SWEEP_PAUSE_S)
+        await asyncio.sleep(min(SWEEP_EVERY_S, retain_s / 10))
+
+
 @dataclass(kw_only=True)
 class Server:
     """ironflow inside your own program, or behind `python ironflow.py`.
@@ -3416,6 +3994,7 @@ class Server:
     allow_hosts: Iterable[str] = ()
     cors_origins: Iterable[str] = ()
     cache_mb: int = 16
+    retain_s: float | None = None  # delete what is older; None: keep everything
     limits: Limits = Limits()
     clock: Clock = field(default_factory=Clock)
     ids: Ids = field(default_factory=Ids)
@@ -3443,7 +4022,7 @@ class Server:
                 stack.callback(sock.close)
             offers = Offers(self.limits)
             loop = asyncio.get_running_loop()
-            self.failed: asyncio.Future[Any] = loop.create_future()
+            self.failed: Future = loop.create_future()
             journal = Journal(
                 Path(self.db), clock=self.clock, ids=self.ids, offers=offers,
                 environment=self.environment, cache_mb=self.cache_mb,
@@ -3457,8 +4036,12 @@ class Server:
             keeping = asyncio.create_task(timekeeper.keep(), name="ironflow time")
             keeping.add_done_callback(self._time_stopped)
             stack.push_async_callback(end_task, keeping)
+            if self.retain_s is not None:
+                sweeping = asyncio.create_task(sweep(journal, self.retain_s))
+                sweeping.add_done_callback(self._time_stopped)
+                stack.push_async_callback(end_task, sweeping)
             api = Api(journal, desk, self._guard, self.limits, self.environment,
-                      self.clock, Doors(doors()))
+                      self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
             stack.push_async_callback(desk.close)
             self._running = stack.pop_all()
@@ -3647,17 +4230,17 @@ def serve(asked: argparse.Namespace) -> int:
 
 
 async def serve_until_stopped(server: Server) -> int:
-    stop: asyncio.Future[Any] = stop_requested()
+    stop: Future = stop_requested()
     async with server:
         print(f"ironflow is ready on {server.url}, journal {server.db}", flush=True)
         await asyncio.wait({stop, server.failed}, return_when=asyncio.FIRST_COMPLETED)
         return 1 if server.failed.done() else 0
 
 
-def stop_requested() -> asyncio.Future[Any]:
+def stop_requested() -> Future:
     """Done at the first SIGTERM or SIGINT; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
-    stop: asyncio.Future[Any] = loop.create_future()
+    stop: Future = loop.create_future()
 
     def first(number: int, frame: object) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
