@@ -455,6 +455,17 @@ def from_rfc3339(text: str) -> float:
     return round(moment.astimezone(UTC).timestamp(), 3)
 
 
+UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def duration_s(text: str) -> float:
+    """Seconds of a duration such as 500ms, 1h30m or 1.5d. Raises ValueError."""
+    if not re.fullmatch(r"([0-9]+(\.[0-9]+)?(ms|[smhdw]))+", text):
+        raise ValueError(f"{text[:40]!r} is no duration such as 500ms, 1h30m or 30d")
+    parts = re.findall(r"([0-9.]+)(ms|[smhdw])", text)
+    return sum(float(number) * UNITS_S[unit] for number, unit in parts)
+
+
 # --- JSON in and out ------------------------------------------------------------------
 # Refused: NaN, numbers that overflow a double, integers beyond 64 bits, lone
 # surrogates, NUL in a key, nesting over 200. orjson would turn a large integer into a
@@ -4165,6 +4176,8 @@ def parser() -> argparse.ArgumentParser:
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="a Host name to answer beside the loopback ones")
     add("--cache-mb", type=positive, default=16, help="SQLite's page cache")
+    add("--retain", type=duration, metavar="TIME", dest="retain_s",
+        help="delete what is older, such as 30d; without it everything is kept")
     for name, what in {
         "event_bytes": "one event's name, data and metadata",
         "step_bytes": "one step's output, or one run's",
@@ -4193,6 +4206,13 @@ def port(text: str) -> int:
     return int(text)
 
 
+def duration(text: str) -> float:
+    try:
+        return duration_s(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def positive(text: str) -> int:
     give(int(text) >= 1, text, "1 or more")
     return int(text)
@@ -4216,7 +4236,8 @@ def serve(asked: argparse.Namespace) -> int:
     server = Server(
         db=asked.db, host=asked.host, port=asked.port, environment=asked.env,
         api_key=api_key, dev=asked.dev, allow_hosts=asked.allow_host,
-        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb, limits=limits)
+        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb,
+        retain_s=asked.retain_s, limits=limits)
     try:  # the extra `speed`
         from uvloop import new_event_loop as factory
     except ModuleNotFoundError:

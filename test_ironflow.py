@@ -20,6 +20,7 @@ import contextlib
 import copy
 import functools
 import gzip
+import hashlib
 import http.client
 import json
 import math
@@ -395,6 +396,7 @@ def test_a_file_keeps_the_environment_it_was_made_for(tmp_path: Path) -> None:
     ("--lease-seconds 0", {}, "--lease-seconds"),
     ("--lease-seconds nan", {}, "--lease-seconds"),
     ("--max-steps 0", {}, "--max-steps"),
+    ("--retain soon", {}, "'soon' is no duration"),
     ("", {"IRONFLOW_LEASE_SECONDS": "soon"}, "soon"),
     ("", {"LOG_LEVEL": "noisy"}, "noisy"),
 ])
@@ -2437,6 +2439,219 @@ def test_heartbeats_and_empty_polls_write_nothing(server: RunningServer) -> None
         beat(bench, job)
         assert bench.server.poll(bench.name, wait=0) == []
     assert written(server) == before
+
+
+# ======================================================================================
+# Keeping and copying
+# ======================================================================================
+
+
+class Alone:
+    """The real rules on a real file, without a server, at instants of our choice."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = ironflow.JournalFile(path, ironflow.Ids())
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def at(self, now: float, rule: Callable[..., T], *args: Any) -> T:
+        """What a rule returned, once it is on disk."""
+        wish = ironflow.Wish(rule, args)
+        self.file.execute([wish], now)
+        self.file.commit()
+        if wish.error is not None:
+            raise wish.error
+        return wish.result  # type: ignore[no-any-return]
+
+    def emit(self, now: float, name: str = "old", **more: Any) -> ironflow.Accepted:
+        return self.at(now, ironflow.accept_event, ironflow.NewEvent(name, **more))
+
+    def start(self, now: float, function_id: str = "f") -> str:
+        """A run of a function that is there from now on; its id."""
+        new = ironflow.NewFunction(function_id, "{}", ironflow.Retry().to_text(), [])
+        self.at(now, ironflow.register_function, new)
+        event = ironflow.NewEvent(function_id, '{"n":1}', source="invoke")
+        return self.at(now, ironflow.invoke, event).run_ids[0]
+
+    def forget(self, now: float, retain_s: float) -> int:
+        """Delete all that is older; how many parts that took."""
+        after: int | None = 0
+        for parts in count():
+            if after is None:
+                return parts
+            after = self.at(now, ironflow.forget_old, retain_s, after)
+        raise AssertionError
+
+    def all(self, sql: str) -> list[Any]:
+        return [value for value, in self.file._db.execute(sql).fetchall()]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Alone]:
+    with Alone(tmp_path / "journal.db") as file:
+        yield file
+
+
+def test_what_is_too_old_is_forgotten_and_its_seq_never_given_again(alone: Alone) -> None:
+    for now in 100.0, 200.0, 300.0:
+        alone.emit(now)
+    alone.forget(300.0, retain_s=100)
+    assert alone.all("SELECT at FROM journal") == [200.0, 300.0]
+    alone.forget(1000.0, retain_s=1)
+    alone.emit(1001.0)
+    assert alone.all("SELECT seq FROM journal") == [4]
+
+
+def test_a_key_lives_as_long_as_its_row(alone: Alone) -> None:
+    first = alone.emit(100.0, idempotency_key="k")
+    assert alone.emit(150.0, idempotency_key="k") == first
+    alone.forget(300.0, retain_s=100)
+    assert alone.emit(300.0, idempotency_key="k") != first
+
+
+def test_an_ended_run_goes_with_its_steps_and_its_event(alone: Alone) -> None:
+    run_id = alone.start(100.0)
+    alone.at(110.0, ironflow.cancel_run, run_id, "")
+    young = alone.start(290.0)
+    alone.forget(300.0, retain_s=100)
+    assert alone.all("SELECT run_id FROM run") == [young]
+    assert alone.all("SELECT at FROM journal WHERE kind = 'event'") == [290.0]
+
+
+def test_a_run_that_ended_lately_stays_with_its_old_event(alone: Alone) -> None:
+    run_id = alone.start(100.0)
+    alone.at(250.0, ironflow.cancel_run, run_id, "")
+    alone.forget(300.0, retain_s=100)
+    assert alone.all("SELECT run_id FROM run") == [run_id]
+    assert alone.all("SELECT at FROM journal ORDER BY seq") == [100.0, 250.0]
+    alone.forget(400.0, retain_s=100)
+    assert alone.all("SELECT kind FROM journal") == []
+
+
+def test_a_live_run_stays_with_its_input_however_old(alone: Alone) -> None:
+    run_id = alone.start(100.0)
+    alone.forget(1e9, retain_s=1)
+    assert alone.all("SELECT kind FROM journal") == ["event"]
+    run = ironflow.known_run(alone.file.tx, run_id)
+    assert alone.file.tx.input_of(run) == '{"n":1}'
+
+
+def test_old_rows_go_a_few_at_a_time(alone: Alone) -> None:
+    run_id = alone.start(100.0)  # one that stays, at the head of them
+    events = [ironflow.NewEvent("old")] * (2 * ironflow.SWEPT)
+    alone.at(100.0, ironflow.accept_events, events)
+    assert alone.forget(300.0, retain_s=100) == 4
+    assert alone.all("SELECT run_id FROM run") == [run_id]
+    assert alone.all("SELECT count(*) FROM journal") == [1]
+
+
+def test_a_server_forgets_only_when_it_is_told_to(tmp_path: Path) -> None:
+    with serve(tmp_path, "--retain", "300ms") as server:
+        server.register()
+        (run_id,) = server.emit(data={"n": 1})["run_ids"]
+        old = server.emit("old")["event_id"]
+        eventually(lambda: server.call("GET", f"/api/v1/events/{old}")[0] == 404)
+        server.join()
+        job = server.job()
+        assert (job["run_id"], job["event"]["data"]) == (run_id, {"n": 1})
+        server.tell(job, "completed", output=1)
+        eventually(lambda: server.call("GET", f"/api/v1/runs/{run_id}")[0] == 404)
+    with serve(tmp_path) as server:
+        kept = server.emit("old")["event_id"]
+        eventually(lambda: time.time() > server.rows("SELECT at FROM journal")[-1][0] + 0.5)
+        assert server.call("GET", f"/api/v1/events/{kept}")[0] == 200
+
+
+def test_a_backup_of_a_busy_server_is_whole_and_serves(tmp_path: Path) -> None:
+    acknowledged: list[str] = []
+    full = threading.Event()
+
+    def emit_all_the_time(server: RunningServer) -> None:
+        while not full.is_set():
+            acknowledged.append(server.emit(data="x" * 2000)["event_id"])
+
+    copy = tmp_path / "copy" / "journal.db"
+    copy.parent.mkdir()
+    with serve(tmp_path) as server, ThreadPoolExecutor(2) as pool:
+        server.register()
+        callers = [pool.submit(emit_all_the_time, server) for _ in range(2)]
+        eventually(lambda: len(acknowledged) > 100)
+        before = list(acknowledged)
+        ironflow.backup(server.db, copy)
+        full.set()
+        for caller in callers:
+            caller.result(DEADLINE_S)
+    assert [file.name for file in copy.parent.iterdir()] == ["journal.db"]
+    with serve(copy.parent) as server:
+        assert server.rows("PRAGMA integrity_check") == [("ok",)]
+        found = {event_id for event_id, in server.rows("SELECT event_id FROM journal")}
+        assert found >= set(before)
+        server.join()
+        assert server.tell(server.job(), "completed")[0] == 200
+
+
+def test_a_backup_of_a_file_that_nobody_serves(server: RunningServer, tmp_path: Path) -> None:
+    event_id = server.emit()["event_id"]
+    server.stop()
+    ironflow.backup(server.db, tmp_path / "copy.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
+        assert copy.execute("SELECT event_id FROM journal").fetchall() == [(event_id,)]
+
+
+@pytest.mark.parametrize(("db", "target", "word"), [
+    ("journal.db", "notes.txt", "notes.txt exists"),
+    ("missing.db", "copy.db", "missing.db does not exist"),
+    ("journal.db", "missing/copy.db", "missing"),
+    ("notes.txt", "copy.db", "notes.txt"),
+    ("theirs.db", "copy.db", "not an ironflow journal"),
+])
+def test_a_backup_that_cannot_be_made_says_why_and_leaves_nothing(
+    alone: Alone, tmp_path: Path, db: str, target: str, word: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("no database, " * 100)
+    with contextlib.closing(sqlite3.connect(tmp_path / "theirs.db")) as theirs:
+        theirs.execute("CREATE TABLE photo (name TEXT)")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ironflow.StartError, match=re.escape(word)):
+        ironflow.backup(tmp_path / db, tmp_path / target)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# Files that these wrote are out there: a schema that was released stays as it was.
+RELEASED = ["6d6fd6f930edb290", "3ef5f25ac5cdd589"]
+
+
+def test_a_released_schema_never_changes() -> None:
+    assert [hashlib.sha256(each.encode()).hexdigest()[:16] for each in ironflow.MIGRATIONS[
+        : len(RELEASED)]] == RELEASED
+
+
+@pytest.mark.parametrize("version", range(1, len(ironflow.MIGRATIONS)))
+def test_a_file_of_an_older_ironflow_is_brought_up_to_date(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as old:
+        old.setattr(ironflow, "MIGRATIONS", ironflow.MIGRATIONS[:version])
+        with Alone(tmp_path / "journal.db") as file:
+            event_id = file.emit(100.0).event_id
+            run_id = file.start(100.0)
+            assert file.all("PRAGMA user_version") == [version]
+    with serve(tmp_path) as server:
+        assert server.rows("PRAGMA user_version") == [(len(ironflow.MIGRATIONS),)]
+        found = server.yes("GET", "/api/v1/events")["events"]
+        assert {event["name"] for event in found} == {"old", "f"}
+        assert found[1]["id"] == event_id
+        server.join()
+        assert server.job()["run_id"] == run_id
+        server.yes("POST", "/api/v1/publish", {"topic": "t"})
+        new = server.rows("SELECT name FROM sqlite_master ORDER BY 1")
+    (tmp_path / "new").mkdir()
+    with serve(tmp_path / "new") as server:
+        assert server.rows("SELECT name FROM sqlite_master ORDER BY 1") == new
 
 
 # ======================================================================================
