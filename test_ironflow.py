@@ -87,12 +87,17 @@ def own_environment(env: dict[str, str]) -> dict[str, str]:
 class RunningServer:
     """`python ironflow.py` as a process of its own, on a free port, with its own file.
 
-    `start` again after `kill` or `stop` serves the same file on the same port.
+    `start` again after `kill` or `stop` serves the same file on the same port. `within`
+    is a command that runs the server's, given as its arguments, in its own process.
     """
 
-    def __init__(self, db: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, db: Path, *flags: str, env: dict[str, str] | None = None,
+        within: Sequence[str] = (),
+    ) -> None:
         self.db = db
         self.flags = flags
+        self.within = within
         self.env = own_environment(env or {})
         self.seat = socket.socket()  # so that nobody else is given the port in between
         self.seat.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -112,8 +117,8 @@ class RunningServer:
         return self.db.with_suffix(".log").read_text()
 
     def start(self) -> RunningServer:
-        command = [sys.executable, str(HERE / "ironflow.py"), "--port", str(self.port)]
-        command += ["--db", str(self.db), *self.flags]
+        command = [*self.within, sys.executable, str(HERE / "ironflow.py")]
+        command += ["--port", str(self.port), "--db", str(self.db), *self.flags]
         with self.db.with_suffix(".log").open("a") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.env
@@ -229,11 +234,9 @@ def eventually(look: Callable[[], T | bool | None]) -> T:
 
 
 @contextlib.contextmanager
-def serve(
-    folder: Path, *flags: str, env: dict[str, str] | None = None
-) -> Iterator[RunningServer]:
+def serve(folder: Path, *flags: str, **more: Any) -> Iterator[RunningServer]:
     """A server on a journal of its own in `folder`; stopped, and seen to stop cleanly."""
-    server = RunningServer(folder / "journal.db", *flags, env=env)
+    server = RunningServer(folder / "journal.db", *flags, **more)
     with contextlib.closing(server.seat):
         server.start()
         try:
@@ -2904,7 +2907,6 @@ def test_a_curious_sqlite3_under_load_and_then_a_kill_harm_nothing(tmp_path: Pat
         load.check()
 
 
-LARGE = {"name": "large", "data": "x" * 20_000}
 WORKER = """
 import asyncio, os, sys, time
 from ironflow_client import Worker, function
@@ -2948,26 +2950,177 @@ def test_a_worker_killed_between_two_steps_is_resumed_by_another(
     assert lines == [f"{name} ran" for name in STEPS]
 
 
+# ======================================================================================
+# Disk trouble
+# ======================================================================================
+# The disk is full, somebody else holds the lock, the disk fails, somebody reads without
+# an end. An acknowledged event outlives all of them, and what can go on goes on.
+
+LARGE = {"name": "large", "data": "x" * 20_000}
+FULL = (507, "resource_exhausted")
+
+
+def small_disk(folder: Path) -> list[str]:
+    """A command that runs another where `folder` is a disk of 8 MB that only it sees.
+
+    Where nobody may mount, the test is skipped; but not in CI.
+    """
+    mount = 'mount -t tmpfs -o size=8m none "$0" && exec "$@"'
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(folder)]
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        if os.environ.get("CI"):
+            raise
+        pytest.skip("unshare(1) cannot mount a file system here")
+    return command
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all the room that there is."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(65536))
+    return ballast
+
+
+def issues(server: RunningServer) -> tuple[int, list[str]]:
+    """What keeps the server from being ready, with the status that says so."""
+    status, said = server.call("GET", "/ready")
+    return status, said["issues"]
+
+
+def after_a_crash(server: RunningServer, disk: Path, folder: Path) -> list[Any]:
+    """Keys and ids of the large events, in a copy of the files as they are just now."""
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    os.waitpid(server.process.pid, os.WUNTRACED)  # until it stands still
+    for suffix in "", "-wal":
+        shutil.copy(disk / f"journal.db{suffix}", folder / f"copy.db{suffix}")
+    server.process.send_signal(signal.SIGCONT)
+    with contextlib.closing(sqlite3.connect(folder / "copy.db")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return db.execute("SELECT idempotency_key, event_id FROM journal "
+                          "WHERE name = 'large' ORDER BY seq").fetchall()
+
+
+def test_a_full_disk_refuses_what_is_written_until_there_is_room(tmp_path: Path) -> None:
+    kept: list[tuple[str, str]] = []
+    with serve(tmp_path, within=small_disk(tmp_path)) as server:
+
+        def emit() -> tuple[int, dict[str, str], Any]:
+            """The next event, or the same again if it was refused."""
+            body = LARGE | {"idempotency_key": f"key {len(kept)}"}
+            answer = ask(server, "POST", "/api/v1/events", json.dumps(body).encode())
+            if answer[0] == 200:
+                kept.append((body["idempotency_key"], answer[2]["id"]))
+            return answer
+
+        assert server.process is not None
+        disk = Path(f"/proc/{server.process.pid}/root{tmp_path}")
+        bench, free = Bench(server), Bench(server)
+        free.said(free.job(), "completed")
+        bench.said(job := bench.job(), "ack")
+        for _ in range(20):
+            emit()
+        with held_poll(server, free.name) as poll:
+            ballast = fill(disk)
+            status, headers, said = emit()
+            assert (code((status, said)), headers["retry-after"]) == (FULL, "5")
+            assert "is full: make room" in said["message"]
+            assert code(bench.tell(job, "completed")) == FULL
+            assert issues(server) == (503, [said["message"]])
+            beat(bench, job)  # its lease is young, so there is nothing to write
+            for _, event_id in kept:
+                assert server.yes("GET", f"/api/v1/events/{event_id}")["data"] == LARGE["data"]
+            assert after_a_crash(server, disk, tmp_path) == kept
+
+            ballast.unlink()
+            assert emit()[0] == 200
+            assert issues(server) == (200, [])
+            (run_id,) = server.emit(free.name)["run_ids"]
+            assert json.loads(poll.getresponse().read())["jobs"][0]["run_id"] == run_id
+        bench.said(job, "completed")
+        for _ in range(20):
+            emit()
+        assert after_a_crash(server, disk, tmp_path) == kept
+        assert len(kept) == 41
+
+
+@contextlib.contextmanager
+def foreign_transaction(server: RunningServer, begin: str) -> Iterator[sqlite3.Connection]:
+    """Another program in the middle of a transaction."""
+    with contextlib.closing(sqlite3.connect(server.db, isolation_level=None)) as db:
+        db.execute(begin)
+        yield db
+
+
+def test_a_foreign_write_lock_is_waited_for_while_reads_go_on(server: RunningServer) -> None:
+    with foreign_transaction(server, "BEGIN IMMEDIATE") as other, ThreadPoolExecutor(1) as caller:
+        waits = caller.submit(server.emit)
+        for _ in range(20):
+            assert server.yes("GET", "/api/v1/events")["count"] == 0
+        assert not waits.done()
+        other.execute("COMMIT")
+        assert waits.result()["id"]
+    assert "ERROR" not in server.log
+
+
+def test_a_foreign_write_lock_that_stays_refuses_what_is_written(server: RunningServer) -> None:
+    bench, body = Bench(server), b'{"name":"large","idempotency_key":"k"}'
+    bench.said(bench.job(), "completed")
+    with held_poll(server, bench.name) as poll:
+        server.emit("order.placed")  # behind the poll's own wish, which is over then
+        with foreign_transaction(server, "BEGIN IMMEDIATE"), ThreadPoolExecutor(1) as caller:
+            began = time.monotonic()
+            waits = caller.submit(ask, server, "POST", "/api/v1/events", body)
+
+            def is_over_while_reads_go_on() -> bool:
+                assert server.yes("GET", "/api/v1/events")["count"] == 2
+                return waits.done()
+
+            eventually(is_over_while_reads_go_on)
+            assert time.monotonic() - began > ironflow.FOREIGN_LOCK_S - 0.1
+            status, headers, said = waits.result()
+            assert (status, said["code"], headers["retry-after"]) == (503, "unavailable", "1")
+            assert "has held the write lock" in said["message"]
+            assert issues(server) == (503, [said["message"]])
+        for _ in range(2):
+            assert ask(server, "POST", "/api/v1/events", body)[0] == 200
+        assert issues(server) == (200, [])
+        assert server.rows("SELECT count(*) FROM journal WHERE name = 'large'") == [(1,)]
+        (run_id,) = server.emit(bench.name)["run_ids"]
+        assert json.loads(poll.getresponse().read())["jobs"][0]["run_id"] == run_id
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
-def test_a_disk_that_fails_stops_the_server_and_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("events", "fails_at"), [(10, "checkpoint"), (100, "commit")])
+def test_a_disk_that_fails_stops_the_server_and_loses_nothing(
+    tmp_path: Path, events: int, fails_at: str
+) -> None:
     """The system refuses to let its files grow: for SQLite an I/O error."""
     import resource
 
-    kept = 0
     with serve(tmp_path) as server:
         process = server.process
         assert process is not None
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (400_000, 400_000))
-        while (answer := server.call("POST", "/api/v1/events", LARGE))[0] == 200:
-            kept += 1
-        assert answer[0] == 503
+        kept = server.yes("POST", "/api/v1/events", [LARGE] * 20)["events"]
+        eventually(lambda: os.stat(f"{server.db}-wal").st_size == 0)  # all is in the file
+        size = os.stat(server.db).st_size
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+        status, said = server.call("POST", "/api/v1/events", [LARGE] * events)
+        if fails_at == "checkpoint":
+            kept += said["events"]
+        else:
+            assert (status, "the server stops" in said["message"]) == (503, True)
         assert process.wait(DEADLINE_S) == 1
-        assert "cannot be written" in server.log
+        assert "cannot be written any more: disk I/O error" in server.log
         server.kill()
         server.start()
         server.emit()
-        found = server.rows("SELECT count(*) FROM journal WHERE name = 'large'")
-        assert found[0][0] >= kept > 0
+        found = server.rows("SELECT event_id FROM journal WHERE name = 'large' ORDER BY seq")
+        assert [event_id for (event_id,) in found] == [event["id"] for event in kept]
 
 
 def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
