@@ -905,7 +905,9 @@ def cancelled(run: Run, reason: str, now: float) -> Run:
 # Facts of the wire: the public SDKs, Python 0.53 and JS 0.29.
 
 CONNECT = "/ironflow.v1."
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics", "/api/v1/capabilities"})
+PUBLIC_PATHS = frozenset({
+    "/health", "/ready", "/metrics", "/api/v1/capabilities",
+    f"{CONNECT}IronflowService/GetCapabilities"})
 BODIES_IN_FLIGHT = 256 * MIB
 PARSED_IN_THREAD = MIB  # larger bodies would hold up everybody else
 JSON_HEADERS = {"Content-Type": "application/json"}
@@ -919,6 +921,8 @@ CORS_HEADERS = {
     "Access-Control-Max-Age": "7200",
     "Vary": "Origin",
 }
+BINARY = re.compile("application/(connect[+])?proto")
+GO = re.compile("Go-http-client/|connect-go/")
 HELD = "ironflow.held"  # bytes of a request that `Api.in_flight` counts
 PASSING = frozenset({"data", "metadata", "output", "error"})  # JSON text already
 Handler: TypeAlias = "Callable[[Api, web.BaseRequest], Awaitable[web.StreamResponse]]"
@@ -1093,6 +1097,10 @@ class Api:
                 response = web.Response(status=204)
             else:
                 self._check_environment(headers)
+                if BINARY.match(headers.get("Content-Type", "")):
+                    raise Unimplemented(
+                        "binary protobuf is not supported by this server yet: send "
+                        "JSON, for example events to POST /api/v1/events")
                 handler, given = self.doors.find(method, path)
                 request.update(given)
                 response = await handler(self, request)
@@ -1133,12 +1141,8 @@ class Api:
         return parse_json(body)
 
     async def read_body(self, request: web.BaseRequest) -> bytes:
-        """The body, within the limits. Raises TooLarge, Overloaded, Unimplemented."""
+        """The body, within the limits. Raises TooLarge, Overloaded."""
         headers = request.headers
-        if re.search("application/(connect[+])?proto", headers.get("Content-Type", "")):
-            raise Unimplemented(
-                "binary protobuf is not supported by this server yet: send JSON, for "
-                "example events to POST /api/v1/events")
         announced = request.content_length or 0
         self._check_size(announced)
         if headers.get("Expect", "").lower() == "100-continue":  # curl, over 1 MiB
@@ -1440,6 +1444,7 @@ async def list_events(api: Api, request: web.BaseRequest) -> web.Response:
     events: dict[str, Json | None] = {"events": listed(map(event_to_rest, rows))}
     return answer(join(events | as_texts({
         "count": len(rows), "limit": limit, "approx_total": page.total,
+        "approx_total_capped": page.total == SCAN_ROWS,
         "has_prev": before is not None, "prev_cursor": str(before or ""),
         "has_next": after is not None, "next_cursor": str(after or "")})))
 
@@ -1452,10 +1457,12 @@ def filters(asks: Fields, *names: str) -> dict[str, Any]:
 
 
 async def list_event_names(api: Api, request: web.BaseRequest) -> web.Response:
-    names = await api.journal.read(Queries.event_names)
-    scanned = sum(names.values())
+    """GET /api/v1/events/names, in the order of names: those of the newest events."""
+    wanted = filters(await asked(api, request), "source")
+    rows = await api.journal.read(Queries.event_names, wanted)
+    scanned = sum(seen for _, _, seen in rows)
     return answer(dumps({
-        "names": [{"name": name, "count": count} for name, count in names.items()],
+        "names": [{"name": name, "count": count} for name, count, _ in rows if count],
         "scanned": scanned, "scan_cap": SCAN_ROWS, "truncated": scanned == SCAN_ROWS}))
 
 
@@ -1515,7 +1522,7 @@ async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
-    """IronflowService/InvokeFunction, and InvokeFunctionSync, which waits for the end."""
+    """IronflowService/InvokeFunction, and InvokeFunctionSync, which waits."""
     body = Fields(await api.read_json(request))
     wait_s = patience(request, body)
     event = read_event(body, "functionId", api.limits, emitted_by(request),
@@ -1826,8 +1833,10 @@ async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
                        ("statuses", ",".join(filter(None, words)))):
         if word:
             wanted[name] = word
-    limit, cursor = asks.whole("limit", high=1000) or 50, asks.text("cursor") or None
-    look = Look(limit, cursor, offset=asks.whole("offset"))
+    if (cursor := asks.text("cursor")) and not re.fullmatch("run_[0-9a-z]+", cursor):
+        raise InvalidInput(f"cursor is {cursor[:40]!r}: send the last page's, a run id")
+    look = Look(asks.whole("limit", high=1000) or 50, cursor or None,
+                offset=asks.whole("offset"))
     page = await api.journal.read(Queries.runs, wanted, look)
     rows = [run_to_wire(request, *each) for each in page.rows]
     return answer_list(request, "runs", rows, page.cursor, page.total)
@@ -1861,7 +1870,7 @@ def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
 def to_connect(request: web.BaseRequest, run: Run, found: dict[str, Json | None]
                ) -> Json:
     """In Connect JSON Go reads RUN_STATUS_COMPLETED, everybody else `completed`."""
-    if request.headers.get("User-Agent", "").startswith("Go-http-client/"):
+    if GO.match(request.headers.get("User-Agent", "")):
         found["status"] = f'"RUN_STATUS_{run.status.upper()}"'
     for name in ("input", "output"):
         if (value := found.get(name)) is not None and not value.startswith("{"):
@@ -2702,18 +2711,21 @@ class Queries:
         sql = "SELECT data FROM journal WHERE seq = :seq"
         return str(self._value(sql, seq=run.event_seq))
 
+    EVENTS_BETWEEN = {
+        "since": "seq >= (SELECT seq FROM journal WHERE event_id >= :since"
+                 " ORDER BY event_id LIMIT 1)",
+        "until": "seq <= (SELECT seq FROM journal WHERE event_id < :until"
+                 " ORDER BY event_id DESC LIMIT 1)"}
+    FROM_SOURCES = "instr(',' || :source || ',', ',' || source || ',') > 0"
+
     def events(self, wanted: dict[str, Any], look: Look) -> Page[Event]:
-        """Events that match what is wanted: any of name (a part of it), names (with
-        commas between them), source, since, until, search."""
+        """Events that match what is wanted: any of name (a part of it), names and
+        source (with commas between them), since, until, search."""
         one = wanted.get("names", ",")
         one = "" if "," in one else one  # an index finds the events of one name
-        by_index = ({"names": "name = :names"} if one else {}) | {
-            "since": "seq >= (SELECT seq FROM journal WHERE event_id >= :since"
-                     " ORDER BY event_id LIMIT 1)",
-            "until": "seq <= (SELECT seq FROM journal WHERE event_id < :until"
-                     " ORDER BY event_id DESC LIMIT 1)"}
+        by_index = ({"names": "name = :names"} if one else {}) | self.EVENTS_BETWEEN
         by_row = {"names": "instr(',' || :names || ',', ',' || name || ',')",
-                  "name": "instr(name, :name)", "source": "source = :source",
+                  "name": "instr(name, :name)", "source": self.FROM_SOURCES,
                   "search": "instr(name || ' ' || event_id || ' ' || data, :search)"}
 
         def fetch(seq: int) -> tuple[Event, int]:
@@ -2725,6 +2737,20 @@ class Queries:
         source = f"journal INDEXED BY {index} WHERE kind = 'event'"
         return self._look(look, source, "seq", by_index, by_row,
                           with_ids(wanted, "evt"), fetch)
+
+    def event_names(self, wanted: dict[str, Any]) -> list[tuple[str, int, int]]:
+        """Names among the newest SCAN_ROWS events between since and until: how many
+        have each and are from one of the sources wanted, and how many have it."""
+        span = "".join(f" AND {test}" for name, test in self.EVENTS_BETWEEN.items()
+                       if name in wanted)
+        test = self.FROM_SOURCES if "source" in wanted else "1"
+        return self._db.execute(
+            f"""
+            SELECT name, sum({test}), count(*) FROM (
+              SELECT name, source FROM journal INDEXED BY journal_events
+               WHERE kind = 'event'{span} ORDER BY seq DESC LIMIT {SCAN_ROWS})
+             GROUP BY name ORDER BY name
+            """, with_ids(wanted, "evt")).fetchall()
 
     def runs(self, wanted: dict[str, Any], look: Look) -> Page[tuple[Run, Json]]:
         """Runs that match what is wanted, each with its input: any of event_id, status,
@@ -2791,14 +2817,6 @@ class Queries:
         if len(page) < len(keys):
             cursor = keys[len(page) - 1]
         return Page(page[::-1] if look.newer else page, total, cursor)
-
-    def event_names(self) -> dict[str, int]:
-        """How often each name is among the newest SCAN_ROWS events."""
-        sql = f"""SELECT name, count(*) FROM (
-                    SELECT name FROM journal INDEXED BY journal_events
-                     WHERE kind = 'event' ORDER BY seq DESC LIMIT {SCAN_ROWS})
-                   GROUP BY name ORDER BY name"""
-        return dict(self._db.execute(sql).fetchall())
 
     def topics(self, name: str | None = None) -> list[Topic]:
         """What programs published on: all topics, or one."""
