@@ -3264,14 +3264,16 @@ class JournalFile:
     def changes(self) -> int:
         return self._db.total_changes
 
-    def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"]) -> None:
-        """Move the log into the file. TRUNCATE gives up if a reader is in the way."""
+    def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"]) -> bool:
+        """Move the log into the file; False if a reader is in the way of TRUNCATE."""
         self._db.execute("PRAGMA busy_timeout = 0")
         try:
-            self._db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+            busy, _, _ = self._db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+            return not busy
         except sqlite3.OperationalError as error:
             if trouble(error, self.path) is None:
                 raise  # a disk that fails is not a disk that is full or in use
+            return True  # no reader; the next write will be refused, and say so
         finally:
             self._db.execute(f"PRAGMA busy_timeout = {FOREIGN_LOCK_S * 1000}")
 
@@ -3406,6 +3408,7 @@ class Journal:
             self._file = JournalFile(path, ids, environment, cache_mb, now, offers)
             self.journal_id = self._file.tx.meta("journal_id") or ""
             self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+            self._way_in = threading.Lock()  # to the readers
             for _ in range(READERS):
                 self._readers.put(connect(path, cache_mb, read_only=True))
         except BaseException:
@@ -3416,6 +3419,7 @@ class Journal:
         self._queued_bytes = 0
         self._open = True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
+        self._warn_at = -math.inf  # the next time that a long log is worth a word
         self._ends: dict[str, set[Future]] = {}  # who waits for which run
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="ironflow reader")
         self._thread = threading.Thread(target=self._work, name="ironflow writer")
@@ -3445,7 +3449,8 @@ class Journal:
         return await self._loop.run_in_executor(self._pool, self._read, query, *args)
 
     def _read(self, query: Callable[..., T], *args: Any) -> T:
-        db = self._readers.get()
+        with self._way_in:
+            db = self._readers.get()
         try:
             db.execute("BEGIN")  # one moment of the journal, however many statements
             return query(Queries(db), *args)
@@ -3487,9 +3492,8 @@ class Journal:
         """All that is in the queue, within bounds; None when the journal closes."""
         try:
             wishes = self._queue.get(timeout=IDLE_S if self._unfolded else None)
-        except queue.Empty:
-            self._file.checkpoint("TRUNCATE")  # idle: the log's pages go to the file
-            self._unfolded = 0
+        except queue.Empty:  # idle: the log's pages go to the file, now or a little later
+            self._unfolded = 0 if self._file.checkpoint("TRUNCATE") else 1
             return []
         batch: list[Wish] = []
         while wishes is not None:
@@ -3523,10 +3527,27 @@ class Journal:
 
     def _fold_log(self) -> None:
         """Move the log into the file from time to time, after the answers went out."""
-        if self._unfolded >= FOLD_BYTES:
-            large = os.stat(f"{self.path}-wal").st_size > WAL_BYTES
-            self._file.checkpoint("TRUNCATE" if large else "PASSIVE")
-            self._unfolded = 1
+        if self._unfolded < FOLD_BYTES:
+            return
+        self._unfolded = 1
+        size, now = os.stat(f"{self.path}-wal").st_size, self._clock.steady()
+        if size <= WAL_BYTES:
+            self._file.checkpoint("PASSIVE")
+        elif not self._truncate() and now >= self._warn_at:
+            self._warn_at = now + 60
+            log.warning("%s-wal has grown to %d MiB and cannot be emptied while another "
+                        "program reads %s: end its transaction", self.path,
+                        size // MIB, self.path.name)
+
+    def _truncate(self) -> bool:
+        """Empty the log while no read of ours is in the way: the next ones wait."""
+        with self._way_in:
+            idle = [self._readers.get() for _ in range(READERS)]
+            try:
+                return self._file.checkpoint("TRUNCATE")
+            finally:
+                for db in idle:
+                    self._readers.put(db)
 
     def _answer(self, batch: list[Wish], filled: list[Offer], alarm: float,
                 ended: list[str], failure: Exception | None) -> None:

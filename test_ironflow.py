@@ -3123,6 +3123,42 @@ def test_a_disk_that_fails_stops_the_server_and_loses_nothing(
         assert [event_id for (event_id,) in found] == [event["id"] for event in kept]
 
 
+def test_the_log_stays_bounded_and_who_is_in_the_way_is_said(tmp_path: Path) -> None:
+    """Large events all the time, and readers that read all of them; then one that is not
+    ours reads on and on."""
+    bound = ironflow.WAL_BYTES + 2 * ironflow.BATCH_BYTES
+    body = json.dumps([{"name": "large", "data": "x" * 900_000}] * 4).encode()
+    over = threading.Event()
+    with serve(tmp_path) as server, ThreadPoolExecutor(4) as threads:
+        writer = Line(server)
+
+        def read() -> None:
+            line = Line(server)
+            while not over.is_set():
+                assert line.call("GET", "/api/v1/events?name=small&search=nothing")[0] == 200
+
+        def size_after_a_write() -> int:
+            assert writer.call("POST", "/api/v1/events", body)[0] == 200
+            return os.stat(f"{server.db}-wal").st_size
+
+        for _ in range(5):
+            server.yes("POST", "/api/v1/events", [{"name": "small", "data": "y" * 500}] * 1000)
+        readers = [threads.submit(read) for _ in range(4)]
+        try:
+            sizes = [size_after_a_write() for _ in range(2 + bound // len(body))]
+            assert ironflow.WAL_BYTES / 2 < max(sizes) < bound
+            with foreign_transaction(server, "BEGIN") as other:
+                other.execute("SELECT count(*) FROM journal").fetchone()
+                eventually(lambda: size_after_a_write() > bound)
+            eventually(lambda: size_after_a_write() < ironflow.WAL_BYTES)
+        finally:
+            over.set()
+        for reader in readers:
+            reader.result()
+        said = re.findall(r"WARNING (.*)-wal has grown to (\d+) MiB .*: end its", server.log)
+        assert said == [(str(server.db), said[0][1])]
+
+
 def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
     """Somebody holds the write lock; one event of 40 MB waits, another is too much."""
     body = b'{"name":"big","data":"' + b"x" * 40_000_000 + b'"}'
