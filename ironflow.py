@@ -3266,14 +3266,22 @@ class JournalFile:
 
     def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"]) -> bool:
         """Move the log into the file; False if a reader is in the way of TRUNCATE."""
+        row = self._attempt(f"PRAGMA wal_checkpoint({mode})")
+        return row is None or not row[0]
+
+    def takes_writes(self) -> bool:
+        """Whether a write is possible just now, found out by one that changes nothing."""
+        return self._attempt(f"PRAGMA user_version = {len(MIGRATIONS)}") is not None
+
+    def _attempt(self, sql: str) -> tuple[Any, ...] | None:
+        """A statement's row; None if the disk is full or another program in the way."""
         self._db.execute("PRAGMA busy_timeout = 0")
         try:
-            busy, _, _ = self._db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
-            return not busy
+            return self._db.execute(sql).fetchone() or ()
         except sqlite3.OperationalError as error:
             if trouble(error, self.path) is None:
                 raise  # a disk that fails is not a disk that is full or in use
-            return True  # no reader; the next write will be refused, and say so
+            return None
         finally:
             self._db.execute(f"PRAGMA busy_timeout = {FOREIGN_LOCK_S * 1000}")
 
@@ -3491,9 +3499,11 @@ class Journal:
     def _next_batch(self) -> list[Wish] | None:
         """All that is in the queue, within bounds; None when the journal closes."""
         try:
-            wishes = self._queue.get(timeout=IDLE_S if self._unfolded else None)
+            chores = self._unfolded or self.last_trouble
+            wishes = self._queue.get(timeout=IDLE_S if chores else None)
         except queue.Empty:  # idle: the log's pages go to the file, now or a little later
             self._unfolded = 0 if self._file.checkpoint("TRUNCATE") else 1
+            self._see_whether_it_is_over()
             return []
         batch: list[Wish] = []
         while wishes is not None:
@@ -3517,13 +3527,23 @@ class Journal:
             if failure is None:
                 raise
             log.error("%s", failure)
+        changes = self._file.changes - before
+        if failure or changes:
+            self.last_trouble = str(failure) if failure else None
+        else:  # a batch that wrote nothing tells nothing of the disk
+            self._see_whether_it_is_over()
         filled = [] if failure else self._offers.committed()
         tx = self._file.tx
         alarm, ended = (math.inf, []) if failure else (tx.alarm, tx.ended)
         self._loop.call_soon_threadsafe(self._answer, batch, filled, alarm, ended,
                                         failure)
-        if (changes := self._file.changes - before):
+        if changes:
             self._unfolded += changes * KIB + sum(wish.size for wish in batch)
+
+    def _see_whether_it_is_over(self) -> None:
+        """By a write of our own: callers may wait until /ready says so."""
+        if self.last_trouble and self._file.takes_writes():
+            self.last_trouble, self._unfolded = None, self._unfolded or 1
 
     def _fold_log(self) -> None:
         """Move the log into the file from time to time, after the answers went out."""
@@ -3552,7 +3572,6 @@ class Journal:
     def _answer(self, batch: list[Wish], filled: list[Offer], alarm: float,
                 ended: list[str], failure: Exception | None) -> None:
         """On the loop, once per batch: everybody hears how it went."""
-        self.last_trouble = str(failure) if failure else None
         for wish in batch:
             self._queued_bytes -= wish.size
             settle_future(wish.future, failure or wish.error or wish.result)
