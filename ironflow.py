@@ -48,6 +48,7 @@ import asyncio
 import contextlib
 import heapq
 import hmac
+import http.client
 import ipaddress
 import json
 import logging
@@ -57,6 +58,7 @@ import queue
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -67,13 +69,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from errno import EADDRINUSE
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 
 NO_AIOHTTP = (
     "ironflow.py needs aiohttp, which this Python does not have: "
@@ -923,7 +925,9 @@ CORS_HEADERS = {
 }
 BINARY = re.compile("application/(connect[+])?proto")
 GO = re.compile("Go-http-client/|connect-go/")
-HELD = "ironflow.held"  # bytes of a request that `Api.in_flight` counts
+# What a request's path has for {names}; its bytes that `Api.in_flight` counts.
+request_key: Any = getattr(web, "RequestKey", lambda name, _: name)  # aiohttp 3.14
+GIVEN, HELD = request_key("given", dict), request_key("held", int)
 PASSING = frozenset({"data", "metadata", "output", "error"})  # JSON text already
 Handler: TypeAlias = "Callable[[Api, web.BaseRequest], Awaitable[web.StreamResponse]]"
 
@@ -1102,7 +1106,7 @@ class Api:
                         "binary protobuf is not supported by this server yet: send "
                         "JSON, for example events to POST /api/v1/events")
                 handler, given = self.doors.find(method, path)
-                request.update(given)
+                request[GIVEN] = given
                 response = await handler(self, request)
         except IronflowError as error:
             response = error_response(path, error)
@@ -1467,7 +1471,7 @@ async def list_event_names(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 async def get_event(api: Api, request: web.BaseRequest) -> web.Response:
-    event_id = request["event_id"]
+    event_id = request[GIVEN]["event_id"]
     event = await api.journal.read(lambda file: file.find(Event, event_id=event_id))
     if event is None:
         raise NotFound(f"event {event_id[:80]!r} not found")
@@ -1800,8 +1804,8 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {name: request[name] for name in ("run_id", "function_id")
-            if name in request}
+    path = {spelling: text for name, text in request[GIVEN].items()
+            for spelling in (name, camel(name))}
     return Fields({**Fields(body).all, **request.query, **path})
 
 
@@ -1836,7 +1840,7 @@ async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
     if (cursor := asks.text("cursor")) and not re.fullmatch("run_[0-9a-z]+", cursor):
         raise InvalidInput(f"cursor is {cursor[:40]!r}: send the last page's, a run id")
     look = Look(asks.whole("limit", high=1000) or 50, cursor or None,
-                offset=asks.whole("offset"))
+                offset=asks.whole("offset", high=SCAN_ROWS))  # else: the cursor
     page = await api.journal.read(Queries.runs, wanted, look)
     rows = [run_to_wire(request, *each) for each in page.rows]
     return answer_list(request, "runs", rows, page.cursor, page.total)
@@ -3752,7 +3756,7 @@ class PullDesk:
 
 def worker_of(request: web.BaseRequest) -> str:
     """The worker's id, client-made: in every path, and taken as it is."""
-    worker_id: str = request["worker_id"]
+    worker_id: str = request[GIVEN]["worker_id"]
     if len(worker_id) > 255 or CONTROL.search(worker_id):
         raise InvalidInput("worker id: send up to 255 characters, no control "
                            "characters")
@@ -3824,20 +3828,20 @@ def job_to_json(job: Job) -> Json:
 
 async def put_ack(api: Api, request: web.BaseRequest) -> web.Response:
     said = read_report(Fields(await api.read_json(request)), "ack")
-    await api.journal.write(report, request["job_id"], said, api.limits)
+    await api.journal.write(report, request[GIVEN]["job_id"], said, api.limits)
     return answer('{"status":"ok"}')
 
 
 async def put_update(api: Api, request: web.BaseRequest) -> web.Response:
     """Progress, or the end of a run's execution: completed, failed, yielded."""
-    job_id, body = request["job_id"], b""
+    job_id, body = request[GIVEN]["job_id"], b""
     try:
         body = await api.read_body(request)
         said = read_report(Fields(parse_json(body)))
     except (InvalidInput, TooLarge) as wrong:
         said = last_word(job_id, status_in(body, wrong), wrong)
     if said.status != "progress":
-        api.desk.job_ended(request["worker_id"])
+        api.desk.job_ended(request[GIVEN]["worker_id"])
     await api.journal.write(report, job_id, said, api.limits, size=len(body))
     return answer('{"status":"ok"}')
 
@@ -4189,18 +4193,71 @@ def bind(host: str, port: int) -> socket.socket:
 # ======================================================================================
 # 13. The command line
 # ======================================================================================
+# `serve` is the server. The other commands are its clients, over HTTP like any other:
+# each is a row in `commands`, its arguments are names in ARGUMENTS, and its handler
+# makes two moves, ask and show. Data goes to stdout, all else to stderr; times are UTC.
+
+HOME = "http://localhost:9123"
+LOCAL = ("serve", "version", "backup")  # the others take --server and --json as well
+Deed: TypeAlias = "Callable[[argparse.Namespace], int | None]"  # None: status 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status. Without one: `serve`."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] not in ("serve", "version", "-h", "--help"):
-        arguments = ["serve", *arguments]
-    asked = parser().parse_args(arguments)
-    if asked.command == "version":
-        print(__version__)
-        return 0
-    return serve(asked)
+    words = sys.argv[1:] if argv is None else argv
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
+        words = ["serve", *words]
+    if (name := " ".join(words[:2])) in commands():
+        words = [name, *words[2:]]
+    try:
+        asked = parser().parse_args(words)
+        status: int = asked.do(asked) or 0
+        sys.stdout.flush()  # here, where a closed pipe can still be caught
+        return status
+    except (IronflowError, StartError) as error:
+        tell(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `| head -1` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as if by SIGPIPE, which Windows does not have
+
+
+def commands() -> dict[str, tuple[Deed, str, str, str]]:
+    """Every command: its handler, its purpose, an example, its arguments."""
+    v1, an_id = "/api/v1", "06f5x0m2k7n8q1r3s4t6"
+    return {
+        "serve": (serve, "run the server (the default)", "--db orders.db", ""),
+        "version": (lambda _: print(__version__), "print the version", "", ""),
+        "backup": (copy_journal, "copy the journal, also of a running server",
+                   "copy.db --db orders.db", "target --db"),
+        "emit": (emit, "hand in an event; prints its id and the ids of its runs",
+                 """order.placed --data '{"total": 5}' --wait""",
+                 "name --data --data-file --metadata --version --idempotency-key --wait"
+                 " --timeout"),
+        "run list": (
+            rest(f"GET {v1}/runs", "id status function_id event_name created_at"),
+            "list runs, newest first", "--status failed",
+            "--status --function --limit"),
+        "run get": (run_get, "show a run and its steps", f"run_{an_id}", "id"),
+        "run cancel": (rest(f"POST {v1}/runs/{{id}}/cancel", "id status"), "end a run",
+                       f"run_{an_id} --reason 'ordered twice'", "id --reason"),
+        "event list": (rest(f"GET {v1}/events", "id name timestamp source data"),
+                       "list events, newest first", "--name order. --since 1h",
+                       "--name --source --search --since --until --limit"),
+        "event get": (rest(f"GET {v1}/events/{{id}}"), "show an event", f"evt_{an_id}",
+                      "id"),
+        "function list": (
+            rest(f"GET {v1}/functions", "id status workers triggers updated_at"),
+            "list functions, and how many workers carry each", "", "--limit"),
+        "function get": (rest(f"GET {v1}/functions/{{id}}"), "show a function",
+                         "process-order", "id"),
+        "worker list": (
+            rest(f"GET {v1}/workers", "id hostname active_jobs max_concurrent"
+                 " last_heartbeat function_ids"),
+            "list the workers that are connected", "", ""),
+    }
 
 
 def parser() -> argparse.ArgumentParser:
@@ -4208,23 +4265,33 @@ def parser() -> argparse.ArgumentParser:
         prog="ironflow.py",
         description="Turn events into durable work. One file, one journal.",
         epilog="example: python ironflow.py --db orders.db --port 9123")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("version", help="print the version")
-    serve = commands.add_parser(
-        "serve", help="run the server (the default)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="environment: IRONFLOW_API_KEY (every request then needs it), "
+    group = top.add_subparsers(metavar="COMMAND", required=True)
+    for name, (do, purpose, example, arguments) in commands().items():
+        made = group.add_parser(
+            name, help=purpose, description=purpose,
+            epilog=f"example: python ironflow.py {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+        made.set_defaults(do=do, server=os.environ.get("IRONFLOW_SERVER_URL") or HOME)
+        names = arguments.split() + ["-s/--server", "--json"] * (name not in LOCAL)
+        either = made.add_mutually_exclusive_group() if "--data" in names else made
+        for each in names:
+            place = either if each.startswith("--data") else made
+            place.add_argument(*each.split("/"), **ARGUMENTS[each])
+    serve = group.choices["serve"]
+    serve.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    serve.description = (
+        "environment: IRONFLOW_API_KEY (every request then needs it), "
         "IRONFLOW_ENV, IRONFLOW_LEASE_SECONDS, LOG_LEVEL; a flag beats a variable")
     limits, env, add = Limits(), os.environ, serve.add_argument
     add("--host", help="address to listen on; without it both loopback addresses")
-    add("--port", type=port, default=9123, help="0 takes a free one")
+    add("--port", type=within(0, 65_535), default=9123, help="0 takes a free one")
     add("--db", default="ironflow.db", metavar="FILE", help="the journal")
     add("--env", default=env.get("IRONFLOW_ENV") or "default",
         help="environment to serve")
-    add("--log-level", default=env.get("LOG_LEVEL") or "info", type=log_level,
+    add("--log-level", default=env.get("LOG_LEVEL") or "info", type=told(log_level),
         metavar="LEVEL", help="debug, info, warning or error: what goes to stderr")
-    add("--lease-seconds", type=seconds, dest="lease_s", metavar="S",
-        default=env.get("IRONFLOW_LEASE_SECONDS") or limits.lease_s,
+    add("--lease-seconds", type=within(0.1, 86_400 * 365, float), dest="lease_s",
+        metavar="S", default=env.get("IRONFLOW_LEASE_SECONDS") or limits.lease_s,
         help="how long a silent worker keeps a run; the SDKs' workers speak every 30 s,"
         " so 60 or more is wise")
     add("--dev", action="store_true",
@@ -4233,8 +4300,8 @@ def parser() -> argparse.ArgumentParser:
         help="a web page's origin that may call, such as https://app.example")
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="a Host name to answer beside the loopback ones")
-    add("--cache-mb", type=positive, default=16, help="SQLite's page cache")
-    add("--retain", type=duration, metavar="TIME", dest="retain_s",
+    add("--cache-mb", type=within(1, 2**53), default=16, help="SQLite's page cache")
+    add("--retain", type=told(duration_s), metavar="TIME", dest="retain_s",
         help="delete what is older, such as 30d; without it everything is kept")
     for name, what in {
         "event_bytes": "one event's name, data and metadata",
@@ -4244,42 +4311,94 @@ def parser() -> argparse.ArgumentParser:
         "lost_leases":
             "workers lost in a row, without a new step, before a run is paused",
     }.items():
-        add(f"--max-{name.replace('_', '-')}", dest=name, type=positive, metavar="N",
-            default=getattr(limits, name), help=what)
+        add(f"--max-{name.replace('_', '-')}", dest=name, metavar="N", help=what,
+            type=within(1, 2**53), default=getattr(limits, name))
     return top
 
 
-def give(truth: bool, text: str, wanted: str) -> None:
-    if not truth:
-        raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
+def told(read: Callable[[str], Any], wanted: str = "") -> Callable[[str], Any]:
+    """A type for argparse: what `read` refuses is a bad call that names the flag."""
+    def given(text: str) -> Any:
+        try:
+            return read(text)
+        except (ValueError, OverflowError, OSError, IronflowError) as error:
+            flaw = str(error).removeprefix("body is ")
+            why = f"{text[:80]}: give {wanted}" if wanted else flaw
+            raise argparse.ArgumentTypeError(why) from None
+    return given
 
 
-def seconds(text: str) -> float:
-    give(0.1 <= float(text) <= 86_400 * 365, text, "0.1 seconds or more, up to a year")
-    return float(text)
-
-
-def port(text: str) -> int:
-    give(0 <= int(text) <= 65_535, text, "0 to 65535")
-    return int(text)
-
-
-def duration(text: str) -> float:
-    try:
-        return duration_s(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def positive(text: str) -> int:
-    give(int(text) >= 1, text, "1 or more")
-    return int(text)
+def within(low: float, high: float, kind: Callable[[str], float] = int) -> Any:
+    def read(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
+    return told(read, f"{low} to {high}")
 
 
 def log_level(text: str) -> str:
-    known = text.lower() in ("debug", "info", "warning", "error")
-    give(known, text, "debug, info, warning or error")
+    if text.lower() not in ("debug", "info", "warning", "error"):
+        raise ValueError(f"{text}: give debug, info, warning or error")
     return text.lower()
+
+
+def server_url(text: str) -> SplitResult:
+    url = urlsplit(text)
+    fine = re.fullmatch(r"https?://[!-~]+", text) and not re.search(r"[@?#\\]", text)
+    if not fine or not url.hostname or url.port == 0:
+        raise ValueError
+    return url
+
+
+def json_of(name: str) -> Json:
+    body = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    return dumps(parse_json(body))
+
+
+def pair(text: str) -> list[str]:
+    key, value = text.split("=", 1)
+    return [key, value]
+
+
+def moment(text: str) -> str:
+    """RFC 3339, of a time with an offset or of a duration until now."""
+    with contextlib.suppress(ValueError):
+        return to_rfc3339(Clock().wall() - duration_s(text))
+    return to_rfc3339(from_rfc3339(text))
+
+
+A_TIME = told(moment, "a time such as 2026-01-01T00:00:00Z, or how long ago, 1h30m")
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "id": {"help": "as a list shows it"},
+    "name": {"help": "of the event"},
+    "target": {"type": Path, "metavar": "FILE"},
+    "-s/--server": {"type": told(server_url, f"a URL such as {HOME}"), "metavar": "URL",
+                    "help": f"default: IRONFLOW_SERVER_URL, else {HOME}; its key comes "
+                    "from IRONFLOW_API_KEY"},
+    "--json": {"action": "store_true", "help": "print the server's JSON"},
+    "--data": {"type": told(lambda text: dumps(parse_json(text.encode()))),
+               "metavar": "JSON"},
+    "--data-file": {"type": told(json_of), "dest": "data", "metavar": "FILE",
+                    "help": "- is stdin"},
+    "--metadata": {"type": told(pair, "KEY=VALUE"), "action": "append",
+                   "metavar": "KEY=VALUE"},
+    "--version": {"type": within(1, MAX_INT32), "help": "of the data's shape"},
+    "--idempotency-key": {"metavar": "KEY", "help": "default: a new one"},
+    "--wait": {"action": "store_true", "help": "until its runs end; 1 if one fails"},
+    "--timeout": {"type": told(duration_s), "default": "60s",
+                  "help": "of --wait, such as 1h30m; default 60s"},
+    "--status": {"choices": sorted(NEXT)},
+    "--function": {"dest": "function_id", "metavar": "ID"},
+    "--reason": {"help": "kept with the run"},
+    "--limit": {"type": within(1, MAX_INT32), "default": 50, "metavar": "N",
+                "help": "default 50"},
+    "--name": {"help": "a part of it"},
+    "--source": {"help": "where they came from, such as api"},
+    "--search": {"help": "a part of the data"},
+    "--since": {"type": A_TIME, "help": "a time with its offset, or how long ago"},
+    "--until": {"type": A_TIME},
+    "--db": {"default": "ironflow.db", "type": Path, "metavar": "FILE"},
+}
 
 
 def serve(asked: argparse.Namespace) -> int:
@@ -4329,6 +4448,190 @@ def stop_requested() -> Future:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, first)
     return stop
+
+
+# --- Ask ------------------------------------------------------------------------------
+
+def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = None,
+        wait_s: float = 30.0, **query: Any) -> dict[str, Any]:
+    """What the server answers. Raises IronflowError with a sentence to show.
+
+    A lost connection and a 503 are tried again: all that is asked here may be asked
+    twice, for an event carries a key.
+    """
+    url, env, delays_s = asked.server, os.environ, [0.9, 0.3, 0.1]
+    key, tls = env.get("IRONFLOW_API_KEY", ""), url.scheme == "https"
+    kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+    headers = {"X-Ironflow-Environment": env.get("IRONFLOW_ENV", ""),
+               "Authorization": f"Bearer {' '.join(key.split())}"}
+    while True:
+        try:
+            named = path.replace("{id}", quote(getattr(asked, "id", ""), safe=""))
+            target = f"{url.path.rstrip('/')}{named}?{urlencode(query)}"
+            with contextlib.closing(kind(url.netloc, timeout=wait_s)) as line:
+                line.request(method, target, body and body.encode(), headers)
+                reply = line.getresponse()
+                answer = json.loads(reply.read(), parse_float=check_float,
+                                    parse_constant=refuse_constant)
+            if reply.status < 300:
+                return {**answer}
+            status, trouble = reply.status, str(answer["message"])
+        except (OSError, http.client.HTTPException) as error:
+            status = 0 if isinstance(error, TimeoutError) else 503
+            why = getattr(error, "strerror", None) or error
+            trouble = (f"cannot reach {url.geturl()} ({why}); is it running? `python "
+                       "ironflow.py` starts one")
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            status, trouble = 0, f"cannot understand {url.geturl()}: {error}"
+        if status != 503 or not delays_s:
+            raise IronflowError(trouble)
+        time.sleep(delays_s.pop())
+
+
+def rest(door: str, names: str = "") -> Deed:
+    """A handler that asks at a door, and shows the rows or the row that it is given."""
+    method, path = door.split()
+    what = path.rpartition("/")[2]
+
+    def ask_and_show(asked: argparse.Namespace) -> None:
+        query = {name: value for name, value in vars(asked).items()
+                 if name not in ("do", "server", "json", "id") and value is not None}
+        page = ask(asked, method, path, **query)
+        if what not in page:
+            return show(asked, page, sheet(page, names))
+        rows = page[what]
+        while page.get("next_cursor") and len(rows) < asked.limit:  # a short page
+            query |= {"cursor": page["next_cursor"], "limit": asked.limit - len(rows)}
+            page = ask(asked, method, path, **query)
+            rows += page[what]
+        show(asked, page | {what: rows, "count": len(rows)}, table(rows, names))
+        if not asked.json and (not rows or page.get("next_cursor")):
+            tell(f"there are more {what}: see --limit" if rows else f"no {what}")
+    return ask_and_show
+
+
+def run_get(asked: argparse.Namespace) -> None:
+    run = ask(asked, "GET", "/api/v1/runs/{id}")
+    steps = ask(asked, "GET", "/api/v1/runs/{id}/steps")["steps"]
+    below = table(steps, "name status attempt started_at duration_ms result")
+    show(asked, run | {"steps": steps}, [*sheet(run), *([""] if below else []), *below])
+
+
+def emit(asked: argparse.Namespace) -> int:
+    """Hand in an event under a key; with --wait, show how each of its runs ended."""
+    key = asked.idempotency_key or secrets.token_hex(10)
+    body = {"name": asked.name, "event": asked.name, "idempotencyKey": key,
+            "version": asked.version, "metadata": dict(asked.metadata or ())}
+    event = {name: _to_text.encode(value) if value else None
+             for name, value in body.items()} | {"data": asked.data}
+    if not asked.wait:
+        answer = ask(asked, "POST", "/api/v1/events", join(event))
+        show(asked, answer, [*map(tame, [answer["event_id"], *answer["run_ids"]])])
+        return 0
+    deadline, late = time.monotonic() + min(asked.timeout, 1e6), True
+    while late:  # a server that stops answers early: the next one is asked
+        left_ms = round(1000 * (deadline - time.monotonic()))
+        event["timeoutMs"] = str(max(left_ms, 1))
+        answer = ask(asked, "POST", f"{CONNECT}IronflowService/TriggerSync",
+                     join(event), left_ms / 1000 + 30)
+        late = left_ms > 0 and any(run["waitTimedOut"] for run in answer["results"])
+        time.sleep(0.1 * late)
+    runs = [{snake(k): v for k, v in run.items()} for run in answer["results"]]
+    below = table(runs, "run_id function_id status duration_ms result")
+    show(asked, answer, [tame(answer["eventId"]), *below])
+    if any(run["wait_timed_out"] for run in runs):
+        tell("not all of its runs ended in time")
+    return int(any(run["status"] != "completed" for run in runs))
+
+
+def copy_journal(asked: argparse.Namespace) -> None:
+    backup(asked.db, asked.target)
+    print(tame(f"{asked.target} is a copy of {asked.db}"))
+
+
+# --- Show -----------------------------------------------------------------------------
+# What a server says is a stranger's text: `tame` keeps it from steering the terminal.
+
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+COLOURS = {"completed": "32", "failed": "31", "cancelled": "33", "paused": "33",
+           "running": "36"}
+RESULTS = ("output", "output_value", "error", "sleep_until")
+TIMES = "timestamp|.*_(at|heartbeat)"
+
+
+def tell(sentence: str) -> None:
+    print(f"ironflow.py: {tame(sentence)}", file=sys.stderr)
+
+
+def tame(text: str) -> str:
+    """Control characters escaped as in JSON, so that JSON text still says the same."""
+    return UNSAFE.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def show(asked: argparse.Namespace, answer: dict[str, Any], lines: list[str]) -> None:
+    """Lines for people, or the server's JSON, in whatever encoding stdout has."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in [tame(_to_text.encode(answer))] if asked.json else lines:
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def sheet(row: dict[str, Any], names: str = "") -> list[str]:
+    """What a row holds, a line each; what is unset is left out."""
+    cells = {label(name): cell(row, name) for name in names.split() or ["id", *row]}
+    width = max(map(len, cells))
+    return [f"{name:{width}}  {paint(text)}" for name, text in cells.items() if text]
+
+
+def label(name: str) -> str:
+    return tame(re.sub("_(at|ms)$", "", name).replace("_", " "))
+
+
+def table(rows: list[Any], columns: str) -> list[str]:
+    """A header and a line for each row; no lines without rows."""
+    names, lines = columns.split(), list[str]()
+    grid = [[label(name).upper() for name in names]]
+    grid += [[cell(row, name) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    room = shutil.get_terminal_size().columns - 2 * len(names) + 2
+    for whole, floor in (f"id|status|{TIMES}", 8), ("id|status", 8), ("id", 4), ("", 1):
+        cap = room if sys.stdout.isatty() else 0
+        while sum(widths) > room and cap > floor:
+            cap -= 1
+            widths = [width if re.fullmatch(whole, name) else min(width, cap)
+                      for name, width in zip(names, widths, strict=True)]
+    for row in grid if rows else []:
+        cells = [text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
+                 for text, width in zip(row, widths, strict=True)]
+        line = "  ".join(map(paint, cells)).rstrip()
+        lines.append(line if lines else paint(line, "1"))
+    return lines
+
+
+def paint(text: str, colour: str = "") -> str:
+    """A status in its colour, on a terminal whose owner wants it (no-color.org)."""
+    colour = colour or COLOURS.get(text.rstrip(), "")
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if not colour or plain or not sys.stdout.isatty():
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def cell(row: dict[str, Any], name: str) -> str:
+    """A member of a row as people read it; JSON where it has no form of its own."""
+    value = row.get(name)
+    if name == "result":
+        value = next((row[way] for way in RESULTS if way in row), None)
+    if value is None:
+        return ""
+    if name.endswith("_ms"):
+        text = f"{value / 1000:.3g}s" if value >= 1000 else f"{value}ms"
+        return text if value < 60_000 else str(timedelta(seconds=value // 1000))
+    if re.fullmatch(TIMES, name):
+        return tame(str(value)[:19].replace("T", " ") + "Z")
+    if name in ("triggers", "function_ids"):
+        value = ", ".join(each if isinstance(each, str) else " ".join(each.values())
+                          for each in value)
+    return tame(value if isinstance(value, str) else _to_text.encode(value))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@
 
     Worker(functions=[ship_order]).run()
 
-and, anywhere else, `Client().emit("order.placed", {"total": 99.99})`. One file, which
-needs nothing but Python.
+and, anywhere else, `Client().emit("order.placed", {"total": 99.99})`, or the same call
+awaited, of an `AsyncClient`. `run_inline(ship_order, {"total": 99.99})` is a unit test.
+One file, which needs nothing but Python.
 
 The life of one job, and who carries it:
 
     1. `Link._poll` waits at the server; the answer is a leased run, a `Job`
     2. `Worker._begin` takes it in hand: the heartbeats of `Link._beat` list it now
-    3. `Worker._handle` calls the handler: a coroutine on the loop, or a plain function
+    3. `Execution.play` calls the handler: a coroutine on the loop, or a plain function
        in a thread of its own
     4. `Step.run` looks whether the journal has this step's result; if so, that is it
     5. if not, it calls the step's function, and `Execution.record` hands the result in
@@ -63,20 +64,22 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections import Counter, abc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from time import monotonic
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, overload
 from urllib.parse import quote, urlencode, urlsplit
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Context", "Duration", "Emitted", "Event", "Function",
-           "IronflowError", "NonRetryableError", "NotJSON", "RetryAfterError", "Row",
-           "Run", "RunInfo", "Step", "StepError", "StepRow", "StepTimeoutError",
-           "Worker", "WorkerAuthError", "function"]
+__all__ = ["AsyncClient", "Client", "Context", "Duration", "Emitted", "Event",
+           "EventRow", "Function", "InvokeError", "IronflowError", "NonRetryableError",
+           "NotJSON", "RetryAfterError", "Row", "Run", "RunInfo", "Step", "StepError",
+           "StepRow", "StepTimeoutError", "Worker", "WorkerAuthError", "function",
+           "run_inline"]
 
 T = TypeVar("T")
 log = logging.getLogger("ironflow")
@@ -87,10 +90,12 @@ ANSWER_S = 30.0             # longest wait for an answer, a held poll's included
 CONNECT_S = 5.0             # longest wait for a connection
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 2.0   # low, so that a restart is hardly felt
 FAREWELL_S = 2.0            # what cancelled handlers get for their `finally` blocks
-STEP_THREADS = 64           # plain step functions of async handlers at one time
+THREADS = 64                # of a worker's async handlers, or an AsyncClient, at once
 MAX_UPDATES = 500           # updates in a request, and steps in an update
 MAX_REQUEST = 12 << 20      # bytes of either; the door takes 16 MiB
 MAX_EVENTS = 1000           # events in a request
+MAX_WAIT_MS = 2**31 - 1     # that the server waits for runs at a time; 0 means 30 s
+PAGE = 200                  # rows in an answer, when all of them are wanted
 MAX_DEPTH = 190             # nesting of a value; the server takes 200, reports included
 MAX_ERROR_TEXT = 8000       # characters of an error's message that are reported
 
@@ -110,10 +115,6 @@ LONGEST_S = 1000 * 365 * UNITS["d"]
 
 def now() -> datetime:
     return datetime.now(UTC)
-
-
-def monotonic() -> float:
-    return time.monotonic()
 
 
 def new_name(prefix: str) -> str:
@@ -175,7 +176,7 @@ encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
                           separators=(",", ":")).encode
 
 
-def json_copy(value: Any, what: str) -> Any:
+def json_copy(value: Any, what: str, path: tuple[str | int, ...] = ()) -> Any:
     """The value as it would come back from JSON: tuples are lists, subclasses plain.
 
     A step returns this copy and never the object that its function made, so that a
@@ -185,54 +186,33 @@ def json_copy(value: Any, what: str) -> Any:
 
     Raises NotJSON; its message says `what`, where in it, and why.
     """
-    try:
-        return _copy(value, 0)
-    except _Flaw as flaw:
-        where = f" at {flaw.path}" if flaw.path else ""
-        raise NotJSON(f"{what} is not JSON{where}: {flaw.reason}") from None
-
-
-class _Flaw(Exception):
-    """Why a value is not JSON. Each level on the way out puts its key before `path`."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason, self.path = reason, ""
-
-
-def _copy(value: Any, depth: int) -> Any:
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
-        if not value.isascii() and re.search("[\ud800-\udfff]", value):
-            raise _Flaw("text with a lone surrogate, which UTF-8 cannot carry")
-        return str.__str__(value)
-    if isinstance(value, int):
-        if not -(2**63) <= value < 2**64:
-            raise _Flaw("an integer beyond 64 bits; send it as text")
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise _Flaw(f"{value} has no spelling in JSON")
-        return float(value)
-    if depth == MAX_DEPTH:
-        raise _Flaw(f"nested deeper than {MAX_DEPTH}, or in a circle")
-    if isinstance(value, (list, tuple)):
-        return [_member(item, f"[{i}]", depth) for i, item in enumerate(value)]
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str) or "\0" in key:
-                raise _Flaw(f"the key {key!r} is no text, or contains NUL")
-        return {_copy(key, depth): _member(item, f".{key}", depth)
+        if value.isascii() or not re.search("[\ud800-\udfff]", value):
+            return str.__str__(value)
+        flaw = "text with a lone surrogate, which UTF-8 cannot carry"
+    elif isinstance(value, int):
+        if -(2**63) <= value < 2**64:
+            return int(value)
+        flaw = "an integer beyond 64 bits; send it as text"
+    elif isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        flaw = f"{value} has no spelling in JSON"
+    elif not isinstance(value, (list, tuple, dict)):
+        flaw = f"{value!r:.60} is a {type(value).__name__}"
+    elif len(path) == MAX_DEPTH:
+        flaw = f"nested deeper than {MAX_DEPTH}, or in a circle"
+    elif not isinstance(value, dict):
+        return [json_copy(item, what, (*path, i)) for i, item in enumerate(value)]
+    elif odd := [key for key in value if not isinstance(key, str) or "\0" in key]:
+        flaw = f"the key {odd[0]!r} is no text, or contains NUL"
+    else:
+        return {json_copy(key, what, path): json_copy(item, what, (*path, key))
                 for key, item in value.items()}
-    raise _Flaw(f"{value!r:.60} is a {type(value).__name__}")
-
-
-def _member(value: Any, place: str, depth: int) -> Any:
-    try:
-        return _copy(value, depth + 1)
-    except _Flaw as flaw:
-        flaw.path = place + flaw.path
-        raise
+    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    raise NotJSON(f"{what} is not JSON{where and ' at '}{where}: {flaw}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,10 +230,8 @@ class Event:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Event:
-        timestamp = instant(body["timestamp"], "event.timestamp")
-        return cls(body["id"], body["name"], body["data"], timestamp,
-                   body.get("version", 1), body.get("metadata"), body.get("source"),
-                   body.get("idempotency_key"))
+        known = {name: body[name] for name in cls.__slots__ if name in body}
+        return cls(**{**known, "timestamp": instant(body["timestamp"], "timestamp")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,13 +271,13 @@ class Job:
 
 
 class Row(dict[str, Any]):
-    """One answer of the REST API: a dict as it came; its members are attributes too.
+    """One answer of the server: a dict as it came; its members are attributes too.
 
     So `client.get_run(id).status` reads well, and a row is still JSON: a step may
-    return it. What REST leaves out while it is unset is None.
+    return it. What the server leaves out while it is unset is None.
     """
 
-    unset: frozenset[str] = frozenset()
+    unset: Iterable[str] = ()
 
     def __getattr__(self, name: str) -> Any:
         if name in self or name in self.unset:
@@ -307,20 +285,13 @@ class Row(dict[str, Any]):
         raise AttributeError(f"{type(self).__name__} has no {name!r}: {sorted(self)}")
 
 
-class Emitted(Row):
-    """What an accepted event became."""
-
-    event_id: str
-    run_ids: list[str]                  # the runs that it started, perhaps none
-
-
 class Run(Row):
     """A run as REST has it: id, function_id, event_id, event_name, status (lower case),
     attempt, max_attempts, input, output, error, worker_id, and as RFC 3339 text
     created_at, updated_at, started_at, ended_at."""
 
-    unset = frozenset({"input", "output", "error", "event_name", "worker_id",
-                       "started_at", "ended_at"})
+    unset = ("input", "output", "error", "event_name", "worker_id", "started_at",
+             "ended_at")
 
 
 class StepRow(Row):
@@ -328,8 +299,23 @@ class StepRow(Row):
     step_type, sequence, status, attempt, output, error, duration_ms, started_at,
     ended_at."""
 
-    unset = frozenset({"name", "input", "output", "error", "duration_ms", "started_at",
-                       "ended_at"})
+    unset = "name", "input", "output", "error", "duration_ms", "started_at", "ended_at"
+
+
+class EventRow(Row):
+    """An event as REST has it: the members of Event, created_at, and as run_id the run
+    that emitted it."""
+
+    unset = "metadata", "source", "idempotency_key", "run_id"
+
+
+class Emitted(Row):
+    """What an accepted event became. `results` is there after emit_sync: run_id,
+    function_id, status, output, error, duration_ms and wait_timed_out of each run."""
+
+    event_id: str
+    run_ids: list[str]                  # the runs that it started, perhaps none
+    results: list[Run]
 
 
 # ======================================================================================
@@ -350,11 +336,9 @@ class IronflowError(Exception):
     def __init__(self, message: str, status_code: int = 0, code: str = "",
                  retryable: bool = False, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message, self.code = message, code
         self.status = self.status_code = status_code
-        self.code = code
-        self.retryable = retryable
-        self.retry_after = retry_after
+        self.retryable, self.retry_after = retryable, retry_after
 
 
 class NonRetryableError(IronflowError):
@@ -402,6 +386,20 @@ class StepTimeoutError(IronflowError):
     def __init__(self, name: str, seconds: float) -> None:
         message = f"step {name!r} timed out after {seconds:g}s"
         super().__init__(message, 0, "STEP_TIMEOUT", True)
+
+
+class InvokeError(IronflowError):
+    """An invoked function gave no output; `code` says why.
+
+    INVOKE_FAILED, INVOKE_CANCELLED, or INVOKE_TIMEOUT: the run goes on.
+    """
+
+    def __init__(self, function_id: str, run_id: str, status: str, cause: str) -> None:
+        how = {"failed": "failed", "cancelled": "was cancelled"}.get(status)
+        message = f"function {function_id!r} {how or 'did not end in time'} ({run_id})"
+        super().__init__(f"{message}: {cause}" if cause else message,
+                         code=f"INVOKE_{status.upper() if how else 'TIMEOUT'}")
+        self.function_id, self.run_id, self.cause = function_id, run_id, cause
 
 
 class WorkerAuthError(IronflowError):
@@ -499,6 +497,7 @@ class Address:
 
 
 NO_HEADERS = http.client.HTTPMessage()
+RUN_ID: ContextVar[str | None] = ContextVar("ironflow_run", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -545,7 +544,8 @@ class Connection:
     """One connection to the server, opened when needed, kept for the next request.
 
     Used by one thread at a time. Only `close` may be called from another: the request
-    in the air then fails at once, and so does every later one.
+    in the air then fails at once, and so does every later one. Requests made inside a
+    handler name its run.
     """
 
     def __init__(self, address: Address) -> None:
@@ -553,7 +553,7 @@ class Connection:
         self._socket: socket.socket | None = None
         self.closed = False
 
-    def request(self, method: str, path: str, body: bytes | None,
+    def request(self, method: str, path: str, body: Callable[[], bytes] | None,
                 timeout: float) -> Reply:
         """Send one request, read its answer; `timeout` (s) bounds each wait for bytes.
 
@@ -562,10 +562,11 @@ class Connection:
 
         Raises OSError when there is no answer, or one that is neither HTTP nor JSON.
         """
+        content = None if body is None else body()
         if self._socket is not None:
             with contextlib.suppress(ConnectionError):
-                return self._exchange(method, path, body, timeout)
-        return self._exchange(method, path, body, timeout)
+                return self._exchange(method, path, content, timeout)
+        return self._exchange(method, path, content, timeout)
 
     def close(self) -> None:
         """Wake whoever waits here for an answer, and who then frees the socket."""
@@ -580,11 +581,15 @@ class Connection:
             self._socket.close()
             self._socket = None
 
+    __del__ = drop                          # so that `Client().emit(...)` is enough
+
     def _exchange(self, method: str, path: str, body: bytes | None,
                   timeout: float) -> Reply:
         head = f"{method} {self._address.base}{path} HTTP/1.1\r\n{self._address.head}"
         if body is not None:
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        if (run_id := RUN_ID.get()) is not None:
+            head += f"X-Ironflow-Run-ID: {run_id}\r\n"
         try:
             if self._socket is None and not self.closed:
                 self._socket = self._connect(min(timeout, CONNECT_S))
@@ -592,9 +597,9 @@ class Connection:
                 raise ConnectionAbortedError("closed")
             self._socket.settimeout(timeout)
             self._socket.sendall(f"{head}\r\n".encode("ascii") + (body or b""))
-            response = http.client.HTTPResponse(self._socket, method=method)
-            response.begin()
-            content = response.read()
+            with http.client.HTTPResponse(self._socket, method=method) as response:
+                response.begin()
+                content = response.read()
             if response.will_close:
                 self.drop()
             return Reply(response.status, _body(response.status, content),
@@ -627,19 +632,60 @@ def _body(status: int, content: bytes) -> Any:
 
 
 # ======================================================================================
-# 4. The calls, and Client
+# 4. The calls, and the two clients
 # ======================================================================================
-# A call is described once, as a value: method, path, how to read the answer, body.
-# Client performs it and blocks; another client may perform the same values in another
-# way. All of them may be sent twice: reads, a cancel, and emits, which carry a key.
+# A call is written once, as a coroutine, and a listing as an async generator. All they
+# ever wait for are their client's `_exchange` and `_pause`: AsyncClient awaits there,
+# Client blocks there and never suspends, so that one `send` runs the coroutine to its
+# end. The steps of plain handlers do the same (6). Every call bears being sent twice:
+# it reads, or says what should be, or carries a key.
+
+P = ParamSpec("P")
+SyncT = TypeVar("SyncT", covariant=True)
+AsyncT = TypeVar("AsyncT", covariant=True)
+RowT = TypeVar("RowT", bound=Row)
+When = datetime | str | None
+RPC, PUBSUB = "/ironflow.v1.IronflowService/", "/ironflow.v1.PubSubService/"
+COUNTS = {"message_count", "lag", "first_seq", "last_seq"}      # text in Connect JSON
 
 
-@dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
-    method: str
-    path: str
-    read: Callable[[Any], T]            # makes the result from the answer's JSON
-    body: Any = None
+class Call(Protocol[P, SyncT, AsyncT]):
+    """A call, as type checkers see it: what it returns depends on the client."""
+
+    @overload
+    def __get__(self, client: Client, owner: Any) -> Callable[P, SyncT]: ...
+    @overload
+    def __get__(self, client: AsyncClient, owner: Any) -> Callable[P, AsyncT]: ...
+
+
+@overload
+def call(describe: Callable[Concatenate[Any, P], abc.Coroutine[Any, Any, T]]
+         ) -> Call[P, T, abc.Coroutine[Any, Any, T]]: ...
+@overload
+def call(describe: Callable[Concatenate[Any, P], abc.AsyncIterator[T]]
+         ) -> Call[P, Iterator[T], abc.AsyncIterator[T]]: ...
+def call(describe: Any) -> Any:
+    """Make a coroutine or async generator function a method of both clients."""
+    @functools.wraps(describe)
+    def perform(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._play(describe(self, *args, **kwargs))
+
+    return perform
+
+
+def played(steps: Any) -> Any:
+    """What a coroutine that never suspends returns."""
+    try:
+        steps.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a coroutine that must not suspend did")
+
+
+def keyed(what: str, key: str | None, **members: Any) -> dict[str, Any]:
+    """A body in JSON, with the idempotency key or else a new one. Raises NotJSON."""
+    members["idempotency_key"] = key or new_name("once-")
+    return dict(json_copy(members, what))
 
 
 def new_event(name: str, data: Any = None, version: int = 1,
@@ -647,74 +693,58 @@ def new_event(name: str, data: Any = None, version: int = 1,
               idempotency_key: str | None = None) -> dict[str, Any]:
     """An event as the server takes it. Raises ValueError or NotJSON."""
     check(isinstance(name, str) and name, f"an event's name must be text, not {name!r}")
-    event: dict[str, Any] = {"name": name, "data": data, "version": version,
-                             "idempotency_key": idempotency_key or new_name("once-")}
-    if metadata is not None:
-        event["metadata"] = dict(metadata)
-    copy: dict[str, Any] = json_copy(event, f"event {name!r}")
-    return copy
+    more = {} if metadata is None else {"metadata": dict(metadata)}
+    return keyed(f"event {name!r}", idempotency_key, name=name, data=data,
+                 version=version, **more)
 
 
-def emit_call(event: dict[str, Any]) -> Call[Emitted]:
-    return Call("POST", "/api/v1/events", Emitted, event)
+def rest(*parts: str, **query: Any) -> str:
+    """A path of the REST API. What is None in the query is left out."""
+    given = {name: one for name, one in query.items() if one is not None}
+    for name in given.keys() & {"since", "until"}:
+        given[name] = rfc3339(instant(given[name], name))
+    path = "/".join(quote(part, safe="") for part in parts)
+    return f"/api/v1/{path}?{urlencode(given)}".rstrip("?")
 
 
-def emit_many_call(events: list[dict[str, Any]]) -> Call[list[Emitted]]:
-    return Call("POST", "/api/v1/events", rows_of("events", Emitted), events)
+def snake(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A Connect answer with the names and numbers that REST would have."""
+    row = {re.sub("[A-Z]", r"_\g<0>", name).lower(): one for name, one in body.items()}
+    return row | {name: int(row[name]) for name in COUNTS & row.keys()}
 
 
-def get_run_call(run_id: str) -> Call[Run]:
-    return Call("GET", f"/api/v1/runs/{quote(run_id, safe='')}", Run)
-
-
-def list_runs_call(filters: Mapping[str, Any]) -> Call[list[Run]]:
-    query = urlencode({name: one for name, one in filters.items() if one is not None})
-    return Call("GET", f"/api/v1/runs?{query}", rows_of("runs", Run))
-
-
-def run_steps_call(run_id: str) -> Call[list[StepRow]]:
-    path = f"/api/v1/runs/{quote(run_id, safe='')}/steps"
-    return Call("GET", path, rows_of("steps", StepRow))
-
-
-def cancel_run_call(run_id: str, reason: str | None) -> Call[Run]:
-    body = {} if reason is None else {"reason": reason}
-    return Call("POST", f"/api/v1/runs/{quote(run_id, safe='')}/cancel", Run, body)
-
-
-def list_call(what: str) -> Call[list[Row]]:
-    return Call("GET", f"/api/v1/{what}", rows_of(what, Row))
-
-
-def health_call() -> Call[Row]:
-    return Call("GET", "/health", Row)
-
-
-RowT = TypeVar("RowT", bound=Row)
-
-
-def rows_of(member: str, kind: type[RowT]) -> Callable[[Any], list[RowT]]:
-    return lambda body: [kind(row) for row in body[member]]
-
-
-class Client:
-    """The API, blocking. Safe to share between threads; a context manager.
+class Calls:
+    """The API. What blocks in Client is awaited in AsyncClient; what iterates there
+    with `for` iterates here with `async for`.
 
     A call is repeated, for at most `timeout` (a duration), while the server cannot be
     reached or answers 408, 429 or 503. Then, and for every other refusal, it raises
-    IronflowError with the server's `code`, `message` and `status`.
+    IronflowError with the server's `code`, `message` and `status`. Inside a handler or
+    a step, calls tell the server which run they belong to.
     """
+
+    _exchange: Any                      # how a client waits for an answer,
+    _pause: Any                         # and between two tries
 
     def __init__(self, server_url: str | None = None, api_key: str | None = None,
                  timeout: Duration = 30) -> None:
         self._idle: list[Connection] = []   # append and pop are atomic: no lock
-        self._closed = False
         self._address = Address.of(server_url, api_key)
         self._timeout = seconds(timeout, "timeout")
 
-    def emit(self, name: str, data: Any = None, *, version: int = 1,
-             metadata: Mapping[str, Any] | None = None,
-             idempotency_key: str | None = None) -> Emitted:
+    @call
+    async def close(self) -> None:
+        """Close the connections that are idle. The next call would open a new one."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().drop()
+
+    # -- events ------------------------------------------------------------------------
+
+    @call
+    async def emit(self, name: str, data: Any = None, *, version: int = 1,
+                   metadata: Mapping[str, Any] | None = None,
+                   idempotency_key: str | None = None) -> Emitted:
         """Record one event; returns when it is on the server's disk.
 
         The result has `event_id`, and `run_ids` of the runs that it started. A repeat
@@ -723,9 +753,10 @@ class Client:
         cannot double it; two calls of emit are two events.
         """
         event = new_event(name, data, version, metadata, idempotency_key)
-        return self._do(emit_call(event))
+        return Emitted(await self._send("POST", rest("events"), event))
 
-    def emit_many(self, events: Iterable[Mapping[str, Any]]) -> list[Emitted]:
+    @call
+    async def emit_many(self, events: Iterable[Mapping[str, Any]]) -> list[Emitted]:
         """Record many events; the results are in the order given.
 
         Each is a mapping with the arguments of `emit`: name, data, version, metadata,
@@ -733,62 +764,218 @@ class Client:
         error leaves the thousands before it recorded.
         """
         ready = [new_event(**event) for event in events]
-        parts = [ready[at:at + MAX_EVENTS] for at in range(0, len(ready), MAX_EVENTS)]
-        return [one for part in parts for one in self._do(emit_many_call(part))]
+        done: list[Emitted] = []
+        for at in range(0, len(ready), MAX_EVENTS):
+            part = ready[at:at + MAX_EVENTS]
+            answer = await self._send("POST", rest("events"), part)
+            done += map(Emitted, answer["events"])
+        return done
 
-    def get_run(self, run_id: str) -> Run:
-        return self._do(get_run_call(run_id))
+    @call
+    async def emit_sync(self, name: str, data: Any = None, *, timeout: Duration = 30,
+                        version: int = 1, metadata: Mapping[str, Any] | None = None,
+                        idempotency_key: str | None = None) -> Emitted:
+        """Emit, and wait until all runs that the event started have ended.
 
-    def list_runs(self, function_id: str | None = None, status: str | None = None,
-                  limit: int | None = None, **filters: Any) -> list[Run]:
-        """Runs, newest first, 50 unless `limit` says otherwise.
+        Says in `results` what became of each, and raises for none: a run may have
+        failed, and one that did not end within `timeout` goes on. A server that
+        restarts meanwhile is asked again.
+        """
+        event = new_event(name, data, version, metadata, idempotency_key)
+        event["event"] = event.pop("name")
+        event_id, runs = await self._wait_for_runs("TriggerSync", event, timeout)
+        return Emitted(event_id=event_id, results=runs,
+                       run_ids=[run.run_id for run in runs])
+
+    @call
+    async def get_event(self, event_id: str) -> EventRow:
+        return EventRow(await self._send("GET", rest("events", event_id)))
+
+    @call
+    async def events(self, *, name: str | None = None, source: str | None = None,
+                     names: str | Iterable[str] | None = None, since: When = None,
+                     until: When = None, search: str | None = None,
+                     ) -> abc.AsyncIterator[EventRow]:
+        """Iterate over all events that match, newest first, fetched page by page.
+
+        `name` is a part of the name, `names` are whole ones. Events that come meanwhile
+        are not among them.
+        """
+        if names is not None and not isinstance(names, str):
+            names = ",".join(names)
+        async for row in self._pages("events", name=name, names=names, source=source,
+                                     since=since, until=until, search=search):
+            yield EventRow(row)
+
+    @call
+    async def event_names(self) -> list[Row]:
+        """Each `name` among the newest 50,000 events, and its `count`."""
+        return await self._list(Row, "names", rest("events", "names"))
+
+    @call
+    async def publish(self, topic: str, data: Any = None, *,
+                      idempotency_key: str | None = None) -> Row:
+        """Record a message for the topic's subscribers; it starts no function.
+
+        The result has `event_id`, `sequence`, and `duplicate`: whether the key was
+        known. Without a key the message gets a new one, as with `emit`.
+        """
+        body = keyed(f"topic {topic!r}", idempotency_key, topic=topic, data=data)
+        return Row(await self._send("POST", rest("publish"), body))
+
+    @call
+    async def topics(self) -> list[Row]:
+        """name, message_count, consumer_count, first_message_at, last_message_at."""
+        answer = await self._send("POST", f"{PUBSUB}ListTopics", {})
+        return [Row(snake(row)) for row in answer["topics"]]
+
+    @call
+    async def topic_stats(self, topic: str) -> Row:
+        """name, message_count, consumer_count, lag, first_seq, last_seq."""
+        stats = await self._send("POST", f"{PUBSUB}GetTopicStats", {"topic": topic})
+        return Row(snake(stats))
+
+    # -- functions and runs ------------------------------------------------------------
+
+    @call
+    async def invoke(self, function_id: str, data: Any = None, *,
+                     timeout: Duration = 30, idempotency_key: str | None = None) -> Any:
+        """Run one function, whatever its triggers are, and return its output.
+
+        Raises InvokeError when the run failed, was cancelled, or did not end within
+        `timeout`; then it goes on. A server that restarts meanwhile is asked again.
+        """
+        body = keyed(f"the input of {function_id!r}", idempotency_key,
+                     function_id=function_id, data=data)
+        _, (run,) = await self._wait_for_runs("InvokeFunctionSync", body, timeout)
+        if run.status == "completed":
+            return run.output
+        cause = (run.error or {}).get("message", "")
+        raise InvokeError(function_id, run.run_id, run.status, cause)
+
+    @call
+    async def invoke_async(self, function_id: str, data: Any = None, *,
+                           idempotency_key: str | None = None) -> Row:
+        """Start one function; returns `run_id` and `event_id` once they are on disk."""
+        body = keyed(f"the input of {function_id!r}", idempotency_key,
+                     function_id=function_id, data=data)
+        return Row(snake(await self._send("POST", f"{RPC}InvokeFunction", body)))
+
+    @call
+    async def get_run(self, run_id: str) -> Run:
+        return Run(await self._send("GET", rest("runs", run_id)))
+
+    @call
+    async def list_runs(self, /, function_id: str | None = None,
+                        status: str | None = None, limit: int | None = None,
+                        **filters: Any) -> list[Run]:
+        """One page of runs, newest first, 50 unless `limit` says otherwise.
 
         Further filters: offset, event_id, search, since, until.
         """
-        known = {"function_id": function_id, "status": status, "limit": limit}
-        return self._do(list_runs_call({**known, **filters}))
+        return await self._list(Run, "runs", rest(
+            "runs", function_id=function_id, status=status, limit=limit, **filters))
 
-    def run_steps(self, run_id: str) -> list[StepRow]:
+    @call
+    async def runs(self, *, function_id: str | None = None, status: str | None = None,
+                   event_id: str | None = None, since: When = None, until: When = None,
+                   search: str | None = None) -> abc.AsyncIterator[Run]:
+        """Iterate over all runs that match, newest first, fetched page by page."""
+        async for row in self._pages(
+                "runs", function_id=function_id, status=status, event_id=event_id,
+                since=since, until=until, search=search):
+            yield Run(row)
+
+    @call
+    async def run_steps(self, run_id: str) -> list[StepRow]:
         """The recorded steps of a run, in the order of their sequence."""
-        return self._do(run_steps_call(run_id))
+        return await self._list(StepRow, "steps", rest("runs", run_id, "steps"))
 
-    def cancel_run(self, run_id: str, reason: str | None = None) -> Run:
+    @call
+    async def cancel_run(self, run_id: str, reason: str | None = None) -> Run:
         """Cancel a run that has not ended; its worker hears it at its next report."""
-        return self._do(cancel_run_call(run_id, reason))
+        body = {} if reason is None else {"reason": reason}
+        return Run(await self._send("POST", rest("runs", run_id, "cancel"), body))
 
-    def list_functions(self) -> list[Row]:
-        return self._do(list_call("functions"))
+    @call
+    async def get_function(self, function_id: str) -> Row:
+        return Row(await self._send("GET", rest("functions", function_id)))
 
-    def list_workers(self) -> list[Row]:
-        return self._do(list_call("workers"))
+    @call
+    async def list_functions(self) -> list[Row]:
+        return await self._list(Row, "functions", rest("functions"))
 
-    def health(self) -> Row:
-        return self._do(health_call())
+    @call
+    async def set_function_status(self, function_id: str, status: str) -> Row:
+        """active, paused or archived: only an active function starts runs."""
+        path = rest("functions", function_id, "status")
+        return Row(await self._send("POST", path, {"status": status}))
 
-    def close(self) -> None:
-        """Close the idle connections; calls under way in other threads end first."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().drop()
+    @call
+    async def delete_function(self, function_id: str) -> None:
+        await self._send("DELETE", rest("functions", function_id))
 
-    def __enter__(self) -> Self:
-        return self
+    @call
+    async def list_workers(self) -> list[Row]:
+        return await self._list(Row, "workers", rest("workers"))
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    @call
+    async def info(self) -> Row:
+        """version, started_at, function_count, active_runs, connected_workers."""
+        return Row(snake(await self._send("POST", f"{RPC}Info", {})))
 
-    def __del__(self) -> None:
-        self.close()                        # so that `Client().emit(...)` is enough
+    @call
+    async def health(self) -> Row:
+        return Row(await self._send("GET", "/health"))
 
-    def _do(self, call: Call[T]) -> T:
-        if self._closed:
-            raise RuntimeError("this Client is closed")
-        deadline = monotonic() + self._timeout
-        body = None if call.body is None else encode(call.body).encode()
+    # -- asking ------------------------------------------------------------------------
+
+    async def _list(self, kind: type[RowT], member: str, path: str) -> list[RowT]:
+        return [kind(row) for row in (await self._send("GET", path))[member]]
+
+    async def _pages(self, what: str, **query: Any) -> abc.AsyncIterator[Any]:
+        """The rows of all pages. One that is empty and names a next is not the last."""
+        while query.get("cursor") != "":
+            page = await self._send("GET", rest(what, limit=PAGE, **query))
+            for row in page[what]:
+                yield row
+            query["cursor"] = page["next_cursor"]
+
+    async def _wait_for_runs(self, method: str, body: Any, timeout: Duration
+                             ) -> tuple[Any, list[Run]]:
+        """The event's id, and what became of its runs.
+
+        A server that stops answers early, and one that dies does not: it is asked
+        again, with the same key, for what is left of the time.
+        """
+        until = monotonic() + seconds(timeout, "timeout")
+
+        def for_the_rest() -> dict[str, Any]:
+            left_ms = math.ceil((until - monotonic()) * 1000)
+            return {**body, "timeout_ms": min(max(left_ms, 1), MAX_WAIT_MS)}
+
+        path = RPC + method
+        while True:
+            answer = await self._send("POST", path, for_the_rest, until + LATE_S)
+            results = answer["results"] if "results" in answer else [answer["result"]]
+            runs = [Run(snake(result)) for result in results]
+            if monotonic() >= until or not any(run.wait_timed_out for run in runs):
+                return answer.get("eventId"), runs
+            await self._pause(RETRY_FIRST_S)
+
+    async def _send(self, method: str, path: str, body: Any = None,
+                    deadline: float | None = None) -> Any:
+        """The JSON of the answer; a `body` that is callable is called for each try."""
+        def content() -> bytes:
+            return encode(body() if callable(body) else body).encode()
+
+        make = None if body is None else content
+        deadline = deadline or monotonic() + self._timeout
         for delay in backoff():
             cause: OSError | None = None
+            left = max(deadline - monotonic(), 0.001)
             try:
-                reply = self._exchange(call, body, max(deadline - monotonic(), 0.001))
+                reply: Reply = await self._exchange(method, path, make, left)
             except OSError as error:
                 cause, trouble = error, IronflowError(
                     f"cannot reach the ironflow server at {self._address.url} "
@@ -796,27 +983,74 @@ class Client:
                     "IRONFLOW_SERVER_URL says where it is", 0, "unavailable", True)
             else:
                 if reply.ok:
-                    return call.read(reply.body)
-                trouble = reply.error(f"{call.method} {call.path.partition('?')[0]}")
+                    return reply.body
+                trouble = reply.error(f"{method} {path.partition('?')[0]}")
                 if reply.status not in (408, 429, 503):
                     raise trouble
                 delay = max(delay, reply.retry_after)
             if monotonic() + delay >= deadline:
                 raise trouble from cause
-            time.sleep(delay)
+            await self._pause(delay)
         raise AssertionError("backoff() never ends")
 
-    def _exchange(self, call: Call[T], body: bytes | None, timeout: float) -> Reply:
+    @contextlib.contextmanager
+    def _line(self) -> Iterator[Connection]:
+        """A connection for one request. Hangs up when that fails or is cancelled."""
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = Connection(self._address)
         try:
-            return connection.request(call.method, call.path, body, timeout)
-        finally:
-            self._idle.append(connection)
-            if self._closed:
-                self.close()
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.append(connection)
+
+
+class Client(Calls, contextlib.AbstractContextManager["Client"]):
+    """The API, blocking. Safe to share between threads; a context manager."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _play(self, work: Any) -> Any:
+        return self._iterate(work) if inspect.isasyncgen(work) else played(work)
+
+    def _iterate(self, work: abc.AsyncIterator[T]) -> Iterator[T]:
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                yield played(anext(work))
+
+    async def _exchange(self, *request: Any) -> Reply:
+        with self._line() as line:
+            return line.request(*request)
+
+    async def _pause(self, delay: float) -> None:
+        time.sleep(delay)  # noqa: ASYNC251
+
+
+class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
+    """The API for programs with an event loop; an async context manager.
+
+    Any number of loops may use it, one after the other. Each exchange blocks a thread,
+    at most 64 at a time. Cancelling a call closes its connection: the server sees that
+    at once, and the thread ends.
+    """
+
+    _loop: asyncio.AbstractEventLoop | None = None      # that of `_gate`
+    _pause = staticmethod(asyncio.sleep)
+    _play = staticmethod(lambda work: work)
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def _exchange(self, *request: Any) -> Reply:
+        if self._loop is not (loop := asyncio.get_running_loop()):
+            self._loop, self._gate = loop, asyncio.Semaphore(THREADS)
+        async with asyncio.timeout(request[-1]), self._gate:
+            with self._line() as line:
+                return await in_thread(lambda: line.request(*request), "a call")
 
 
 # ======================================================================================
@@ -957,6 +1191,7 @@ class Context:
     logger: logging.LoggerAdapter[logging.Logger]
 
 
+@dataclass(frozen=True, slots=True)
 class Step:
     """The durable steps of one execution: `ctx.step`.
 
@@ -964,10 +1199,9 @@ class Step:
     the value. Names are free text and may repeat: the uses of each name are counted.
     """
 
-    def __init__(self, execution: Execution, host: Host, scope: str) -> None:
-        self._execution = execution
-        self._host = host
-        self._scope = scope
+    _execution: Execution
+    _host: Host
+    _scope: str
 
     def run(self, name: str, fn: Callable[[], Any], *,
             timeout: Duration | None = None) -> Any:
@@ -1015,6 +1249,7 @@ class Step:
         with execution.step(name):
             if step_id in execution.job.completed:
                 return execution.job.completed[step_id]
+            fn = execution.stand_ins.get(step_id, execution.stand_ins.get(name, fn))
             begun = now()
             try:
                 value = await self._host.call(name, fn, timeout)
@@ -1054,16 +1289,16 @@ def step_row(step_id: str, name: str, begun: datetime, status: str, **more: Any)
                    "duration_ms": took_ms})
 
 
+@dataclass(frozen=True)
 class Host:
     """How a handler waits. This one is for async handlers, and waits on the loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, threads: asyncio.Semaphore,
-                 step_timeout: float | None) -> None:
-        self.loop = loop
-        self.threads = threads              # bounds how many steps have one at a time
-        self.step_timeout = step_timeout
+    loop: asyncio.AbstractEventLoop
+    threads: asyncio.Semaphore          # bounds how many steps have one at a time
+    step_timeout: float | None
 
-    def play(self, steps: Coroutine[Any, Any, T]) -> Any:
+    @staticmethod
+    def play(steps: abc.Coroutine[Any, Any, T]) -> Any:
         return steps
 
     async def call(self, name: str, fn: Callable[[], Any],
@@ -1083,12 +1318,7 @@ class Host:
 class PlainHost(Host):
     """For plain handlers: blocks their thread, so that no coroutine here suspends."""
 
-    def play(self, steps: Coroutine[Any, Any, T]) -> Any:
-        try:
-            steps.send(None)
-        except StopIteration as done:
-            return done.value
-        raise AssertionError("a step of a plain handler suspended")
+    play = staticmethod(played)
 
     async def call(self, name: str, fn: Callable[[], Any],
                    timeout: float | None) -> Any:
@@ -1115,6 +1345,12 @@ async def within(timeout: float | None, name: str, work: Any) -> Any:
         if timeout is None or not limit.expired():
             raise
         raise StepTimeoutError(name, timeout) from None
+
+
+def from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., object],
+                *args: Any) -> None:
+    with contextlib.suppress(RuntimeError):         # the loop is closed, nobody is left
+        loop.call_soon_threadsafe(call, *args)
 
 
 async def in_thread(fn: Callable[[], T], name: str) -> T:
@@ -1158,11 +1394,13 @@ async def in_thread(fn: Callable[[], T], name: str) -> T:
 
 
 class Execution:
-    """A job in hand. `send` takes an update as JSON text and promises the answer."""
+    """A job in hand. `send` takes an update as JSON text and promises the answer;
+    `stand_ins`, by step id or name, are called instead of a step's function."""
 
     def __init__(self, job: Job, send: Callable[[Execution, str], Future[Reply]],
-                 flush_later: Callable[[Execution], None] | None = None) -> None:
-        self.job = job
+                 flush_later: Callable[[Execution], None] | None = None,
+                 stand_ins: Mapping[str, Callable[[], Any]] | None = None) -> None:
+        self.job, self.stand_ins = job, stand_ins or {}
         self.name = f"run {job.run.id} attempt {job.run.attempt}"
         self.lost = False
         self.fate: dict[str, Any] | None = None
@@ -1228,6 +1466,41 @@ class Execution:
         if self.lost or self.fate:
             raise _Unwind
 
+    async def play(self, functions: Mapping[str, Function],
+                   threads: asyncio.Semaphore) -> None:
+        """Run the handler, and report how it ended."""
+        function_id, loop = self.job.run.function_id, asyncio.get_running_loop()
+        function = functions.get(function_id) or Function(
+            no_such_function, {"id": function_id}, None, None)
+        kind = Host if function.is_async else PlainHost
+        host = kind(loop, threads, function.step_timeout)
+        ctx = Context(self.job.event, self.job.run, Step(self, host, self.job.run.id),
+                      RunLogger(log, {"run": self.name}))
+
+        async def call() -> Any:
+            RUN_ID.set(self.job.run.id)
+            try:
+                return await (function(ctx) if function.is_async
+                              else in_thread(lambda: function(ctx), self.name))
+            except SystemExit as error:     # would end the loop
+                raise RuntimeError(f"the handler called sys.exit({error})") from error
+
+        running = asyncio.create_task(call())
+        if function.is_async:
+            self.cancel = lambda: from_thread(loop, running.cancel)
+        try:
+            output = json_copy(await running, f"the output of {function.id!r}")
+            end: dict[str, Any] = {"status": "completed", "output": output}
+        except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as why:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise                       # not the handler alone: this job is
+            if not self.lost and not self.fate:
+                cause = why.__cause__ if isinstance(why, StepError) else why
+                log.warning("%s failed: %s", self.name, why, exc_info=cause)
+            end = {"status": "failed", "error": failure(why)}
+        await self.settle(end)
+
     # -- what the server is told -------------------------------------------------------
 
     def ack(self) -> Future[Reply]:
@@ -1246,7 +1519,12 @@ class Execution:
         `fields` is how the handler ended. What the server refuses to keep (413: an
         output over the limit) fails the run with the server's words; see `judge`.
         """
-        await asyncio.wrap_future(self._all_steps_ended())
+        quiet: Future[None] = Future()
+        with self._lock:                    # from here on no more steps begin
+            self._quiet = quiet
+            if not self._open:
+                quiet.set_result(None)
+        await asyncio.wrap_future(quiet)
         while len(self.rows) > portion(self.rows) and not self.lost:
             await asyncio.wrap_future(self.flush())
         for progress in self._in_air:       # after the report it would be refused
@@ -1275,15 +1553,6 @@ class Execution:
                          "error": failure(NonRetryableError(error.message, error.code))}
         self.cancel()
 
-    def _all_steps_ended(self) -> Future[None]:
-        """Let no more steps begin; resolves when those in flight have ended."""
-        with self._lock:
-            quiet = self._quiet = Future[None]()
-            waiting = self._open > 0
-        if not waiting:
-            quiet.set_result(None)
-        return quiet
-
     def _with_rows(self, fields: dict[str, Any]) -> str:
         """An update with the rows that wait, as many as fit: text put into text."""
         with self._lock:
@@ -1297,6 +1566,18 @@ class Execution:
         return encode({"job_id": self.job.job_id, "run_id": self.job.run.id,
                        "execution_seq": self.job.execution_seq,
                        "lease_token": self.job.lease_token, **fields})
+
+
+def no_such_function(ctx: Context) -> None:
+    raise NonRetryableError(f"this worker has no function {ctx.run.function_id!r}",
+                            "FUNCTION_NOT_FOUND")
+
+
+class RunLogger(logging.LoggerAdapter[logging.Logger]):
+    """`ctx.logger`: puts run and attempt before each line."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return f"[{(self.extra or {})['run']}] {msg}", kwargs
 
 
 def portion(texts: Sequence[str]) -> int:
@@ -1331,7 +1612,8 @@ class _Closed(Exception):
     """This thread's connection was closed, for the worker stops."""
 
 
-class Update(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Update:
     execution: Execution
     text: str
     answer: Future[Reply]
@@ -1542,21 +1824,21 @@ class Link:
         for delay in backoff():
             registered = self._registered
             try:
-                reply = wire.request(method, path, body() if body else None, ANSWER_S)
+                reply = wire.request(method, path, body, ANSWER_S)
             except OSError as error:
                 if wire.closed:
                     raise _Closed from None
-                self._lost(said(error))
+                self._heard(said(error))
             else:
                 refusal = reply.error(doing)
                 if reply.status in (401, 403):
                     raise WorkerAuthError(f"{refusal} (is IRONFLOW_API_KEY right?)",
                                           reply.status, refusal.code)
                 if reply.transient:
-                    self._lost(str(refusal))
+                    self._heard(str(refusal))
                     delay = max(delay, reply.retry_after)
                 else:
-                    self._back()
+                    self._heard(None)
                     if reply.status == 404 and not path.endswith(REGISTER):
                         self._register(wire, registered)
                     elif reply.ok or refusable:
@@ -1596,17 +1878,15 @@ class Link:
         if not self.first_word.done():
             self.first_word.set_result(None)
 
-    def _lost(self, why: str) -> None:
+    def _heard(self, trouble: str | None) -> None:
+        """Note whether the server answers; the log hears when that changes."""
         with self._changed:
-            if self._lost_at is None:
+            if trouble is not None and self._lost_at is None:
                 self._lost_at = monotonic()
                 self._first_word_is_out()
                 log.warning("no answer from %s (%s); trying until it is back",
-                            self._url, why)
-
-    def _back(self) -> None:
-        with self._changed:
-            if self._lost_at is not None:
+                            self._url, trouble)
+            elif trouble is None and self._lost_at is not None:
                 away, self._lost_at = monotonic() - self._lost_at, None
                 self._returns += 1
                 self._changed.notify_all()
@@ -1688,7 +1968,7 @@ class Worker:
             if len(signals) > 1:
                 raise KeyboardInterrupt     # also into a handler that holds the loop
             log.warning("%s: running jobs may end", signal.Signals(number).name)
-            self._from_thread(self._leave.set)
+            from_thread(self._loop, self._leave.set)
 
         working = asyncio.create_task(self.start())
         await asyncio.sleep(0)              # it has begun, and can be told to leave
@@ -1713,11 +1993,11 @@ class Worker:
         self._leave, self._hurry, self._over = (asyncio.Event() for _ in range(3))
         self._patience_s = self._drain_s
         self._fatal: BaseException | None = None
-        self._step_threads = asyncio.Semaphore(STEP_THREADS)
+        self._step_threads = asyncio.Semaphore(THREADS)
         self._jobs: set[asyncio.Task[None]] = set()
         self._link = Link(
             self._address, self._registration, list(self._functions.values()),
-            self._begin, lambda error: self._from_thread(self._fail, error),
+            self._begin, lambda error: from_thread(self._loop, self._fail, error),
             self._heartbeat_s, self._checkpoint_s)
         threads = self._link.open()
         try:
@@ -1753,8 +2033,7 @@ class Worker:
         """Stop now: drain without patience."""
         if self._running:
             self._hurry.set()
-            self._leave.set()
-            await self._over.wait()
+            await self.drain()
 
     async def __aenter__(self) -> Self:
         """Work beside the caller, from the moment that the functions are registered.
@@ -1791,10 +2070,6 @@ class Worker:
         self._hurry.set()
         self._leave.set()
 
-    def _from_thread(self, call: Callable[..., object], *args: Any) -> None:
-        with contextlib.suppress(RuntimeError):     # the loop is closed, nobody is left
-            self._loop.call_soon_threadsafe(call, *args)
-
     # -- one job -----------------------------------------------------------------------
 
     def _begin(self, job: Job, late: bool) -> None:
@@ -1807,7 +2082,8 @@ class Worker:
         later = self._link.flush_later if self._checkpoint_s else None
         execution = Execution(job, self._link.send, later)
         self._link.hold(execution)
-        self._from_thread(self._spawn, execution, execution.ack() if late else None)
+        ack = execution.ack() if late else None
+        from_thread(self._loop, self._spawn, execution, ack)
 
     def _spawn(self, execution: Execution, ack: Future[Reply] | None) -> None:
         task = self._loop.create_task(self._work(execution, ack))
@@ -1818,51 +2094,86 @@ class Worker:
         """One job from start to report. Without a yes to an ack it is not ours."""
         try:
             if ack is None or (await asyncio.wrap_future(ack)).ok:
-                await execution.settle(await self._handle(execution))
+                await execution.play(self._functions, self._step_threads)
         except Exception as error:          # a mistake of ours
             log.exception("%s: the worker failed", execution.name)
             self._fail(error)
         finally:
             self._link.release(execution)
 
-    async def _handle(self, execution: Execution) -> dict[str, Any]:
-        """Run the handler; returns the report that its end makes."""
-        job = execution.job
-        known = self._functions.get(job.run.function_id)
-        if known is None:
-            message = f"this worker has no function {job.run.function_id!r}"
-            error = NonRetryableError(message, "FUNCTION_NOT_FOUND")
-            return {"status": "failed", "error": failure(error)}
-        kind = Host if known.is_async else PlainHost
-        host = kind(self._loop, self._step_threads, known.step_timeout)
-        ctx = Context(job.event, job.run, Step(execution, host, scope=job.run.id),
-                      RunLogger(log, {"run": execution.name}))
 
-        async def call() -> Any:
-            try:
-                return await (known(ctx) if known.is_async
-                              else in_thread(lambda: known(ctx), execution.name))
-            except SystemExit as error:     # would end the loop
-                raise RuntimeError(f"the handler called sys.exit({error})") from error
-
-        running = asyncio.create_task(call())
-        if known.is_async:
-            execution.cancel = lambda: self._from_thread(running.cancel)
-        try:
-            output = json_copy(await running, f"the output of {known.id!r}")
-            return {"status": "completed", "output": output}
-        except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as end:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise                       # not the handler alone: this job is
-            if not execution.lost and not execution.fate:
-                cause = end.__cause__ if isinstance(end, StepError) else end
-                log.warning("%s failed: %s", execution.name, end, exc_info=cause)
-            return {"status": "failed", "error": failure(end)}
+# ======================================================================================
+# 10. Without a server
+# ======================================================================================
+# An execution as a worker has it; but its updates end in a dict, and its answer is yes.
 
 
-class RunLogger(logging.LoggerAdapter[logging.Logger]):
-    """`ctx.logger`: puts run and attempt before each line."""
+def run_inline(function: Function, event: Any = None, *,
+               steps: Mapping[str, Any] | None = None, attempts: int = 1) -> Run:
+    """Run a function here and now, without a server; for unit tests and lessons.
 
-    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        return f"[{(self.extra or {})['run']}] {msg}", kwargs
+    - `event`: an Event; its name; a mapping with `name` and `data`; anything else is
+      data, as if the function was invoked with it.
+    - `steps`: results of steps, by name or id, or functions to be called instead of
+      theirs, which may raise.
+    - `attempts`: how often the handler may fail; nobody waits between two attempts.
+
+    Returns status (completed or failed), output, error, attempt, and in `steps` the
+    recorded StepRows. Sleeps are recorded and skipped, and the handler replayed, as a
+    server would. The run's id is "run_inline". Blocks, and may be called anywhere, also
+    where an event loop runs: the handler gets a loop in a thread.
+    """
+    kept: dict[str, StepRow] = {}
+    end: dict[str, Any] = {}
+    stand_ins = {key: one if callable(one) else (lambda one=one: one)
+                 for key, one in (steps or {}).items()}
+
+    def send(execution: Execution, text: str) -> Future[Reply]:
+        nonlocal end
+        end = json.loads(text)
+        if nap := end.get("yield"):
+            end["steps"].append({"id": nap["step_id"], "name": nap["step_name"],
+                                 "type": "sleep", "status": "completed",
+                                 "sleep_until": nap["until"]})
+        for row in end["steps"]:
+            step_id = row["id"]
+            kept[step_id] = StepRow(
+                row, step_id=step_id, step_type=row.pop("type"), run_id="run_inline",
+                sequence=kept.get(step_id, {"sequence": len(kept)})["sequence"],
+                attempt=execution.job.run.attempt)
+        answer: Future[Reply] = Future()
+        answer.set_result(Reply(200))
+        return answer
+
+    async def play() -> Run:
+        threads, attempt = asyncio.Semaphore(THREADS), 1
+        while True:
+            known = {key: row.output for key, row in kept.items()
+                     if row.status == "completed"}
+            run = RunInfo("run_inline", function.id, attempt, attempts)
+            job = Job("job_inline", run, started_by, known, 1, "", len(kept), now())
+            execution = Execution(job, send, stand_ins=stand_ins)
+            await execution.play({function.id: function}, threads)
+            error = end.get("error")
+            if error and error.pop("retryable") and attempt < attempts:
+                attempt += 1
+            elif end["status"] != "yielded":
+                return Run(id=run.id, function_id=function.id, status=end["status"],
+                           attempt=attempt, output=end.get("output"), error=error,
+                           steps=list(kept.values()))
+
+    started_by = inline_event(event, function)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, play()).result()
+
+
+def inline_event(event: Any, function: Function) -> Event:
+    if isinstance(event, Event):
+        return event
+    body = {"name": function.id, "data": event}
+    if isinstance(event, str):
+        body = {"name": event, "data": None}
+    elif isinstance(event, Mapping) and event.keys() >= body.keys():
+        body = dict(event)
+    about = {"id": "evt_inline", "timestamp": rfc3339(now())}
+    return Event.from_json(json_copy(about | body, "the event"))

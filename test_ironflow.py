@@ -18,15 +18,22 @@ import asyncio
 import configparser
 import contextlib
 import copy
+import fcntl
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
+import http.server
+import inspect
 import json
 import math
 import os
+import pty
+import pydoc
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -35,19 +42,28 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import tomllib
+import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Generator,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, assert_type
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -56,17 +72,26 @@ from hypothesis import strategies as st
 import ironflow
 import ironflow_client
 from ironflow_client import (
+    AsyncClient,
     Client,
+    Emitted,
+    Event,
+    EventRow,
     Function,
+    InvokeError,
     IronflowError,
     NonRetryableError,
     NotJSON,
     RetryAfterError,
+    Row,
+    Run,
     StepError,
+    StepRow,
     StepTimeoutError,
     Worker,
     WorkerAuthError,
     function,
+    run_inline,
 )
 
 HERE = Path(__file__).parent
@@ -231,6 +256,13 @@ def eventually(look: Callable[[], T | bool | None]) -> T:
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(pause)
         pause = min(1.5 * pause, 0.05)  # a long wait is not to keep a core busy
+
+
+class Inside(RunningServer):
+    """How to talk to an `ironflow.Server` that runs in this process."""
+
+    def __init__(self, server: ironflow.Server) -> None:
+        self.db, self.port = Path(server.db), int(server.url.rpartition(":")[2])
 
 
 @contextlib.contextmanager
@@ -458,6 +490,24 @@ def test_a_program_can_start_a_server_inside_itself(tmp_path: Path) -> None:
         health(url)
 
 
+def test_a_program_for_which_warnings_are_errors_is_answered(tmp_path: Path) -> None:
+    program = """if True:
+        import asyncio, sys, urllib.request
+        import ironflow
+        async def post():
+            async with ironflow.Server(db=sys.argv[1], port=0) as server:
+                event = urllib.request.Request(f"{server.url}/api/v1/events", b'{"name":"a"}')
+                with await asyncio.to_thread(urllib.request.urlopen, event) as answer:
+                    print(answer.status)
+        asyncio.run(post())
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, str(tmp_path / "journal.db")],
+        capture_output=True, text=True, timeout=DEADLINE_S, cwd=HERE,
+    )
+    assert done.stdout == "200\n", done.stderr
+
+
 # ======================================================================================
 # Who may ask
 # ======================================================================================
@@ -621,6 +671,39 @@ def test_capabilities_list_only_what_is_built(
         found = server.yes("GET", "/api/v1/capabilities")
         assert (found["transports"], found["features"]) == (["connectrpc"], [])
         assert found["auth_required"] is needs_key
+
+
+def test_health_and_capabilities_are_the_same_by_connect(shared: RunningServer) -> None:
+    bodies: list[Any] = [{}, b""]
+    for body in bodies:
+        assert shared.rpc("Health", body)["status"] == "ok"
+        found = shared.rpc("GetCapabilities", body)
+        assert found == shared.yes("GET", "/api/v1/capabilities")
+        assert "grpc-bidirectional" not in found["features"]  # Go would switch to gRPC
+
+
+def test_info_counts_what_there_is(server: RunningServer) -> None:
+    info = server.rpc("Info", {})
+    assert ironflow.from_rfc3339(info.pop("startedAt")) <= time.time()
+    assert info.pop("goVersion")  # text that no SDK reads, and Go wants to be there
+    nothing = {"functionCount": 0, "activeRuns": 0, "connectedWorkers": 0}
+    assert info == {"version": ironflow.__version__} | nothing
+    server.register()
+    server.join()
+    server.emit()
+    job = server.job()
+    info = server.rpc("Info", {})
+    assert info == info | {"functionCount": 1, "activeRuns": 1, "connectedWorkers": 1}
+    server.tell(job, "completed")
+    assert server.rpc("Info", {})["activeRuns"] == 0
+
+
+def test_info_tells_when_this_process_started(server: RunningServer) -> None:
+    first = server.rpc("Info", {})["startedAt"]
+    assert server.rpc("Info", b"")["startedAt"] == first
+    server.stop()
+    server.start()
+    assert server.rpc("Info", {})["startedAt"] > first
 
 
 @pytest.mark.parametrize(("door", "answer"), [
@@ -798,6 +881,90 @@ def test_a_key_for_two_names_in_one_array_is_a_conflict(shared: RunningServer) -
     assert stored(shared) == before
 
 
+def batch(server: RunningServer, *events: Any) -> list[Any]:
+    """The answer to each item of a TriggerBatch; an error as its code."""
+    results: list[Any] = server.rpc("TriggerBatch", {"events": [*events]})["results"]
+    for result in results:
+        assert not has_null(result)
+        if "error" in result:
+            assert result["error"].keys() == {"message", "code"}
+            assert result["error"]["message"]
+    return [result["error"]["code"] if "error" in result else result for result in results]
+
+
+def test_a_batch_is_answered_in_order(shared: RunningServer) -> None:
+    shared.register(name := new_name(), name)
+    answers = batch(shared, *({"event": name, "data": i} for i in range(20)))
+    assert [shared.run(answer["runIds"][0])["input"] for answer in answers] == [*range(20)]
+    assert all(answer.keys() == {"runIds", "eventId"} for answer in answers)
+
+
+BAD_ITEMS: list[tuple[Any, str]] = [
+    ({}, "invalid_argument"), ({"event": ""}, "invalid_argument"),
+    ({"event": "a.*"}, "invalid_argument"), ({"event": 7}, "invalid_argument"),
+    ({"event": "a", "version": -1}, "invalid_argument"),
+    ({"event": "a", "metadata": [1]}, "invalid_argument"),
+    ({"event": "a", "idempotencyKey": "k" * 256}, "invalid_argument"),
+    ({"event": "a", "data": "x" * 100_000}, "resource_exhausted"),
+    (5, "invalid_argument"), (None, "invalid_argument"), ([], "invalid_argument"),
+]
+
+
+@pytest.mark.parametrize(("bad", "why"), BAD_ITEMS, ids=range(len(BAD_ITEMS)))
+def test_each_event_of_a_batch_is_judged_alone(
+    shared: RunningServer, bad: Any, why: str
+) -> None:
+    before, good = stored(shared), {"event": new_name()}
+    first, found, last = batch(shared, good, bad, good)
+    assert (first["runIds"], found, last["runIds"]) == ([], why, [])
+    assert stored(shared) == before + 2
+
+
+def test_a_key_twice_in_one_batch_is_one_event(shared: RunningServer) -> None:
+    shared.register(name := new_name(), name)
+    event = {"event": name, "idempotency_key": name}
+    one, other = batch(shared, event, event)
+    assert one == other == shared.rpc("Trigger", event)
+    assert len(one["runIds"]) == 1
+
+
+def test_a_key_for_two_names_in_one_batch_is_a_conflict_for_the_second(
+    shared: RunningServer,
+) -> None:
+    before, key = stored(shared), new_name()
+    names = ("one", "two", "one")
+    first, conflict, repeat = batch(shared, *(
+        {"event": name, "idempotencyKey": key} for name in names))
+    assert (conflict, repeat) == ("already_exists", first)
+    assert stored(shared) == before + 1
+
+
+@pytest.mark.parametrize(("size", "kept"), [(0, 0), (1000, 1000), (1001, 0)])
+def test_a_batch_holds_up_to_a_thousand(shared: RunningServer, size: int, kept: int) -> None:
+    before = stored(shared)
+    status, body = shared.call("POST", f"{RPC}TriggerBatch", {"events": [{"event": "b"}] * size})
+    if size == kept:
+        assert len({result["eventId"] for result in body["results"]}) == kept
+    else:
+        assert code((status, body)) == INVALID
+        assert "1000" in body["message"]
+    assert stored(shared) - before == kept
+
+
+def test_a_batch_without_events_is_answered_with_none(shared: RunningServer) -> None:
+    bodies: list[Any] = [{}, {"events": None}, {"events": []}]
+    for body in bodies:
+        assert shared.rpc("TriggerBatch", body) == {"results": []}
+
+
+def test_a_batch_in_a_handler_says_in_which_run(shared: RunningServer) -> None:
+    headers = {"X-Ironflow-Run-ID": "run_0"}
+    body = {"events": [{"event": "inside"}]}
+    _, answer = shared.call("POST", f"{RPC}TriggerBatch", body, headers)
+    (result,) = answer["results"]
+    assert shared.yes("GET", f"/api/v1/events/{result['eventId']}")["run_id"] == "run_0"
+
+
 @pytest.mark.parametrize("name", ["order.placed", "webhook/stripe.charge", "A b", "...",
                                   "a..b", "a*", "x>y", "é", "n" * 500])
 def test_event_names_are_free_text(shared: RunningServer, name: str) -> None:
@@ -960,6 +1127,374 @@ def test_functions_are_listed_by_pages(shared: RunningServer) -> None:
     page = shared.yes("GET", "/api/v1/functions?name=page.&limit=2&offset=1")
     assert [row["id"] for row in page["functions"]] == names[1:]
     assert (page["count"], page["total_count"]) == (2, 3)
+
+
+# --- One function, by its id -----------------------------------------------------------
+
+PAUSED = (400, "failed_precondition")
+
+
+def in_path(function_id: str) -> str:
+    """Its door in REST; an id may hold a slash."""
+    return f"/api/v1/functions/{urllib.parse.quote(function_id, safe='')}"
+
+
+@pytest.mark.parametrize("function_id", ["{}", "svc/{}-1.2", "é.{}", "100%.{}"])
+def test_a_function_is_read_back_by_its_id(shared: RunningServer, function_id: str) -> None:
+    function_id = function_id.format(new_name())
+    registered = shared.register(function_id, retry={"maxAttempts": 7}, description="why")
+    assert shared.rpc("GetFunction", {"id": function_id}) == registered["function"]
+    shared.join(new_name(), function_id)
+    listed = shared.yes("GET", "/api/v1/functions")["functions"]
+    (row,) = [row for row in listed if row["id"] == function_id]
+    assert row["workers"] == 1
+    assert shared.yes("GET", in_path(function_id)) == row
+
+
+@pytest.mark.parametrize("unknown", ["nowhere", "a/b", "", "\0", "a b"])
+def test_an_unknown_function_is_not_found(shared: RunningServer, unknown: str) -> None:
+    before = stored(shared)
+    for method, more in ("GetFunction", {}), ("DeleteFunction", {}), (
+            "UpdateFunctionStatus", {"status": "paused"}):
+        assert code(shared.call("POST", RPC + method, {"id": unknown} | more)) == UNKNOWN
+    for method, tail, body in ("GET", "", None), ("DELETE", "", None), (
+            "POST", "/status", {"status": "paused"}):
+        status, answer = shared.call(method, in_path(unknown) + tail, body)
+        assert code((status, answer)) == UNKNOWN
+        assert answer["error"] == answer["message"]
+    assert stored(shared) == before
+
+
+@pytest.fixture(scope="module")
+def several(shared: RunningServer) -> list[str]:
+    """Five functions in the order of their ids: two are paused, one of them for push."""
+    some = new_name()
+    names = [f"several.{some}.{i}" for i in range(5)]
+    for i, name in enumerate(names):
+        shared.register(name, new_name(), preferredMode="push" if i == 3 else "pull")
+        if i >= 3:
+            shared.rpc("UpdateFunctionStatus", {"id": name, "status": "paused"})
+    return names
+
+
+@pytest.mark.parametrize(("asked", "found"), [
+    ({}, "01234"),
+    ({"status": "", "limit": 0, "cursor": "", "mode": "", "offset": 0}, "01234"),  # Go
+    ({"status": "FUNCTION_STATUS_PAUSED"}, "34"), ({"status": "PAUSED"}, "34"),
+    ({"status": "paused"}, "34"), ({"status": 2}, "34"), ({"status": "active"}, "012"),
+    ({"status": 0}, "01234"), ({"status": "FUNCTION_STATUS_ARCHIVED"}, ""),
+    ({"mode": "pull"}, "0124"), ({"mode": "push"}, "3"),
+    ({"status": "paused", "mode": "pull"}, "4"),
+    ({"offset": 2}, "234"), ({"offset": 9}, ""), ({"limit": 2}, "01"),
+    ({"limit": "2", "offset": 1.0}, "12"),
+])
+def test_functions_are_listed_by_filters(
+    shared: RunningServer, several: list[str], asked: dict[str, Any], found: str
+) -> None:
+    name = several[0].removesuffix("0")
+    body = shared.rpc("ListFunctions", {"name": name} | asked)
+    assert [row["id"][-1] for row in body["functions"]] == [*found]
+    assert type(body["totalCount"]) is int
+    assert not has_null(body)
+    if not asked.keys() & {"limit", "offset"}:
+        assert (body["totalCount"], body["nextCursor"]) == (len(found), "")
+
+
+def test_a_listed_function_is_what_get_function_answers(
+    shared: RunningServer, several: list[str]
+) -> None:
+    for row in shared.rpc("ListFunctions", {"name": several[0][:-1]})["functions"]:
+        assert row == shared.rpc("GetFunction", {"id": row["id"]})
+
+
+def test_functions_are_walked_by_a_cursor(shared: RunningServer, several: list[str]) -> None:
+    asked, found = {"name": several[0][:-1], "limit": 2, "cursor": ""}, []
+    for size in 2, 2, 1:
+        page = shared.rpc("ListFunctions", asked)
+        assert (len(page["functions"]), page["totalCount"]) == (size, 5)
+        found += [row["id"] for row in page["functions"]]
+        asked["cursor"] = page["nextCursor"]
+    assert (found, asked["cursor"]) == (several, "")
+
+
+STATUSES = [
+    (word, f"FUNCTION_STATUS_{word.upper()}", number)
+    for number, word in enumerate(["active", "paused", "archived"], start=1)
+]
+
+
+@pytest.mark.parametrize(("word", "spelling"), [
+    (words[0], spelling) for words in STATUSES for spelling in (*words, words[0].upper())
+])
+def test_a_functions_status_is_set_in_any_spelling(
+    shared: RunningServer, word: str, spelling: Any
+) -> None:
+    before = shared.register(name := new_name())["function"]
+    for there_and_back in spelling, "active":
+        body = {"id": name, "status": there_and_back}
+        answer = shared.rpc("UpdateFunctionStatus", body)
+        assert answer == shared.rpc("GetFunction", {"id": name})
+        status = answer["status"]
+        if there_and_back == spelling:
+            assert status == f"FUNCTION_STATUS_{word.upper()}"
+        assert answer == before | {"status": status, "updatedAt": answer["updatedAt"]}
+    row = shared.yes("POST", f"{in_path(name)}/status", {"status": spelling})
+    assert row["status"] == word
+    assert row == shared.yes("GET", in_path(name))
+
+
+def test_setting_the_same_status_again_writes_nothing(shared: RunningServer) -> None:
+    shared.register(name := new_name())
+    body = {"id": name, "status": "paused"}
+    first = shared.rpc("UpdateFunctionStatus", body)
+    sql = "SELECT count(*) FROM journal WHERE subject = ?"
+    before = shared.rows(sql, name)
+    assert shared.rpc("UpdateFunctionStatus", body) == first
+    assert shared.rows(sql, name) == before
+
+
+@pytest.mark.parametrize("status", ["paused", "archived"])
+def test_a_function_that_is_not_active_starts_no_runs(
+    shared: RunningServer, status: str
+) -> None:
+    shared.register(name := new_name(), name)
+    shared.rpc("UpdateFunctionStatus", {"id": name, "status": status})
+    event = {"event": name}
+    assert shared.emit(name)["run_ids"] == []
+    assert shared.yes("POST", "/api/v1/events", [{"name": name}])["events"][0]["run_ids"] == []
+    assert shared.rpc("Trigger", event)["runIds"] == []  # not by its id either
+    assert shared.rpc("Emit", event)["runIds"] == []
+    assert shared.rpc("TriggerSync", event)["results"] == []
+    assert batch(shared, event)[0]["runIds"] == []
+    before = stored(shared)
+    for method in "InvokeFunction", "InvokeFunctionSync":
+        answer = shared.call("POST", RPC + method, {"function_id": name})
+        assert code(answer) == PAUSED
+        assert name in answer[1]["message"] and status in answer[1]["message"]
+    assert stored(shared) == before
+    assert shared.yes("GET", f"/api/v1/runs?function_id={name}")["runs"] == []
+
+
+@pytest.mark.parametrize("status", ["paused", "archived"])
+def test_the_runs_that_exist_go_on(shared: RunningServer, status: str) -> None:
+    bench = Bench(shared)
+    retried = bench.job(retry={"initialDelayMs": 1})
+    sleeper, held = bench.job(), bench.job()
+    (queued,) = shared.emit(bench.name)["run_ids"]
+    shared.rpc("UpdateFunctionStatus", {"id": bench.name, "status": status})
+    bench.said(held, "completed")
+    bench.said(bench.next_job(), "completed")
+    bench.said(sleeper, "yielded", **sleep_until(sleeper, time.time()))
+    bench.said(retried, "failed", error={"message": "oh", "retryable": True})
+    for _ in range(2):
+        bench.said(bench.next_job(), "completed")
+    run_ids = {queued, *(job["run_id"] for job in (retried, sleeper, held))}
+    assert {shared.run(run_id)["status"] for run_id in run_ids} == {"completed"}
+
+
+@pytest.mark.parametrize("trigger", ["a.b", "*.b", ">"])
+def test_a_change_of_status_is_seen_by_the_very_next_event(
+    server: RunningServer, trigger: str
+) -> None:
+    server.register(event=trigger)
+    for status in ["active", "paused", "active", "archived"] * 3:
+        server.rpc("UpdateFunctionStatus", {"id": "f", "status": status})
+        assert len(server.emit("a.b")["run_ids"]) == (status == "active")
+
+
+@pytest.mark.parametrize("door", ["rpc", "rest"])
+def test_a_change_of_status_is_seen_by_events_that_come_at_the_same_time(
+    server: RunningServer, door: str
+) -> None:
+    """Whoever hears `paused` starts nothing from then on, however many others emit."""
+    server.register()
+    over = threading.Event()
+
+    def emit() -> None:
+        line = Line(server)
+        while not over.is_set():
+            line.emit()
+
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            for _ in range(3):
+                threads.submit(emit)
+            for status in ["paused", "active"] * 10:
+                if door == "rpc":
+                    server.rpc("UpdateFunctionStatus", {"id": "f", "status": status})
+                else:
+                    server.yes("POST", "/api/v1/functions/f/status", {"status": status})
+                assert len(server.emit()["run_ids"]) == (status == "active")
+        finally:
+            over.set()
+
+
+def test_registering_again_does_not_wake_a_paused_function(shared: RunningServer) -> None:
+    shared.register(name := new_name(), name)
+    shared.rpc("UpdateFunctionStatus", {"id": name, "status": "paused"})
+    for more in {}, {"timeoutMs": 5}:  # as it was, and changed
+        function = shared.register(name, name, **more)["function"]
+        assert function["status"] == "FUNCTION_STATUS_PAUSED"
+    assert shared.emit(name)["run_ids"] == []
+
+
+def test_a_paused_function_is_paused_after_a_restart(server: RunningServer) -> None:
+    server.register()
+    server.rpc("UpdateFunctionStatus", {"id": "f", "status": "paused"})
+    server.kill()
+    server.start()
+    assert server.emit()["run_ids"] == []
+
+
+@pytest.mark.parametrize("door", ["rpc", "rest"])
+def test_a_deleted_function_is_gone_and_its_runs_go_on(
+    shared: RunningServer, door: str
+) -> None:
+    bench = Bench(shared)
+    held = bench.job()
+    (queued,) = shared.emit(bench.name)["run_ids"]
+    if door == "rpc":
+        assert shared.rpc("DeleteFunction", {"id": bench.name}) == {}
+    else:
+        assert shared.yes("DELETE", in_path(bench.name)) == {}
+    assert code(shared.call("GET", in_path(bench.name))) == UNKNOWN
+    assert shared.rpc("ListFunctions", {"name": bench.name})["functions"] == []
+    assert shared.emit(bench.name)["run_ids"] == []
+    assert code(shared.call("POST", f"{RPC}DeleteFunction", {"id": bench.name})) == UNKNOWN
+    bench.said(held, "completed")
+    bench.said(bench.next_job(), "completed")
+    assert bench.run(held)["status"] == shared.run(queued)["status"] == "completed"
+
+
+def test_a_deleted_function_may_be_registered_again(shared: RunningServer) -> None:
+    shared.register(name := new_name(), name, timeoutMs=5)
+    shared.rpc("UpdateFunctionStatus", {"id": name, "status": "archived"})
+    shared.rpc("DeleteFunction", {"id": name})
+    again = shared.register(name, f"{name}.other")
+    assert again["created"] is True
+    assert (again["function"]["version"], again["function"]["status"]) == (
+        1, "FUNCTION_STATUS_ACTIVE")
+    assert shared.emit(name)["run_ids"] == []
+    assert len(shared.emit(f"{name}.other")["run_ids"]) == 1
+
+
+def test_a_key_of_a_deleted_function_still_answers(shared: RunningServer) -> None:
+    shared.register(name := new_name())
+    body = {"function_id": name, "idempotency_key": name}
+    first = shared.rpc("InvokeFunction", body)
+    shared.rpc("DeleteFunction", {"id": name})
+    shared.register(name)
+    assert shared.rpc("InvokeFunction", body) == first
+
+
+def test_the_id_in_a_path_counts_whatever_the_body_says(shared: RunningServer) -> None:
+    for name in (names := [new_name(), new_name()]):
+        shared.register(name, name)
+    for spelling in "functionId", "function_id", "id":
+        body = {"status": "paused", spelling: names[1]}
+        assert shared.yes("POST", f"{in_path(names[0])}/status", body)["id"] == names[0]
+    assert shared.rpc("GetFunction", {"id": names[1]})["status"] == "FUNCTION_STATUS_ACTIVE"
+    runs = [shared.emit(names[1])["run_ids"][0] for _ in range(2)]
+    for spelling in "runId", "run_id", "id":
+        path = f"/api/v1/runs/{runs[0]}/cancel"
+        assert shared.yes("POST", path, {spelling: runs[1]})["id"] == runs[0]
+
+
+# --- Invoking: a run without a trigger -------------------------------------------------
+
+
+def test_invoking_a_function_starts_one_run_of_it(shared: RunningServer) -> None:
+    shared.register(name := new_name(), new_name())
+    found = shared.rpc("InvokeFunction", {"function_id": name, "data": {"a": 1}})
+    run_id, event_id = found["runId"], found["eventId"]
+    assert found == {"runId": run_id, "eventId": event_id, "run_id": run_id,
+                     "event_id": event_id}
+    run = shared.run(run_id)
+    assert (run["function_id"], run["input"], run["event_id"]) == (name, {"a": 1}, event_id)
+    event = shared.yes("GET", f"/api/v1/events/{event_id}")
+    assert (event["name"], event["source"], event["data"]) == (name, "invoke", {"a": 1})
+    shared.join(name, name)
+    job = shared.job(name)
+    assert job["run_id"] == run_id
+    assert (job["event"]["id"], job["event"]["source"]) == (event_id, "invoke")
+
+
+@pytest.mark.parametrize("data", [None, True, 0, -1.5, "", "text", [1, None], {}, {"a": []}])
+def test_a_function_is_invoked_with_any_json(shared: RunningServer, data: Any) -> None:
+    shared.register(name := new_name())
+    for member in "data", "dataValue", "data_value":
+        found = shared.rpc("InvokeFunction", {"functionId": name, member: data})
+        assert shared.run(found["runId"])["input"] == data
+    found = shared.rpc("InvokeFunction", {"functionId": name})
+    assert shared.run(found["runId"])["input"] == {}
+
+
+def test_what_is_invoked_triggers_nothing_else(shared: RunningServer) -> None:
+    shared.register(name := new_name(), new_name())
+    shared.register(new_name(), name)
+    found = shared.rpc("InvokeFunction", {"function_id": name})
+    sql = "SELECT run_id, function_id FROM run WHERE event_id = ?"
+    assert shared.rows(sql, found["eventId"]) == [(found["runId"], name)]
+
+
+def test_an_invocation_keeps_what_came_with_it(shared: RunningServer) -> None:
+    shared.register(name := new_name())
+    body = {"function_id": name, "idempotencyKey": name, "metadata": {"by": [1]}, "version": 3}
+    headers = {"X-Ironflow-Run-ID": "run_0"}
+    _, found = shared.call("POST", f"{RPC}InvokeFunction", body, headers)
+    event = shared.yes("GET", f"/api/v1/events/{found['eventId']}")
+    expected = {"metadata": {"by": [1]}, "version": 3, "idempotency_key": name,
+                "run_id": "run_0"}
+    assert event == event | expected
+
+
+@pytest.mark.parametrize("method", ["InvokeFunction", "InvokeFunctionSync"])
+@pytest.mark.parametrize("unknown", ["nowhere", "a/b"])
+def test_an_unknown_function_cannot_be_invoked(
+    shared: RunningServer, method: str, unknown: str
+) -> None:
+    before = stored(shared)
+    answer = shared.call("POST", RPC + method, {"function_id": unknown})
+    assert code(answer) == UNKNOWN
+    assert unknown in answer[1]["message"]
+    assert stored(shared) == before
+
+
+@pytest.mark.parametrize("spelling", ["idempotencyKey", "idempotency_key"])
+def test_invoking_again_with_the_same_key_starts_nothing(
+    shared: RunningServer, spelling: str
+) -> None:
+    shared.register(name := new_name())
+    first = shared.rpc("InvokeFunction", {"function_id": name, spelling: name})
+    before = stored(shared)
+    body = {"function_id": name, spelling: name, "data": {"other": 1}}
+    assert shared.rpc("InvokeFunction", body) == first
+    assert stored(shared) == before
+
+
+@pytest.mark.parametrize("method", ["InvokeFunction", "InvokeFunctionSync"])
+def test_a_key_whose_run_is_not_kept_any_more_says_so(
+    server: RunningServer, method: str
+) -> None:
+    """As while retention is at work: runs go first, then what started them."""
+    server.register()
+    body = {"function_id": "f", "idempotency_key": "k", "timeout_ms": 1}
+    server.rpc(method, body)
+    with contextlib.closing(sqlite3.connect(server.db)) as db, db:
+        db.execute("DELETE FROM run")
+    answer = server.call("POST", RPC + method, body)
+    assert code(answer) == UNKNOWN
+    assert "kept" in answer[1]["message"]
+
+
+def test_invoking_again_after_a_pause_is_still_the_first_answer(
+    shared: RunningServer,
+) -> None:
+    shared.register(name := new_name())
+    body = {"function_id": name, "idempotency_key": name}
+    first = shared.rpc("InvokeFunction", body)
+    shared.rpc("UpdateFunctionStatus", {"id": name, "status": "paused"})
+    assert shared.rpc("InvokeFunction", body) == first
 
 
 def test_workers_are_listed_with_what_they_said(shared: RunningServer) -> None:
@@ -1169,12 +1704,1052 @@ def test_an_unknown_id_is_not_found_by_rpc(
 
 
 # ======================================================================================
+# Topics: what is published for whoever listens, and starts nothing
+# ======================================================================================
+
+PUBSUB = "/ironflow.v1.PubSubService/"
+
+
+def publish(server: RunningServer, topic: str, data: Any = None, **more: Any) -> Any:
+    return server.yes("POST", f"{PUBSUB}Publish", {"topic": topic, "data": data or {}} | more)
+
+
+def row_of(server: RunningServer, published: Any) -> dict[str, Any]:
+    """What the journal holds of a published message."""
+    names = ("kind", "name", "subject", "data", "idempotency_key", "event_id")
+    sql = f"SELECT {', '.join(names)} FROM journal WHERE seq = ?"
+    (row,) = server.rows(sql, int(published["sequence"]))
+    return dict(zip(names, row, strict=True))
+
+
+def test_a_published_message_is_a_row_of_the_journal(shared: RunningServer) -> None:
+    found = publish(shared, topic := new_name(), {"a": 1})
+    sequence = found["sequence"]
+    assert re.fullmatch("[1-9][0-9]*", sequence)  # text: Go and node demand it
+    assert found == {"eventId": f"seq_{sequence}", "sequence": sequence, "duplicate": False}
+    assert row_of(shared, found) == {"kind": "topic", "name": topic, "subject": None,
+                                     "data": '{"a":1}', "idempotency_key": None,
+                                     "event_id": None}
+    view = shared.rows("SELECT topic, data FROM topic WHERE seq = ?", int(sequence))
+    assert view == [(f"topic:{topic}", '{"a":1}')]
+
+
+def test_a_message_is_on_disk_before_the_caller_hears_yes(server: RunningServer) -> None:
+    found = publish(server, "news", {"a": 1})
+    server.kill()
+    assert row_of(server, found)["data"] == '{"a":1}'
+
+
+def test_a_subscriber_will_hear_of_it_under_the_id_that_the_caller_got(
+    shared: RunningServer,
+) -> None:
+    found = publish(shared, topic := new_name(), {"a": 1})
+    db = sqlite3.connect(f"{shared.db.as_uri()}?mode=ro", uri=True)
+    with contextlib.closing(db):
+        (message,) = ironflow.Queries(db).messages(int(found["sequence"]) - 1, 1)
+    assert (message.topic, message.event_id) == (f"topic:{topic}", found["eventId"])
+    assert json.loads(message.data) == {"a": 1}
+
+
+@pytest.mark.parametrize("data", [None, True, 0, -1.5, "", [1, None], {}, {"a": {"b": []}}])
+def test_any_json_can_be_published(shared: RunningServer, data: Any) -> None:
+    for member in "data", "dataValue", "data_value":
+        found = shared.yes("POST", f"{PUBSUB}Publish", {"topic": "any", member: data})
+        assert json.loads(row_of(shared, found)["data"]) == data
+    found = shared.yes("POST", f"{PUBSUB}Publish", {"topic": "any"})
+    assert row_of(shared, found)["data"] == "{}"
+
+
+@pytest.mark.parametrize("topic", ["a", "orders.eu.placed", "é", "a-b_c/d:e", "topic:x", "system",
+                                   "public", "entity", "events", "eventful:x", "systematic.x",
+                                   "publication.x", "x.system.y", "x.events:y"])
+def test_a_topic_is_bare_segments(shared: RunningServer, topic: str) -> None:
+    assert row_of(shared, publish(shared, topic))["name"] == topic
+
+
+@pytest.mark.parametrize("topic", [
+    "", ".", "a.", ".a", "a..b", "*", ">", "a.*", "*.a", "a.>", "ord*", "a>b", "a b", " a", "a ",
+    "a\n", "a\tb", "\0", "a\x7f", "\x85", "a\u00a0b", "a\u2028b", "events:", "events:order.placed",
+    "system.", "system.run.x.created", "entity:", "entity:user.1.x", "public.", "public.x",
+])
+def test_a_topic_that_is_none_or_not_for_callers_is_refused(
+    shared: RunningServer, topic: str
+) -> None:
+    before = stored(shared)
+    for path in f"{PUBSUB}Publish", "/api/v1/publish":
+        assert code(shared.call("POST", path, {"topic": topic, "data": {}})) == INVALID
+    assert stored(shared) == before
+
+
+def test_a_message_starts_nothing_and_is_no_event(shared: RunningServer) -> None:
+    shared.register(name := new_name(), name)
+    shared.register(f"topic.{name}", f"topic:{name}")
+    runs = shared.rows("SELECT count(*) FROM run")
+    found = publish(shared, name)
+    assert shared.rows("SELECT count(*) FROM run") == runs
+    assert shared.yes("GET", f"/api/v1/events?name={name}")["events"] == []
+    listed = shared.yes("GET", "/api/v1/events/names")["names"]
+    assert name not in [row["name"] for row in listed]
+    assert code(shared.call("GET", f"/api/v1/events/{found['eventId']}")) == UNKNOWN
+
+
+def test_publishing_in_a_handler_says_in_which_run(shared: RunningServer) -> None:
+    for path in f"{PUBSUB}Publish", "/api/v1/publish":
+        body, headers = {"topic": "inside"}, {"X-Ironflow-Run-ID": "run_0"}
+        _, found = shared.call("POST", path, body, headers)
+        assert row_of(shared, found)["subject"] == "run_0"
+        answer = shared.call("POST", path, body, {"X-Ironflow-Run-ID": "run 0"})
+        assert code(answer) == INVALID
+
+
+@pytest.mark.parametrize("spelling", ["idempotencyKey", "idempotency_key"])
+def test_publishing_again_with_the_same_key_is_a_duplicate(
+    shared: RunningServer, spelling: str
+) -> None:
+    key = {spelling: (topic := new_name())}
+    first = publish(shared, topic, **key)
+    assert row_of(shared, first)["idempotency_key"] == topic
+    before = stored(shared)
+    again = publish(shared, topic, {"other": 1}, **key)
+    assert again == first | {"duplicate": True}
+    by_rest = shared.yes("POST", "/api/v1/publish", {"topic": topic} | key)
+    assert (by_rest["event_id"], by_rest["duplicate"]) == (first["eventId"], True)
+    assert stored(shared) == before
+
+
+def test_messages_without_a_key_are_all_new(shared: RunningServer) -> None:
+    topic = new_name()
+    found = [publish(shared, topic, idempotencyKey="") for _ in range(3)]
+    assert len({message["eventId"] for message in found}) == 3
+    assert not any(message["duplicate"] for message in found)
+    numbers = [int(message["sequence"]) for message in found]
+    assert numbers == sorted(numbers)
+
+
+def test_publishing_by_rest_answers_numbers(shared: RunningServer) -> None:
+    topic = new_name()
+    found = shared.yes("POST", "/api/v1/publish", {"topic": topic, "data": [1]})
+    assert type(found["sequence"]) is int
+    event_id = f"seq_{found['sequence']}"
+    assert found == {"event_id": event_id, "eventId": event_id, "duplicate": False,
+                     "sequence": found["sequence"]}
+    assert row_of(shared, found)["data"] == "[1]"
+
+
+def test_a_message_too_large_is_told_the_limit_and_the_flag(shared: RunningServer) -> None:
+    before = stored(shared)
+    for path in f"{PUBSUB}Publish", "/api/v1/publish":
+        answer = shared.call("POST", path, {"topic": "large", "data": "x" * 100_000})
+        assert code(answer) == (413, "resource_exhausted")
+        assert "--max-event-bytes" in answer[1]["message"]
+    assert stored(shared) == before
+
+
+# --- One key, one thing ----------------------------------------------------------------
+
+KEYED: dict[str, tuple[str, str]] = {  # what a key may belong to: its door, its member
+    "event": ("/api/v1/events", "name"),
+    "topic": (f"{PUBSUB}Publish", "topic"),
+    "function": (f"{RPC}InvokeFunction", "function_id"),
+}
+MORE_KEYED = KEYED | {  # other doors of the same three
+    "event, by Trigger": (f"{RPC}Trigger", "event"),
+    "event, by TriggerSync": (f"{RPC}TriggerSync", "event"),
+    "event, by PubSub Emit": (f"{PUBSUB}Emit", "event"),
+    "topic, by REST": ("/api/v1/publish", "topic"),
+    "function, waiting": (f"{RPC}InvokeFunctionSync", "function_id"),
+}
+
+
+@pytest.mark.parametrize("second", MORE_KEYED)
+@pytest.mark.parametrize("first", KEYED)
+def test_a_key_belongs_to_one_event_topic_or_function(
+    shared: RunningServer, first: str, second: str
+) -> None:
+    """Both have the same name here; what differs is what that name is of."""
+    shared.register(name := new_name(), f"{name}.started")
+
+    def send(kind: str) -> tuple[int, Any]:
+        path, member = MORE_KEYED[kind]
+        body = {member: name, "idempotency_key": name, "timeout_ms": 1}
+        return shared.call("POST", path, body)
+
+    assert send(first)[0] == 200
+    before = stored(shared)
+    status, body = send(second)
+    if second.startswith(first):
+        assert status == 200
+    else:
+        assert code((status, body)) == (409, "already_exists")
+        assert name in body["message"]
+        assert {"function": "invocation"}.get(first, first) in body["message"]
+    assert stored(shared) == before
+
+
+@pytest.mark.parametrize("kind", MORE_KEYED)
+def test_a_key_belongs_to_one_name(shared: RunningServer, kind: str) -> None:
+    path, member = MORE_KEYED[kind]
+    names = [new_name(), new_name()]
+    for name in names:
+        shared.register(name, f"{name}.started")
+    bodies = [{member: name, "idempotency_key": names[0], "timeout_ms": 1} for name in names]
+    assert shared.call("POST", path, bodies[0])[0] == 200
+    before = stored(shared)
+    answer = shared.call("POST", path, bodies[1])
+    assert code(answer) == (409, "already_exists")
+    assert names[0] in answer[1]["message"]
+    assert stored(shared) == before
+
+
+# --- What there is to listen to --------------------------------------------------------
+
+
+def test_topics_are_listed_with_how_much_was_said(server: RunningServer) -> None:
+    assert server.yes("POST", f"{PUBSUB}ListTopics", b"") == {"topics": []}
+    server.emit("no.topic")
+    said = {topic: [publish(server, topic) for _ in range(size)]
+            for topic, size in (("news.today", 3), ("alone", 1))}
+    topics = server.yes("POST", f"{PUBSUB}ListTopics", {})["topics"]
+    assert {topic["name"]: topic["messageCount"] for topic in topics} == {
+        "news.today": "3", "alone": "1"}
+    for topic in topics:
+        first, last = said[topic["name"]][0], said[topic["name"]][-1]
+        at = "SELECT at FROM journal WHERE seq = ?"
+        for end, message in ("firstMessageAt", first), ("lastMessageAt", last):
+            ((instant,),) = server.rows(at, int(message["sequence"]))
+            assert topic.pop(end) == ironflow.to_rfc3339(instant)
+        assert topic.keys() == {"name", "messageCount", "consumerCount"}
+        assert topic["consumerCount"] == 0
+
+
+def test_a_topic_has_its_figures(shared: RunningServer) -> None:
+    topic = new_name()
+    said = [publish(shared, topic) for _ in range(3)]
+    publish(shared, new_name())
+    shared.emit(topic)
+    assert shared.yes("POST", f"{PUBSUB}GetTopicStats", {"topic": topic}) == {
+        "name": topic, "messageCount": "3", "consumerCount": 0, "lag": "0",
+        "firstSeq": said[0]["sequence"], "lastSeq": said[-1]["sequence"]}
+
+
+def test_a_topic_that_nobody_published_on_has_zeros(shared: RunningServer) -> None:
+    shared.emit(topic := new_name())
+    assert shared.yes("POST", f"{PUBSUB}GetTopicStats", {"topic": topic}) == {
+        "name": topic, "messageCount": "0", "consumerCount": 0, "lag": "0", "firstSeq": "0",
+        "lastSeq": "0"}
+
+
+# ======================================================================================
+# Reading: pages of events and runs, newest first
+# ======================================================================================
+
+MIDNIGHT = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+SHELF = [  # an hour apart, the first at midnight; `n` is the place in this list
+    ironflow.NewEvent("order.placed", '{"n":0}'),
+    ironflow.NewEvent("order.paid", '{"n":1,"by":"card"}'),
+    ironflow.NewEvent("user.joined", '{"n":2}', metadata='{"plan":"free"}', version=2,
+                      idempotency_key="key of 2"),
+    ironflow.NewEvent("webhook/stripe.charge", '{"n":3}', source="webhook"),
+    ironflow.NewEvent("order.placed", '{"n":4}', subject="run_0"),
+    ironflow.NewEvent("nightly", '{"n":5}', source="cron"),
+    ironflow.NewEvent("order.placed", '{"n":6,"rebate":"100%"}'),
+    ironflow.NewEvent("order.paid", '{"n":7,"by":"giro"}'),
+]
+
+
+def journal_of(path: Path, events: Sequence[ironflow.NewEvent]) -> None:
+    """A file with these events, written by the server's own rules."""
+    file = ironflow.JournalFile(path, ironflow.Ids())
+    for hour, event in enumerate(events):
+        file.execute([ironflow.Wish(ironflow.accept_event, (event,))], MIDNIGHT + 3600 * hour)
+        file.commit()
+    file.close()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server on those eight events, and on rows of other kinds that are no events."""
+    folder = tmp_path_factory.mktemp("library")
+    journal_of(folder / "journal.db", SHELF)
+    with serve(folder) as running:
+        running.register("order.placed", "nothing")
+        running.rpc("DeleteFunction", {"id": "order.placed"})
+        publish(running, "order.placed", {"n": 8})
+        yield running
+
+
+def browse(server: RunningServer, query: str = "") -> Any:
+    """A page of events, and that what it says of itself is true."""
+    page = server.yes("GET", f"/api/v1/events?{query}")
+    assert page.keys() == {"events", "count", "limit", "has_next", "has_prev", "next_cursor",
+                           "prev_cursor", "approx_total", "approx_total_capped"}
+    assert not has_null(page)
+    assert page["count"] == len(page["events"]) <= page["limit"]
+    assert page["has_next"] is bool(page["next_cursor"])
+    assert page["has_prev"] is bool(page["prev_cursor"])
+    return page
+
+
+def shelved(page: Any) -> list[int]:
+    return [event["data"]["n"] for event in page["events"]]
+
+
+@pytest.mark.parametrize(("query", "found"), [
+    ("", "76543210"),
+    ("name=order", "76410"), ("name=order.placed", "640"), ("name=stripe", "3"),
+    ("name=nowhere", ""), ("name=%25", ""), ("name=_", ""), ("name=order.p_id", ""),
+    ("name=", "76543210"),
+    ("names=order.paid", "71"), ("names=order.paid,nightly", "751"), ("names=order", ""),
+    ("names=webhook%2Fstripe.charge,user.joined", "32"), ("names=nowhere,nightly", "5"),
+    ("names=nightly,nightly", "5"), ("names=", "76543210"), ("names=nowhere", ""),
+    ("source=api", "764210"), ("source=webhook", "3"), ("source=cron", "5"), ("source=ap", ""),
+    ("since=2026-01-01T03:30:00Z", "7654"), ("until=2026-01-01T03:30:00Z", "3210"),
+    ("since=2026-01-01T04:30:00%2B01:00", "7654"),
+    ("since=2026-01-01T01:30:00Z&until=2026-01-01T05:30:00Z", "5432"),
+    ("since=2026-01-01T05:30:00Z&until=2026-01-01T01:30:00Z", ""),
+    ("since=2999-01-01T00:00:00Z", ""), ("until=1999-01-01T00:00:00Z", ""),
+    ("search=card", "1"), ("search=joined", "2"), ("search=100%25", "6"),
+    ("search=nowhere", ""), ("search=", "76543210"),
+    ("name=order&source=api&since=2026-01-01T03:30:00Z", "764"),
+    ("name=paid&search=giro", "7"), ("name=placed&search=giro", ""),
+    ("names=order.placed,nightly&source=cron", "5"),
+    ("names=order.placed,nightly&name=order", "640"),
+    ("names=order.paid,order.placed&until=2026-01-01T03:30:00Z&search=order", "10"),
+    ("source=cron&name=order", ""),
+])
+def test_events_are_listed_by_filters(library: RunningServer, query: str, found: str) -> None:
+    page = browse(library, query)
+    assert shelved(page) == [*map(int, found)]
+    assert (page["limit"], page["approx_total"]) == (20, len(found))
+    assert not page["has_next"] and not page["has_prev"]
+    short = browse(library, f"{query}&limit=2")
+    assert shelved(short) == [*map(int, found[:2])]
+    assert (short["limit"], short["has_next"]) == (2, len(found) > 2)
+
+
+def test_a_listed_event_is_what_its_own_door_answers(library: RunningServer) -> None:
+    for event in browse(library)["events"]:
+        assert event == library.yes("GET", f"/api/v1/events/{event['id']}")
+    third = browse(library, "name=user.joined")["events"][0]
+    assert (third["metadata"], third["version"]) == ({"plan": "free"}, 2)
+    assert (third["idempotency_key"], third["timestamp"]) == (
+        "key of 2", "2026-01-01T02:00:00.000Z")
+
+
+def test_events_are_found_by_their_id(library: RunningServer) -> None:
+    for event in browse(library)["events"]:
+        assert browse(library, f"search={event['id']}")["events"] == [event]
+
+
+@pytest.mark.parametrize("filters", ["", "name=order", "names=order.paid,order.placed,nightly",
+                                     "source=api", "search=order",
+                                     "since=2026-01-01T00:30:00Z&until=2026-01-01T06:30:00Z"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 8, 200])
+def test_events_are_walked_both_ways(library: RunningServer, filters: str, limit: int) -> None:
+    everything = shelved(browse(library, filters))
+    pages = [everything[i : i + limit] for i in range(0, len(everything), limit)]
+    page = browse(library, f"{filters}&limit={limit}")
+    for i, expected in enumerate(pages):  # to the oldest
+        assert shelved(page) == expected
+        assert (page["has_prev"], page["has_next"]) == (i > 0, i < len(pages) - 1)
+        oldest, cursor = page, page["next_cursor"]
+        if cursor:
+            page = browse(library, f"{filters}&limit={limit}&cursor={cursor}")
+    page = oldest
+    for i in reversed(range(len(pages) - 1)):  # and back
+        page = browse(library, f"{filters}&limit={limit}&before={page['prev_cursor']}")
+        assert shelved(page) == pages[i]
+        assert (page["has_prev"], page["has_next"]) == (i > 0, True)
+
+
+def test_pages_of_events_may_have_up_to_200(shared: RunningServer) -> None:
+    array = [{"name": (name := new_name())}] * 201
+    shared.yes("POST", "/api/v1/events", array)
+    assert browse(shared, f"names={name}")["count"] == 20
+    for limit in 200, 201, 10_000:
+        page = browse(shared, f"names={name}&limit={limit}")
+        assert (page["count"], page["limit"], page["has_next"]) == (200, 200, True)
+    assert page["approx_total"] == 201
+    assert browse(shared, f"names={name}&cursor={page['next_cursor']}")["count"] == 1
+
+
+@pytest.mark.parametrize("query", [
+    "limit=x", "limit=-1", "limit=1.5", "limit=%FF", "since=soon", "since=5",
+    "until=2026-01-01", "cursor=x", "cursor=-1", "cursor=1.5", "cursor=%00", "cursor=%FF",
+    "cursor=null", "cursor=1%20OR%201", "before=x", "before=%27", "cursor=99999999999999999999",
+    "cursor=1&before=1",
+])
+def test_a_query_for_events_of_the_wrong_kind_is_refused(
+    library: RunningServer, query: str
+) -> None:
+    status, body = library.call("GET", f"/api/v1/events?{query}")
+    assert code((status, body)) == INVALID
+    assert body["error"] == body["message"]
+    assert query.partition("=")[0] in body["message"]
+
+
+def test_cursor_and_before_together_are_refused(library: RunningServer) -> None:
+    page = browse(library, "limit=2")
+    cursor = browse(library, f"limit=2&cursor={page['next_cursor']}")
+    query = f"cursor={cursor['next_cursor']}&before={cursor['prev_cursor']}"
+    answer = library.call("GET", f"/api/v1/events?{query}")
+    assert code(answer) == INVALID
+    assert "cursor" in answer[1]["message"] and "before" in answer[1]["message"]
+    either = f"cursor=&before={cursor['prev_cursor']}&limit=2"  # as forms send what is unset
+    assert browse(library, either)["events"] == page["events"]
+
+
+def test_a_cursor_outlives_its_row(server: RunningServer) -> None:
+    """Retention may take the row away that a page ended with; the walk goes on behind it."""
+    for n in range(9):
+        server.emit(data={"n": n})
+    page = browse(server, "limit=3")
+    middle = browse(server, f"limit=3&cursor={page['next_cursor']}")
+    with contextlib.closing(sqlite3.connect(server.db)) as db, db:
+        db.execute("DELETE FROM journal WHERE event_id IN (?, ?, ?)",
+                   [event["id"] for event in middle["events"]])
+    older = browse(server, f"limit=3&cursor={middle['next_cursor']}")
+    assert shelved(older) == [2, 1, 0]
+    newer = browse(server, f"limit=3&before={middle['prev_cursor']}")
+    assert shelved(newer) == [8, 7, 6]
+
+
+def test_names_of_events_are_counted(library: RunningServer, server: RunningServer) -> None:
+    found = library.yes("GET", "/api/v1/events/names")
+    assert found.keys() == {"names", "scanned", "scan_cap", "truncated"}
+    assert {row["name"]: row["count"] for row in found["names"]} == Counter(
+        event.name for event in SHELF)
+    assert all(row.keys() == {"name", "count"} for row in found["names"])
+    assert (found["scanned"], found["truncated"]) == (len(SHELF), False)
+    assert found["scan_cap"] >= 50_000
+    nothing = server.yes("GET", "/api/v1/events/names")
+    assert nothing == found | {"names": [], "scanned": 0}
+
+
+# --- Runs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ended(shared: RunningServer) -> tuple[str, dict[str, str]]:
+    """A function with a run in each of four states: by status, the run's id."""
+    bench = Bench(shared)
+    runs = {}
+    for status in "completed", "failed":
+        job = bench.job()
+        bench.said(job, status, error={"message": "no", "retryable": False})
+        runs[status] = job["run_id"]
+    runs["running"] = bench.job()["run_id"]
+    (runs["cancelled"],) = shared.emit(bench.name)["run_ids"]
+    shared.rpc("CancelRun", {"id": runs["cancelled"]})
+    (runs["waiting_for_capacity"],) = shared.emit(bench.name)["run_ids"]
+    return bench.name, runs
+
+
+@pytest.mark.parametrize(("statuses", "found"), [
+    ([], "waiting_for_capacity cancelled running failed completed"),
+    (["failed"], "failed"),
+    (["completed", "failed"], "failed completed"),
+    (["RUN_STATUS_COMPLETED", "FAILED", 5], "cancelled failed completed"),
+    (["paused"], ""),
+    (["running", "running"], "running"),
+])
+def test_runs_are_listed_by_several_statuses(
+    shared: RunningServer, ended: tuple[str, dict[str, str]], statuses: list[Any], found: str
+) -> None:
+    name, runs = ended
+    page = shared.rpc("ListRuns", {"functionId": name, "statuses": statuses})
+    assert [run["id"] for run in page["runs"]] == [runs[status] for status in found.split()]
+    assert page["totalCount"] == len(found.split())
+    assert type(page["totalCount"]) is int
+
+
+def runs_of(server: RunningServer, door: str, **asked: Any) -> tuple[list[str], str, int]:
+    """The ids of a page of runs, the next cursor, how many there are in all."""
+    if door == "rpc":
+        page = server.rpc("ListRuns", asked)
+        names = ("nextCursor", "totalCount")
+    else:
+        page = server.yes("GET", f"/api/v1/runs?{urllib.parse.urlencode(asked)}")
+        names = ("next_cursor", "total_count")
+        assert page["count"] == len(page["runs"])
+    return [run["id"] for run in page["runs"]], page[names[0]], page[names[1]]
+
+
+@pytest.mark.parametrize("door", ["rpc", "rest"])
+@pytest.mark.parametrize("filters", [{}, {"status": "completed"}, {"search": "{name}"},
+                                     {"function_id": "{name}", "status": "completed"}])
+def test_runs_are_walked_by_a_cursor(
+    shared: RunningServer, door: str, filters: dict[str, str]
+) -> None:
+    shared.register(name := new_name(), name)
+    shared.join(name, name)
+    made = [shared.emit(name, {"n": n})["run_ids"][0] for n in range(7)]
+    for job in shared.poll(name, available=7):
+        shared.tell(job, "completed", name)
+    asked: dict[str, Any] = {key: value.format(name=name) for key, value in filters.items()}
+    found: list[str] = []
+    cursor, total = "", 0
+    while len(found) < 7:
+        page, cursor, total = runs_of(shared, door, limit=3, cursor=cursor, **asked)
+        found += page
+    assert found[:7] == made[::-1]
+    assert total >= 7
+    if name in asked.values():
+        assert (cursor, total) == ("", 7)
+
+
+@pytest.mark.parametrize("door", ["rpc", "rest"])
+def test_a_cursor_of_runs_outlives_its_row(server: RunningServer, door: str) -> None:
+    server.register()
+    made = [server.emit()["run_ids"][0] for _ in range(6)]
+    page, cursor, _ = runs_of(server, door, limit=2)
+    assert page == made[:3:-1]
+    with contextlib.closing(sqlite3.connect(server.db)) as db, db:
+        db.execute("DELETE FROM run WHERE run_id = ?", (made[4],))
+    assert runs_of(server, door, limit=2, cursor=cursor)[0] == made[3:1:-1]
+
+
+@pytest.mark.parametrize("cursor", ["x", "evt_0000000000000000000a", "run_", "-1", "run_%", "\0"])
+def test_a_cursor_of_runs_that_is_none_is_refused(shared: RunningServer, cursor: str) -> None:
+    answer = shared.call("POST", f"{RPC}ListRuns", {"cursor": cursor})
+    assert code(answer) == INVALID
+    assert "cursor" in answer[1]["message"]
+    query = urllib.parse.urlencode({"cursor": cursor})
+    assert code(shared.call("GET", f"/api/v1/runs?{query}")) == INVALID
+
+
+# --- While others write ----------------------------------------------------------------
+
+
+class Crowd:
+    """Three callers who emit order.placed and publish, until the block ends."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self.server, self.over = server, threading.Event()
+        self.emitted: list[str] = []
+
+    def __enter__(self) -> Crowd:
+        self.threads = ThreadPoolExecutor(3)
+        self.work = [self.threads.submit(self._emit) for _ in range(3)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.threads.shutdown()
+        for work in self.work:
+            work.result()
+
+    def _emit(self) -> None:
+        line = Line(self.server)
+        while not self.over.is_set():
+            array = [{"name": "order.placed"}] * 3
+            done = line.yes("POST", "/api/v1/events", array)["events"]
+            self.emitted += [event["id"] for event in done]
+            publish(line, "order.placed")
+
+    def goes_on(self) -> None:
+        """Returns once they were told of one more event than before."""
+        before = len(self.emitted)
+        eventually(lambda: len(self.emitted) > before)
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    with serve(tmp_path_factory.mktemp("busy")) as server:
+        server.register()
+        yield server
+
+
+def emit_130(server: RunningServer) -> list[Any]:
+    """They are there before anybody else writes: the newest first."""
+    done = server.yes("POST", "/api/v1/events", [{"name": "order.placed"}] * 130)["events"]
+    return list(reversed(done))
+
+
+@pytest.mark.parametrize("filters", ["", "name=order", "names=order.placed,x", "source=api"])
+def test_events_are_paged_once_each_while_others_write(
+    busy: RunningServer, filters: str
+) -> None:
+    old = [event["id"] for event in emit_130(busy)]
+    with Crowd(busy) as crowd:
+        crowd.goes_on()
+        page = browse(busy, f"{filters}&limit=20")
+        older = [event["id"] for event in page["events"]]
+        while old[-1] not in older:  # down to the oldest of them ...
+            crowd.goes_on()
+            page = browse(busy, f"{filters}&limit=20&cursor={page['next_cursor']}")
+            older += [event["id"] for event in page["events"]]
+        newer = [event["id"] for event in page["events"]]
+        while old[0] not in newer:  # ... and up again
+            crowd.goes_on()
+            page = browse(busy, f"{filters}&limit=20&before={page['prev_cursor']}")
+            newer = [event["id"] for event in page["events"]] + newer
+    for found in older, newer:
+        assert len(found) == len({*found})
+        assert found == sorted(found, reverse=True)  # ids are in the order of time
+        assert [event_id for event_id in found if event_id in {*old}] == old
+
+
+@pytest.mark.parametrize("door", ["rpc", "rest"])
+@pytest.mark.parametrize("filters", [{}, {"status": "waiting_for_capacity"}])
+def test_runs_are_paged_once_each_while_others_write(
+    busy: RunningServer, door: str, filters: dict[str, str]
+) -> None:
+    old = [event["run_ids"][0] for event in emit_130(busy)]
+    with Crowd(busy) as crowd:
+        crowd.goes_on()
+        found, cursor, total = runs_of(busy, door, limit=20, **filters)
+        while old[-1] not in found:
+            crowd.goes_on()
+            page, cursor, _ = runs_of(busy, door, limit=20, cursor=cursor, **filters)
+            found += page
+    assert total >= 130
+    assert len(found) == len({*found})
+    assert found == sorted(found, reverse=True)
+    assert [run_id for run_id in found if run_id in {*old}] == old
+
+
+# --- A million rows --------------------------------------------------------------------
+
+GROW = [
+    """
+    INSERT INTO journal (seq, at, kind, name, data, event_id, version, source)
+    WITH RECURSIVE n (i) AS (SELECT :low UNION ALL SELECT i + 1 FROM n WHERE i < :high)
+    SELECT i, :midnight + i, 'event', iif(i = 2, 'needle', 'order.' || (i % 2)),
+           '{"n":' || i || '}', new_id('evt', :midnight + i), 1, iif(i = 2, 'cron', 'api') FROM n
+    """,
+    """
+    INSERT INTO run (run_id, function_id, function_version, event_seq, event_id, event_name,
+                     retry, created_at, status, updated_at)
+    SELECT new_id('run', at), iif(seq % 2, 'odd', 'even'), 1, seq, event_id, name, :retry, at,
+           iif(seq = 2, 'cancelled', iif(seq % 2, 'completed', 'failed')), at
+      FROM journal WHERE seq BETWEEN :low AND :high
+    """,
+]
+
+
+def grow(db: Path, low: int, high: int) -> None:
+    """Events and runs `low` to `high`, by SQL. The second ever is the needle in the hay."""
+    params = {"low": low, "high": high, "midnight": MIDNIGHT, "retry": ironflow.Retry().to_text()}
+    with contextlib.closing(sqlite3.connect(db)) as file:
+        file.execute("PRAGMA synchronous = OFF")
+        file.execute("PRAGMA cache_size = -100000")
+        with file:
+            for statement in GROW:
+                file.create_function("new_id", 2, ironflow.Ids().new)
+                file.execute(statement, params)
+
+
+FEW, MANY = 120_000, 300_000  # half of either is more than a page looks at
+PAGES = {
+    "events": "events",
+    "events, 200 of them": "events?limit=200",
+    "events, from deep inside": "events?cursor=500",
+    "events, from deep inside, newer": "events?before=500",
+    "events, a rare name": "events?names=needle",
+    "events, a rare and a common name": "events?names=needle,order.1",
+    "events, an unknown name": "events?names=nowhere",
+    "events, part of a rare name": "events?name=eedl",
+    "events, a rare source": "events?source=cron",
+    "events, a rare source of a name": "events?names=order.1&source=cron",
+    "events, a search without match": "events?search=nowhere",
+    "events, the same from deep inside": "events?search=nowhere&before=500",
+    "events, of long ago": "events?until=2026-01-01T00:05:00Z",
+    "events, of the future": "events?since=2999-01-01T00:00:00Z",
+    "names of events": "events/names",
+    "runs": "runs",
+    "runs, a thousand": "runs?limit=1000",
+    "runs, from deep inside": "runs?cursor={run}",
+    "runs, a far offset": "runs?offset=50000",
+    "runs, a common status": "runs?status=completed",
+    "runs, a rare status": "runs?status=cancelled",
+    "runs, a status nobody has": "runs?status=running",
+    "runs, of a function": "runs?function_id=odd",
+    "runs, of an unknown function": "runs?function_id=nobody",
+    "runs, function and status, never both": "runs?function_id=odd&status=failed",
+    "runs, a search without match": "runs?search=nowhere",
+    "runs, of an event": "runs?event_id={event}",
+    "runs, of long ago": "runs?until=2026-01-01T00:05:00Z",
+    "runs, of the future": "runs?since=2999-01-01T00:00:00Z",
+    "functions": "functions",
+}
+
+
+def weigh(db: Path) -> dict[str, int]:
+    """What each page costs SQLite, in hundreds of its own machine's instructions."""
+    spent = [0]
+    connect = ironflow.connect
+
+    def tick() -> None:
+        spent[0] += 1
+
+    def metered(*args: Any, **more: Any) -> sqlite3.Connection:
+        file = connect(*args, **more)
+        file.set_progress_handler(tick, 100)
+        return file
+
+    def turn(server: RunningServer) -> dict[str, int]:
+        ((run, event),) = server.rows("SELECT run_id, event_id FROM run WHERE event_seq = 500")
+        found = {}
+        for page, path in PAGES.items():
+            before = spent[0]
+            server.yes("GET", f"/api/v1/{path.format(run=run, event=event)}")
+            found[page] = spent[0] - before
+        return found
+
+    async def program() -> dict[str, int]:
+        async with ironflow.Server(db=db, port=0) as server:
+            return await asyncio.to_thread(turn, Inside(server))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ironflow, "connect", metered)
+        return asyncio.run(program())
+
+
+@dataclass
+class Haystack:
+    """A server on a large journal, and the cost of its pages before and after it grew."""
+
+    server: RunningServer
+    few: dict[str, int]
+    many: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def haystack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Haystack]:
+    db = tmp_path_factory.mktemp("haystack") / "journal.db"
+    journal_of(db, [])
+    grow(db, 1, FEW)
+    few = weigh(db)
+    grow(db, FEW + 1, MANY)
+    many = weigh(db)
+    with serve(db.parent) as server:
+        yield Haystack(server, few, many)
+
+
+def test_a_page_costs_the_same_however_large_the_journal(haystack: Haystack) -> None:
+    grown = {page: (few, haystack.many[page]) for page, few in haystack.few.items()
+             if haystack.many[page] > 1.2 * few + 50}
+    assert grown == {}
+    # sixty instructions for each of the 50,000 rows that a page may look at
+    assert {page: cost for page, cost in haystack.many.items() if cost > 50_000 * 0.6} == {}
+
+
+@pytest.mark.parametrize("query", ["name=eedl", "source=cron", "search=eedl", "names=needle",
+                                   "until=2026-01-01T00:00:02Z&since=2026-01-01T00:00:02Z"])
+def test_a_look_for_a_needle_among_events_goes_on_where_the_last_ended(
+    haystack: Haystack, query: str
+) -> None:
+    page = browse(haystack.server, query)
+    found = page["events"]
+    while page["has_next"]:
+        page = browse(haystack.server, f"{query}&cursor={page['next_cursor']}")
+        found += page["events"]
+    assert [event["data"]["n"] for event in found] == [2]
+
+
+@pytest.mark.parametrize("door", ["rpc", "rest"])
+@pytest.mark.parametrize("filters", [
+    {"search": "eedl"}, {"status": "cancelled"}, {"function_id": "even", "status": "cancelled"},
+    {"until": "2026-01-01T00:00:02Z", "since": "2026-01-01T00:00:02Z"},
+])
+def test_a_look_for_a_needle_among_runs_goes_on_where_the_last_ended(
+    haystack: Haystack, door: str, filters: dict[str, str]
+) -> None:
+    found, cursor, _ = runs_of(haystack.server, door, **filters)
+    while cursor:
+        page, cursor, _ = runs_of(haystack.server, door, cursor=cursor, **filters)
+        found += page
+    needle = haystack.server.rows("SELECT run_id FROM run WHERE event_seq = 2")
+    assert [(run_id,) for run_id in found] == needle
+
+
+def test_a_count_of_more_than_a_page_looks_at_is_a_lower_bound(haystack: Haystack) -> None:
+    for total in (browse(haystack.server)["approx_total"], runs_of(haystack.server, "rpc")[2],
+                  runs_of(haystack.server, "rest")[2]):
+        assert 50_000 <= total <= MANY
+    names = haystack.server.yes("GET", "/api/v1/events/names")
+    assert (names["scanned"], names["truncated"]) == (names["scan_cap"], True)
+    assert sum(row["count"] for row in names["names"]) == names["scanned"] < MANY
+
+
+# ======================================================================================
+# What the public SDKs send, and what they must hear
+# ======================================================================================
+# One row for each spelling: who sends it, with its headers, to which door, what comes back.
+# In bodies and answers "RUN" stands for the id of a run, "EVT" for that of an event, "AT"
+# for an instant and so on: see `kinds_in`. A member more, a null or another type is a failure,
+# because JS checks its answers with zod and Go decodes them into fixed types.
+
+AGENTS = {
+    "curl": {"User-Agent": "curl/8.5.0", "Content-Type": "application/json"},
+    "node": {"User-Agent": "node", "Content-Type": "application/json",
+             "X-Ironflow-Environment": "default"},
+    "browser": {"User-Agent": "Mozilla/5.0", "Content-Type": "application/json",
+                "Connect-Protocol-Version": "1", "X-Ironflow-Environment": "default",
+                "Origin": "http://localhost:3000"},
+    "Go": {"User-Agent": "Go-http-client/1.1", "Content-Type": "application/json",
+           "X-Ironflow-Environment": "default"},
+    "Python": {"User-Agent": "python-httpx/0.27", "X-Ironflow-SDK": "python/0.53.0",
+               "Content-Type": "application/json; charset=utf-8",
+               "X-Ironflow-Environment-ID": ""},
+}
+ORDER = {"event": "order.placed", "data": {"a": 1}}
+GO_EMPTY: dict[str, Any] = {"idempotency_key": "", "version": 0, "metadata": None}
+ACCEPTED: dict[str, Any] = {"runIds": ["RUN"], "eventId": "EVT"}
+BY_REST = ACCEPTED | {"id": "EVT", "event_id": "EVT", "run_ids": ["RUN"]}
+BY_REST_NO_RUN = BY_REST | {"runIds": [], "run_ids": []}
+INVOKED = {"runId": "RUN", "eventId": "EVT", "run_id": "RUN", "event_id": "EVT"}
+DONE = {"runId": "RUN", "functionId": "echo", "status": "completed", "durationMs": "INT",
+        "waitTimedOut": False, "output": {"a": 1}}
+GO_DONE = DONE | {"status": "RUN_STATUS_COMPLETED"}
+SYNC = {"eventId": "EVT", "results": [DONE]}
+GO_SYNC = {"eventId": "EVT", "results": [GO_DONE]}
+PUBLISHED = {"eventId": "SEQ", "sequence": "DIGITS", "duplicate": False}
+RUN_READ = {
+    "id": "RUN", "functionId": "echo", "eventId": "EVT", "eventName": "order.placed",
+    "executionMode": "EXECUTION_MODE_PULL", "workerId": "echo", "status": "completed",
+    "attempt": "INT", "maxAttempts": "INT", "functionVersion": "INT", "input": {"a": 1},
+    "output": {"a": 1}, "startedAt": "AT", "endedAt": "AT", "createdAt": "AT",
+    "updatedAt": "AT",
+}
+GO_RUN = RUN_READ | {"status": "RUN_STATUS_COMPLETED"}
+ECHO = {
+    "id": "echo", "name": "echo", "description": "", "triggers": [{"event": "order.placed"}],
+    "retry": {"maxAttempts": "INT", "initialDelayMs": "INT", "backoffFactor": 2.0,
+              "maxDelayMs": "INT", "onExhausted": "fail"},
+    "timeoutMs": "INT", "preferredMode": "EXECUTION_MODE_PULL", "recording": False,
+    "recordingProfile": "", "metadata": {}, "status": "FUNCTION_STATUS_ACTIVE",
+    "version": "INT", "createdAt": "AT", "updatedAt": "AT",
+}
+ONE_RUN = {"runs": [RUN_READ], "nextCursor": "", "totalCount": "INT"}
+GO_ONE_RUN = ONE_RUN | {"runs": [GO_RUN]}
+ONE_TOPIC = {"name": "news", "messageCount": "DIGITS", "consumerCount": "INT",
+             "firstMessageAt": "AT", "lastMessageAt": "AT"}
+TOPIC_STATS = {"name": "news", "messageCount": "DIGITS", "consumerCount": "INT",
+               "lag": "DIGITS", "firstSeq": "DIGITS", "lastSeq": "DIGITS"}
+WIRE: list[tuple[str, str, str, Any, Any]] = [
+    ("curl", "", "/api/v1/events", {"name": "order.placed", "data": {"a": 1}}, BY_REST),
+    ("curl", "with everything", "/api/v1/events",
+     {"name": "order.placed", "data": [1], "metadata": {"by": None}, "version": 2,
+      "idempotency_key": "curl 1"}, BY_REST),
+    ("curl", "a function's id is no event", "/api/v1/events", {"name": "echo"}, BY_REST_NO_RUN),
+    ("node", "serve(): a webhook", "/api/v1/events",
+     {"name": "webhook/stripe.charge", "data": {"id": "ch_1"}, "idempotencyKey": "node 1"},
+     BY_REST_NO_RUN),
+    ("node", "emit", f"{RPC}Trigger",
+     ORDER | {"version": 1, "idempotencyKey": "node 2", "metadata": {"by": "x"}}, ACCEPTED),
+    ("node", "emit of a list", f"{RPC}Trigger", ORDER | {"data": [1, "a"]}, ACCEPTED),
+    ("node", "emit of null", f"{RPC}Trigger", ORDER | {"data": None}, ACCEPTED),
+    ("browser", "emit", f"{PUBSUB}Emit", ORDER | {
+        "version": 1, "idempotency_key": "browser 1", "metadata": {}, "namespace": "default"},
+     ACCEPTED),
+    ("browser", "invoke with an event's name", f"{RPC}Trigger", ORDER, ACCEPTED),
+    ("browser", "invoke with a function's id", f"{RPC}Trigger",
+     {"event": "echo", "data": {}, "idempotency_key": "browser 2"}, ACCEPTED),
+    ("Go", "Emit", f"{PUBSUB}Emit", ORDER | {"namespace": "default"}, ACCEPTED),
+    ("Go", "Emit with zero values", f"{PUBSUB}Emit", ORDER | GO_EMPTY | {"namespace": ""},
+     ACCEPTED),
+    ("Go", "serve(): a webhook", f"{RPC}Emit",
+     {"event": "webhook/x", "dataValue": [1], "idempotencyKey": "go 1"},
+     ACCEPTED | {"runIds": []}),
+    ("Python", "serve(): a webhook", f"{RPC}Emit",
+     {"event": "order.placed", "data": {}, "idempotencyKey": "python 1"}, ACCEPTED),
+    ("Python", "emit as protobuf JSON", f"{RPC}Emit",
+     {"event": "order.placed", "dataValue": "text", "version": 1.0, "idempotencyKey": ""},
+     ACCEPTED),
+    ("node", "emitSync", f"{RPC}TriggerSync",
+     ORDER | {"timeout_ms": 30000, "idempotency_key": "node 3", "metadata": {"by": "x"},
+              "version": 1}, SYNC),
+    ("browser", "emitSync", f"{RPC}TriggerSync", ORDER | {"timeout_ms": 30000}, SYNC),
+    ("browser", "emitSync of what starts nothing", f"{RPC}TriggerSync",
+     {"event": "nothing", "data": {}, "timeout_ms": 30000}, {"eventId": "EVT", "results": []}),
+    ("Go", "EmitSync", f"{RPC}TriggerSync", ORDER | {"timeout_ms": 30000}, GO_SYNC),
+    ("Go", "EmitSync with zero values", f"{RPC}TriggerSync",
+     ORDER | GO_EMPTY | {"timeout_ms": 0}, GO_SYNC),
+    ("Python", "trigger_sync as protobuf JSON", f"{RPC}TriggerSync",
+     {"event": "order.placed", "dataValue": 7.0, "timeoutMs": "30000"},
+     {"eventId": "EVT", "results": [DONE | {"output": 7, "outputValue": 7}]}),
+    ("node", "invoke", f"{RPC}InvokeFunctionSync",
+     {"function_id": "echo", "data": {"a": 1}, "timeout_ms": 30000}, {"result": DONE}),
+    ("node", "invoke with a list", f"{RPC}InvokeFunctionSync",
+     {"function_id": "echo", "data": [1], "timeout_ms": 30000},
+     {"result": DONE | {"output": [1], "outputValue": [1]}}),
+    ("Go", "InvokeSync", f"{RPC}InvokeFunctionSync",
+     {"function_id": "echo", "data": {"a": 1}, "timeout_ms": 0, "idempotency_key": "",
+      "metadata": None}, {"result": GO_DONE}),
+    ("Go", "InvokeSync with a text", f"{RPC}InvokeFunctionSync",
+     {"function_id": "echo", "data_value": "x", "timeout_ms": 30000, "idempotency_key": "go 2"},
+     {"result": GO_DONE | {"output": "x", "outputValue": "x"}}),
+    ("Go", "functions.invoke", f"{RPC}InvokeFunction",
+     {"function_id": "echo", "data": {}, "idempotency_key": ""}, INVOKED),
+    ("Python", "functions.invoke", f"{RPC}InvokeFunction",
+     {"functionId": "echo", "dataValue": [1], "idempotencyKey": "python 2"}, INVOKED),
+    ("Go", "batch", f"{RPC}TriggerBatch",
+     {"events": [ORDER | GO_EMPTY, {"event": "nothing", "data_value": 1}]},
+     {"results": [ACCEPTED, ACCEPTED | {"runIds": []}]}),
+    ("Python", "trigger_batch", f"{RPC}TriggerBatch",
+     {"events": [{"event": "order.placed", "dataValue": [1], "idempotencyKey": "python 3"}]},
+     {"results": [ACCEPTED]}),
+    ("node", "publish", f"{PUBSUB}Publish", {"topic": "news", "data": {"a": 1}}, PUBLISHED),
+    ("node", "step.publish", f"{PUBSUB}Publish",
+     {"topic": "news", "dataValue": "text", "idempotencyKey": "RUN:publish:0"}, PUBLISHED),
+    ("browser", "publish", f"{PUBSUB}Publish",
+     {"topic": "news", "data": {}, "idempotency_key": "browser 3"}, PUBLISHED),
+    ("Go", "Publish", f"{PUBSUB}Publish",
+     {"topic": "news", "data": {"a": 1}, "idempotency_key": ""}, PUBLISHED),
+    ("Python", "publish", f"{PUBSUB}Publish",
+     {"topic": "news", "dataValue": [1], "idempotencyKey": "python 4"}, PUBLISHED),
+    ("Python", "publish, an older client's", "/api/v1/publish",
+     {"topic": "news", "data": {}, "idempotency_key": "python 5"},
+     {"event_id": "SEQ", "eventId": "SEQ", "sequence": "INT", "duplicate": False}),
+    ("node", "listTopics", f"{PUBSUB}ListTopics", {}, {"topics": [ONE_TOPIC]}),
+    ("Go", "ListTopics", f"{PUBSUB}ListTopics", {}, {"topics": [ONE_TOPIC]}),
+    ("browser", "getTopicStats", f"{PUBSUB}GetTopicStats", {"topic": "news"}, TOPIC_STATS),
+    ("node", "getRun", f"{RPC}GetRun", {"id": "RUN"}, RUN_READ),
+    ("browser", "getRun", f"{RPC}GetRun", {"id": "RUN"}, RUN_READ),
+    ("Go", "GetRun", f"{RPC}GetRun", {"id": "RUN"}, GO_RUN),
+    ("node", "listRuns", f"{RPC}ListRuns",
+     {"functionId": "echo", "status": "completed", "limit": 10, "eventId": "EVT"}, ONE_RUN),
+    ("browser", "listRuns", f"{RPC}ListRuns",
+     {"function_id": "echo", "status": "COMPLETED", "limit": 10, "event_id": "EVT"}, ONE_RUN),
+    ("Go", "ListRuns with zero values", f"{RPC}ListRuns",
+     {"function_id": "", "status": "RUN_STATUS_COMPLETED", "limit": 0, "cursor": "",
+      "offset": 0, "search": "", "event_id": "EVT", "statuses": None}, GO_ONE_RUN),
+    ("Python", "list as protobuf JSON", f"{RPC}ListRuns",
+     {"statuses": ["RUN_STATUS_COMPLETED", "RUN_STATUS_FAILED"], "limit": "10",
+      "eventId": "EVT"}, ONE_RUN),
+    ("node", "getRunSteps", f"{RPC}GetRunSteps", {"run_id": "RUN"}, {"steps": [], "count": "INT"}),
+    ("Go", "CancelRun", f"{RPC}CancelRun", {"id": "QUEUED", "reason": ""},
+     {**{name: value for name, value in GO_RUN.items()
+         if name not in ("workerId", "startedAt", "output")},
+      "functionId": "idle", "eventName": "idle", "status": "RUN_STATUS_CANCELLED",
+      "error": {"message": "the run was cancelled", "code": "CANCELLED"}}),
+    ("Go", "GetFunction", f"{RPC}GetFunction", {"id": "echo"}, ECHO),
+    ("Python", "ListFunctions", f"{RPC}ListFunctions",
+     {"status": "FUNCTION_STATUS_ACTIVE", "limit": 10, "name": "echo"},
+     {"functions": [ECHO], "nextCursor": "", "totalCount": "INT"}),
+    ("Go", "ListFunctions with zero values", f"{RPC}ListFunctions",
+     {"status": "", "limit": 0, "cursor": "", "name": "echo", "mode": "", "offset": 0},
+     {"functions": [ECHO], "nextCursor": "", "totalCount": "INT"}),
+    ("Go", "UpdateFunctionStatus", f"{RPC}UpdateFunctionStatus",
+     {"id": "echo", "status": "FUNCTION_STATUS_ACTIVE"}, ECHO),
+    ("Python", "UpdateFunctionStatus", f"{RPC}UpdateFunctionStatus", {"id": "echo", "status": 1},
+     ECHO),
+    ("Go", "RegisterFunction, the same again", f"{RPC}RegisterFunction",
+     {"id": "echo", "name": "", "triggers": [{"event": "order.placed", "expression": "",
+                                              "cron": ""}],
+      "mode": "pull", "endpoint_url": "", "timeout_ms": 0, "retry": None, "actor_key": "",
+      "concurrency": None, "debounce": None, "secrets": None, "recording": False},
+     {"function": ECHO, "created": False}),
+    ("Python", "RegisterFunction, the same again", f"{RPC}RegisterFunction",
+     {"id": "echo", "name": "echo", "triggers": [{"event": "order.placed"}],
+      "preferredMode": "EXECUTION_MODE_PULL", "changeReason": "start"},
+     {"function": ECHO, "created": False}),
+    ("node", "Health", f"{RPC}Health", {}, {"status": "ok", "timestamp": "AT",
+                                            "version": ironflow.__version__}),
+    ("browser", "detectTransport", f"{RPC}GetCapabilities", {},
+     {"transports": ["connectrpc"], "features": [], "version": ironflow.PROTOCOL_VERSION,
+      "auth_required": False}),
+    ("Go", "Info", f"{RPC}Info", {},
+     {"version": ironflow.__version__, "goVersion": "TEXT", "startedAt": "AT",
+      "functionCount": "INT", "activeRuns": "INT", "connectedWorkers": "INT"}),
+]
+SHAPES = {
+    "RUN": r"run_[0-9a-z]{20}", "EVT": r"evt_[0-9a-z]{20}", "SEQ": r"seq_[1-9][0-9]*",
+    "AT": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}(\.[0-9]+)?Z", "DIGITS": r"[0-9]+",
+}
+NUMBERS_AS_TEXT = {"sequence", "messageCount", "lag", "firstSeq", "lastSeq"}
+
+
+def kinds_in(value: Any, name: str = "") -> Any:
+    """An answer with what differs each time replaced by the kind of thing it is."""
+    if isinstance(value, dict):
+        return {key: kinds_in(inside, key) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [kinds_in(inside, name) for inside in value]
+    if name == "goVersion":
+        return "TEXT" if isinstance(value, str) and value else value
+    if type(value) is int and name not in ("a", "output", "outputValue"):
+        return "INT"
+    if isinstance(value, str):
+        for shape, pattern in SHAPES.items():
+            if re.fullmatch(pattern, value) and (
+                    shape != "DIGITS" or name in NUMBERS_AS_TEXT):
+                return shape
+    return value
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Any]]:
+    """A server whose function `echo`, on order.placed, returns its input at once; and the
+    ids that stand for RUN, EVT (a run that is over) and QUEUED."""
+    with serve(tmp_path_factory.mktemp("echo")) as server:
+
+        def work() -> None:
+            line = Line(server)
+            while True:
+                for job in line.poll("echo", available=10):
+                    data = job["event"]["data"]
+                    line.tell(job, "completed", "echo", output=data)
+                    if data == "over":
+                        return
+
+        server.register("echo")
+        server.register("idle", "idle")
+        server.join("echo", "echo")
+        publish(server, "news")
+        worker = threading.Thread(target=work)
+        worker.start()
+        done, queued = server.emit(data={"a": 1}), server.emit("idle", {"a": 1})
+        server.run_becomes(done["run_ids"][0], "completed")
+        yield server, {"RUN": done["run_ids"][0], "EVT": done["id"],
+                       "QUEUED": queued["run_ids"][0]}
+        server.emit(data="over")
+        worker.join(DEADLINE_S)
+
+
+@pytest.mark.parametrize(("agent", "path", "body", "expected"), [
+    pytest.param(agent, path, body, expected, id=f"{agent} {what or path}")
+    for agent, what, path, body, expected in WIRE
+])
+def test_each_sdk_hears_what_it_demands(
+    echo: tuple[RunningServer, dict[str, str]], agent: str, path: str, body: Any, expected: Any
+) -> None:
+    server, known = echo
+    text = re.sub("RUN(?!_)|EVT|QUEUED", lambda name: known[name[0]], json.dumps(body))
+    status, headers, answer = ask(
+        server, "POST", path, text.encode(),
+        **{name.replace("-", "_"): value for name, value in AGENTS[agent].items()})
+    assert (status, kinds_in(answer)) == (200, expected)
+    assert headers["content-type"].startswith("application/json")
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("data", [{"a": 1}, [1, 2], "text", 7, 1.5, True])
+def test_what_goes_in_by_emit_sync_comes_out_again(
+    echo: tuple[RunningServer, Any], agent: str, data: Any
+) -> None:
+    """Struct and Value: an object is `output` alone, all else `outputValue` too."""
+    server, _ = echo
+    member = "data" if isinstance(data, dict) else "dataValue"
+    body = {"event": "order.placed", member: data}
+    _, answer = server.call("POST", f"{RPC}TriggerSync", body, AGENTS[agent])
+    (result,) = answer["results"]
+    assert (result["output"], type(result["output"])) == (data, type(data))
+    if isinstance(data, dict):
+        assert "outputValue" not in result
+    else:
+        assert result["outputValue"] == data
+
+
+# ======================================================================================
 # Bad input: the protocol's answer, nothing stored, nobody harmed
 # ======================================================================================
 
 WITHOUT_BODY = ("/Health", "/GetCapabilities", "/Info", "/ListTopics")
 WRITING_DOORS = [
-    door.format(worker_id="w", job_id="job_x_1", run_id="run_x", function_id="f")
+    door.format(worker_id="w", job_id="job_x_1", run_id="run_x", function_id="wrong")
     for door in ironflow.doors()
     if door.startswith("P") and not door.endswith(WITHOUT_BODY)
 ]
@@ -1300,13 +2875,48 @@ WRONG: list[tuple[str, Any, dict[str, list[Any]]]] = [
         "retry.onExhausted": [*TEXT, "explode"], "recording": [5, "x", [], {}],
         "metadata": OBJECT, "preferredMode": ["sideways", 3, 9, [1], {"a": 1}, 1.5],
     }),
+    (f"POST {RPC}TriggerSync", {"event": "a", "data": {}}, {
+        "": ITEM, "event": [*TEXT, None, "", "a.*"], "metadata": OBJECT, "version": COUNT,
+        "idempotencyKey": [*TEXT, "k" * 256], "timeout_ms": COUNT,
+    }),
+    (f"POST {RPC}InvokeFunction", {"function_id": "wrong"}, {
+        "": ITEM, "function_id": TEXT, "metadata": OBJECT, "version": COUNT,
+        "idempotency_key": [*TEXT, "k" * 256, "a\0"],
+    }),
+    (f"POST {RPC}InvokeFunctionSync", {"function_id": "wrong"}, {
+        "": ITEM, "function_id": TEXT, "metadata": OBJECT, "timeout_ms": COUNT,
+        "idempotency_key": TEXT,
+    }),
+    (f"POST {RPC}TriggerBatch", {"events": []}, {"": ITEM, "events": LIST}),
+    (f"POST {PUBSUB}Publish", {"topic": "a", "data": {}}, {
+        "": ITEM, "topic": [*TEXT, None], "idempotencyKey": [*TEXT, "k" * 256, "é" * 128, "a\0"],
+    }),
+    ("POST /api/v1/publish", {"topic": "a", "data": {}}, {
+        "": ITEM, "topic": [*TEXT, None], "idempotency_key": [*TEXT, "k" * 256],
+    }),
+    (f"POST {PUBSUB}GetTopicStats", {"topic": "a"}, {"": ITEM, "topic": TEXT}),
+    (f"POST {RPC}GetFunction", {"id": "wrong"}, {"": ITEM, "id": TEXT}),
+    (f"POST {RPC}DeleteFunction", {"id": "wrong"}, {"": ITEM, "id": TEXT}),
+    (f"POST {RPC}UpdateFunctionStatus", {"id": "wrong", "status": "paused"}, {
+        "": ITEM, "id": TEXT,
+        "status": [None, "", 0, 4, -1, 1.5, True, [], {}, "sideways", "FUNCTION_STATUS_",
+                   "FUNCTION_STATUS_UNSPECIFIED", "RUN_STATUS_PAUSED"],
+    }),
+    ("POST /api/v1/functions/wrong/status", {"status": "paused"}, {
+        "": ITEM, "status": [None, "", 0, 4, True, [], {}, "sideways"],
+    }),
+    (f"POST {RPC}ListFunctions", {"limit": 1}, {
+        "": ITEM, "limit": COUNT, "offset": COUNT, "cursor": TEXT, "name": TEXT,
+    }),
     (f"POST {RPC}GetRun", {"id": "run_x"}, {"": ITEM, "id": TEXT}),
     (f"POST {RPC}GetRunSteps", {"id": "run_x"}, {"run_id": TEXT}),
     (f"POST {RPC}CancelRun", {"id": "run_x"}, {"id": TEXT, "reason": TEXT}),
     ("POST /api/v1/runs/run_x/cancel", {"reason": "r"}, {"": ITEM, "reason": TEXT}),
     (f"POST {RPC}ListRuns", {"limit": 1}, {
-        "": ITEM, "limit": [*COUNT, 1001], "offset": COUNT, "cursor": TEXT, "search": TEXT,
+        "": ITEM, "limit": [*COUNT, 1001], "offset": [*COUNT, 50_001],
+        "cursor": [*TEXT, "zzz~"], "search": TEXT,
         "function_id": TEXT, "event_id": TEXT, "since": INSTANT, "until": INSTANT,
+        "statuses": LIST,
     }),
     (f"PUT {WORKER}/register", {"function_ids": ["f"]}, {
         "": ITEM, "function_ids": LIST, "function_ids.0": [5, None, []], "hostname": TEXT,
@@ -1497,12 +3107,23 @@ bodies = st.recursive(
 @example(f"POST {RPC}ListRuns", b'{"status":[1]}')
 def test_no_request_makes_a_500(server: RunningServer, door: str, body: bytes) -> None:
     method, path = door.split()
-    assert server.call(method, path, body)[0] in (200, 400, 404, 409)
+    patience = {"Connect-Timeout-Ms": "50"}  # should it start a run and wait for its end
+    assert server.call(method, path, body, patience)[0] in (200, 400, 404, 409)
 
 
 # ======================================================================================
 # What the journal says
 # ======================================================================================
+
+
+def messages_of(server: RunningServer) -> list[ironflow.Message]:
+    """All that subscribers would have heard; the view `topic` says the same."""
+    db = sqlite3.connect(f"{server.db.as_uri()}?mode=ro", uri=True)
+    with contextlib.closing(db):
+        messages = ironflow.Queries(db).messages(0, 1000)
+    view = server.rows("SELECT seq, topic FROM topic ORDER BY seq")
+    assert view == [(message.seq, message.topic) for message in messages]
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -1527,13 +3148,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Any]]:
         server.tell(server.job(), "completed", output=[9])
         (cancelled,) = server.emit()["run_ids"]
         server.rpc("CancelRun", {"id": cancelled, "reason": "r"})
-        db = sqlite3.connect(f"{server.db.as_uri()}?mode=ro", uri=True)
-        with contextlib.closing(db):
-            messages = ironflow.Queries(db).messages(0, 1000)
-        view = server.rows("SELECT topic FROM topic ORDER BY seq")
-        assert view == [(message.topic,) for message in messages]
         return [(m.topic.replace(run_id, "R").replace(cancelled, "C"), json.loads(m.data))
-                for m in messages]
+                for m in messages_of(server)]
 
 
 def test_the_journal_tells_a_runs_life_in_topics(told: list[tuple[str, Any]]) -> None:
@@ -1612,6 +3228,33 @@ def test_a_message_says_what_was_true_then(told: list[tuple[str, Any]]) -> None:
 def test_no_message_holds_a_null(told: list[tuple[str, Any]]) -> None:
     assert [topic for topic, data in told if has_null(data)] == [
         "system.run.R.step.R:nap:0.completed"]  # there it is the output of a sleep
+
+
+def test_the_journal_tells_what_became_of_a_function(server: RunningServer) -> None:
+    server.register()
+    for status in "paused", "archived", "active":
+        server.rpc("UpdateFunctionStatus", {"id": "f", "status": status})
+    server.register(timeoutMs=5)
+    server.rpc("DeleteFunction", {"id": "f"})
+    server.register()
+    said = [(m.topic.rpartition(".")[2], json.loads(m.data)) for m in messages_of(server)
+            if m.topic.startswith("system.function.f.")]
+    verbs = "registered updated updated updated updated deleted registered"
+    assert [verb for verb, _ in said] == verbs.split()
+    assert {data["id"] for _, data in said} == {"f"}
+    statuses = ["active", "paused", "archived", "active", "active"]
+    assert [data["status"] for _, data in said[:5]] == statuses
+    assert [data["version"] for _, data in said[:5]] == [1, 1, 1, 1, 2]
+
+
+def test_the_journal_tells_what_was_published_and_invoked(server: RunningServer) -> None:
+    server.register()
+    publish(server, "news.today", [1])
+    found = server.rpc("InvokeFunction", {"function_id": "f", "data": {"a": 1}})
+    topics = [message.topic.replace(found["runId"], "R") for message in messages_of(server)]
+    assert topics[:2] == ["system.function.f.registered", "topic:news.today"]
+    assert "system.run.R.created" in topics
+    assert "events:f" not in topics  # nobody emitted it
 
 
 # ======================================================================================
@@ -2442,6 +4085,458 @@ def test_heartbeats_and_empty_polls_write_nothing(server: RunningServer) -> None
         beat(bench, job)
         assert bench.server.poll(bench.name, wait=0) == []
     assert written(server) == before
+
+
+# ======================================================================================
+# Calls that wait
+# ======================================================================================
+# A caller who wants the outcome is kept waiting until the runs of its event are over. Here
+# the test is the worker too: it sends the call, does the work, then hears the answer.
+
+Answer = Callable[[], tuple[int, Any]]
+WAITING = {"TriggerSync": "event", "InvokeFunctionSync": "function_id"}
+AT_ONCE = {"TriggerSync": "Emit", "InvokeFunctionSync": "InvokeFunction"}  # the same, no wait
+
+
+def begin(server: RunningServer, method: str, body: Any, **headers: str) -> Answer:
+    """Send a call; what comes back waits for its answer."""
+    line = server.connection()
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    line.request("POST", RPC + method, json.dumps(body), sent)
+
+    def answer() -> tuple[int, Any]:
+        with contextlib.closing(line):
+            heard = line.getresponse()
+            return heard.status, json.loads(heard.read())
+
+    return answer
+
+
+def results(answer: tuple[int, Any]) -> list[Any]:
+    """What became of each run, in a good answer."""
+    status, body = answer
+    assert status == 200, body
+    found = body["results"] if "results" in body else [body["result"]]
+    for result in found:
+        duration = result.pop("durationMs")
+        assert type(duration) is int and 0 <= duration <= DEADLINE_S * 1000
+        unset = {name for name, value in result.items() if value is None}
+        assert not unset - {"output", "outputValue"}  # a handler may return null
+    return list(found)
+
+
+def result(answer: tuple[int, Any]) -> Any:
+    (only,) = results(answer)
+    return only
+
+
+class Caller(Bench):
+    """A bench whose runs are started by calls that wait for them."""
+
+    def __init__(self, server: RunningServer, method: str, **config: Any) -> None:
+        super().__init__(server)
+        self.method = method
+        self.server.register(self.name, self.name, **config)
+        self.server.join(self.name, self.name)
+
+    def body(self, **more: Any) -> dict[str, Any]:
+        return {WAITING[self.method]: self.name} | more
+
+    def call(self, **more: Any) -> Answer:
+        return begin(self.server, self.method, self.body(**more))
+
+    def start(self, **more: Any) -> str:
+        """The run, with nobody waiting for it; a key lets a call wait for it later."""
+        found = self.server.rpc(AT_ONCE[self.method], self.body(**more))
+        return str(found["runId"] if "runId" in found else found["runIds"][0])
+
+
+@pytest.fixture(params=WAITING)
+def caller(shared: RunningServer, request: pytest.FixtureRequest) -> Caller:
+    return Caller(shared, request.param, retry={"initialDelayMs": 1})
+
+
+def test_a_call_is_answered_with_the_end_of_its_run(shared: RunningServer) -> None:
+    caller = Caller(shared, "TriggerSync")
+    answer = caller.call(data={"n": 1})
+    job = caller.next_job()
+    assert job["event"]["data"] == {"n": 1}
+    caller.said(job, "completed", output={"sum": 3})
+    status, body = answer()
+    assert status == 200
+    (found,) = body.pop("results")
+    assert body == {"eventId": job["event"]["id"]}
+    assert type(found.pop("durationMs")) is int
+    assert found == {"runId": job["run_id"], "functionId": caller.name, "status": "completed",
+                     "output": {"sum": 3}, "waitTimedOut": False}
+
+
+def test_an_invocation_is_answered_with_the_end_of_its_run(shared: RunningServer) -> None:
+    caller = Caller(shared, "InvokeFunctionSync")
+    answer = caller.call(data={"n": 1}, metadata={"by": 1}, idempotency_key=caller.name)
+    job = caller.next_job()
+    assert (job["event"]["data"], job["event"]["source"]) == ({"n": 1}, "invoke")
+    caller.said(job, "completed", output={"sum": 3})
+    status, body = answer()
+    assert (status, body.keys()) == (200, {"result"})
+    assert type(body["result"].pop("durationMs")) is int
+    assert body["result"] == {
+        "runId": job["run_id"], "functionId": caller.name, "status": "completed",
+        "output": {"sum": 3}, "waitTimedOut": False}
+
+
+@pytest.mark.parametrize("output", [{}, {"a": [1]}, [], [1, {}], "text", "", 5, 0, 1.5, True,
+                                    False])
+def test_an_output_that_is_no_object_is_said_twice(caller: Caller, output: Any) -> None:
+    answer = caller.call()
+    caller.said(caller.next_job(), "completed", output=output)
+    found = result(answer())
+    assert (found["output"], type(found["output"])) == (output, type(output))
+    assert ("outputValue" in found) == (not isinstance(output, dict))
+    assert found.get("outputValue", output) == output
+
+
+def test_an_output_of_null_is_an_output(caller: Caller) -> None:
+    answer = caller.call()
+    caller.said(caller.next_job(), "completed", output=None)
+    _, body = answer()
+    (found,) = body.get("results") or [body["result"]]
+    assert (found["status"], found.get("output")) == ("completed", None)
+
+
+def test_a_run_that_fails_says_why(caller: Caller) -> None:
+    answer = caller.call()
+    job = caller.next_job()
+    error = {"message": "no", "code": "NO", "retryable": False}
+    caller.said(job, "failed", error=error)
+    assert result(answer()) == {
+        "runId": job["run_id"], "functionId": caller.name, "status": "failed",
+        "error": {"message": "no", "code": "NO"}, "waitTimedOut": False}
+
+
+def test_a_run_that_is_cancelled_says_so(caller: Caller) -> None:
+    answer = caller.call()
+    job = caller.next_job()
+    caller.server.rpc("CancelRun", {"id": job["run_id"], "reason": "enough"})
+    found = result(answer())
+    assert (found["status"], found["error"]["code"]) == ("cancelled", "CANCELLED")
+    assert "enough" in found["error"]["message"]
+    assert "output" not in found and not found["waitTimedOut"]
+
+
+def test_a_call_waits_through_a_retry(caller: Caller) -> None:
+    answer = caller.call()
+    caller.said(caller.next_job(), "failed", error={"message": "oh", "retryable": True})
+    again = caller.next_job()
+    assert again["attempt"] == 2
+    caller.said(again, "completed", output=[2])
+    found = result(answer())
+    assert (found["status"], found["output"]) == ("completed", [2])
+    assert "error" not in found
+
+
+def test_a_call_waits_through_a_sleep(caller: Caller) -> None:
+    answer = caller.call()
+    job = caller.next_job()
+    nap_s = 0.05
+    caller.said(job, "yielded", **sleep_until(job, time.time() + nap_s))
+    caller.said(caller.next_job(), "completed", output={})
+    status, body = answer()
+    (found,) = body.get("results") or [body["result"]]
+    assert (status, found["status"]) == (200, "completed")
+    assert nap_s * 500 <= found["durationMs"] <= DEADLINE_S * 1000  # the nap is part of it
+
+
+@pytest.mark.parametrize("ending", ["completed", "failed", "cancelled"])
+@pytest.mark.parametrize(("agent", "go"), [("node", False), ("Mozilla/5.0", False), ("", False),
+                                           ("Go-http-client/2.0", True)])
+def test_go_hears_enum_names_of_results_too(
+    caller: Caller, ending: str, agent: str, go: bool
+) -> None:
+    answer = begin(caller.server, caller.method, caller.body(), User_Agent=agent)
+    job = caller.next_job()
+    if ending == "cancelled":
+        caller.server.rpc("CancelRun", {"id": job["run_id"]})
+    else:
+        caller.said(job, ending, error={"message": "m", "retryable": False})
+    assert result(answer())["status"] == (f"RUN_STATUS_{ending.upper()}" if go else ending)
+
+
+def test_an_event_that_starts_nothing_has_no_results(shared: RunningServer) -> None:
+    said = {"data": [1], "version": 3, "metadata": {"by": 1}}
+    body, headers = said | {"event": (name := new_name())}, {"X-Ironflow-Run-ID": "run_0"}
+    status, answer = shared.call("POST", f"{RPC}TriggerSync", body, headers)
+    assert (status, answer["results"]) == (200, [])
+    event = shared.yes("GET", f"/api/v1/events/{answer['eventId']}")
+    assert event == event | said | {"name": name, "run_id": "run_0", "source": "api"}
+
+
+def test_a_call_waits_for_all_functions_of_its_event(shared: RunningServer) -> None:
+    caller = Caller(shared, "TriggerSync")
+    names = [f"{caller.name}-{letter}" for letter in "abc"]
+    shared.rpc("DeleteFunction", {"id": caller.name})
+    for name in names:
+        shared.register(name, caller.name)
+    shared.join(caller.name, *names)
+    answer = caller.call(data={})
+    jobs = {job["function_id"]: job for job in poll_for(caller, 3)}
+    for name in names[1:] + names[:1]:
+        caller.said(jobs[name], "completed", output=name)
+    found = results(answer())
+    assert [one["functionId"] for one in found] == names
+    assert [one["output"] for one in found] == names
+    assert [one["runId"] for one in found] == [jobs[name]["run_id"] for name in names]
+
+
+def poll_for(bench: Bench, size: int) -> list[Any]:
+    """That many jobs, however they come."""
+    jobs: list[Any] = []
+    while len(jobs) < size:
+        jobs += bench.server.poll(bench.name, available=min(50, size - len(jobs)))
+    return jobs
+
+
+def test_when_time_is_up_some_runs_may_be_over_and_some_not(shared: RunningServer) -> None:
+    caller = Caller(shared, "TriggerSync")
+    shared.register(f"{caller.name}-late", caller.name)
+    key = {"idempotency_key": caller.name}
+    caller.start(**key)
+    caller.said(caller.next_job(), "completed", output={})
+    assert [(one["status"], one["waitTimedOut"]) for one in
+            results(caller.call(timeout_ms=1, **key)())] == [
+        ("completed", False), ("waiting_for_capacity", True)]
+
+
+# --- How long --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["waiting_for_capacity", "running", "waiting", "paused"])
+def test_when_time_is_up_the_run_is_told_as_it_stands(
+    shared: RunningServer, status: str
+) -> None:
+    for method in WAITING:
+        caller = Caller(shared, method, retry={"maxAttempts": 1, "onExhausted": "pause"})
+        key = {"idempotency_key": caller.name}
+        run_id = caller.start(**key)
+        if status != "waiting_for_capacity":
+            job = caller.next_job()
+            if status == "waiting":
+                caller.said(job, "yielded", **sleep_until(job, time.time() + 3600))
+            elif status == "paused":
+                caller.said(job, "failed", error={"message": "oh", "retryable": True})
+        found = result(caller.call(timeout_ms=1, **key)())
+        expected = {"runId": run_id, "functionId": caller.name, "status": status,
+                    "waitTimedOut": True}
+        assert found == found | expected
+        assert "output" not in found
+        assert shared.run(run_id)["status"] == status  # waiting did it no harm
+
+
+SOON: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({"timeout_ms": 1}, {}), ({"timeoutMs": 1}, {}), ({"timeout_ms": "1"}, {}),
+    ({"timeout_ms": 1.0}, {}), ({}, {"Connect_Timeout_Ms": "1"}),
+    ({"timeout_ms": 600_000}, {"Connect_Timeout_Ms": "1"}),
+    ({"timeout_ms": 1}, {"Connect_Timeout_Ms": "600000"}),
+    ({"timeout_ms": 2**31 - 1}, {"Connect_Timeout_Ms": "1"}),
+]
+
+
+@pytest.mark.parametrize(("members", "headers"), SOON)
+def test_the_shorter_deadline_counts_in_every_spelling(
+    caller: Caller, members: dict[str, Any], headers: dict[str, str]
+) -> None:
+    since = time.monotonic()
+    answer = begin(caller.server, caller.method, caller.body(**members), **headers)
+    assert result(answer())["waitTimedOut"] is True
+    assert time.monotonic() - since < 25  # and not the 30 s of those who say nothing
+
+
+@pytest.mark.parametrize(("members", "headers"), [
+    ({}, {}), ({"timeout_ms": 0}, {}), ({"timeout_ms": None}, {}), ({"timeout_ms": "0"}, {}),
+    ({"timeout_ms": 2**31 - 1}, {}), ({}, {"Connect_Timeout_Ms": ""}),
+    ({"timeout_ms": 2**31 - 1}, {"Connect_Timeout_Ms": "9999999999"}),
+])
+def test_who_names_no_deadline_or_a_distant_one_is_kept_waiting(
+    caller: Caller, members: dict[str, Any], headers: dict[str, str]
+) -> None:
+    answer = begin(caller.server, caller.method, caller.body(**members), **headers)
+    caller.said(caller.next_job(), "completed")
+    found = result(answer())
+    assert (found["status"], found["waitTimedOut"]) == ("completed", False)
+
+
+@pytest.mark.parametrize("timeout", ["soon", "-1", "1.5", "1s", "\xff", "9" * 30])
+def test_a_deadline_that_is_none_does_no_harm(shared: RunningServer, timeout: str) -> None:
+    """The header is the transport's: one that cannot be read is refused or ignored."""
+    body = {"event": new_name()}
+    status, answer = shared.call("POST", f"{RPC}TriggerSync", body, {"Connect-Timeout-Ms": timeout})
+    assert status == 200 or code((status, answer)) == INVALID
+
+
+# --- Again, by key ---------------------------------------------------------------------
+
+
+def test_a_call_repeated_while_it_waits_waits_for_the_same_run(caller: Caller) -> None:
+    key = {"idempotency_key": caller.name}
+    first = caller.call(**key)
+    job = caller.next_job()
+    again = [caller.call(**key) for _ in range(3)]
+    caller.said(job, "completed", output="one")
+    bodies = [answer()[1] for answer in (first, *again)]
+    assert all(body == bodies[0] for body in bodies)
+    assert caller.server.poll(caller.name, wait=0) == []
+
+
+def test_a_call_repeated_after_the_end_is_answered_with_it(caller: Caller) -> None:
+    key = {"idempotency_key": caller.name}
+    first = caller.call(**key)
+    caller.said(caller.next_job(), "completed", output={"n": 1})
+    said = first()
+    before = stored(caller.server)
+    assert caller.call(data={"other": 1}, **key)() == said
+    assert result(said)["status"] == "completed"
+    assert stored(caller.server) == before
+
+
+def test_a_call_may_wait_for_what_was_emitted_without_waiting(caller: Caller) -> None:
+    key = {"idempotency_key": caller.name}
+    run_id = caller.start(**key)
+    answer = caller.call(**key)
+    caller.said(caller.next_job(), "completed")
+    assert result(answer())["runId"] == run_id
+
+
+def test_a_repeat_of_what_started_nothing_has_no_results(shared: RunningServer) -> None:
+    body = {"event": (name := new_name()), "idempotency_key": name}
+    first = shared.rpc("TriggerSync", body)
+    shared.register(name, name)  # too late
+    assert shared.rpc("TriggerSync", body) == first
+    assert first["results"] == []
+
+
+# --- Nobody is forgotten, nothing is left behind ---------------------------------------
+
+
+def test_a_run_that_is_over_at_once_is_not_missed(caller: Caller) -> None:
+    """The worker is told of the run in the very commit that its caller hears of."""
+
+    def work() -> None:
+        for _ in range(50):
+            caller.said(caller.next_job(), "completed")
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    for _ in range(50):
+        assert result(caller.call()())["waitTimedOut"] is False
+    worker.join(DEADLINE_S)
+
+
+def test_a_run_that_ends_while_its_caller_asks_is_not_missed(caller: Caller) -> None:
+    line = Line(caller.server)
+    for n in range(50):
+        key = {"idempotency_key": f"{caller.name} {n}"}
+        caller.start(**key)
+        job = caller.next_job()
+        answer = caller.call(**key)  # these two race
+        assert line.tell(job, "completed", caller.name)[0] == 200
+        assert result(answer())["waitTimedOut"] is False
+
+
+def test_two_hundred_callers_each_hear_of_their_own_run(caller: Caller) -> None:
+    answers = [caller.call(data={"n": n}) for n in range(200)]
+    jobs = poll_for(caller, 200)
+    random.shuffle(jobs)
+    for job in jobs:
+        caller.said(job, "completed", output=job["event"]["data"])
+    assert [result(answer())["output"]["n"] for answer in answers] == [*range(200)]
+
+
+def test_callers_that_wait_are_in_nobodys_way(caller: Caller) -> None:
+    answers = [caller.call() for _ in range(50)]
+    jobs = poll_for(caller, 50)
+    assert caller.server.rpc("Health", {})["status"] == "ok"
+    other = Caller(caller.server, caller.method)
+    quick = other.call()
+    other.said(other.next_job(), "completed")
+    assert result(quick())["status"] == "completed"
+    for job in jobs:
+        caller.said(job, "completed")
+    for answer in answers:
+        answer()
+
+
+def test_a_run_goes_on_when_its_caller_is_gone(caller: Caller) -> None:
+    with contextlib.closing(caller.server.connection()) as line:
+        line.request("POST", RPC + caller.method, json.dumps(caller.body()))
+        job = caller.next_job()
+    caller.said(job, "progress", steps=[step(job, "a", 1)])
+    caller.said(job, "completed", output=1)
+    assert caller.run(job)["status"] == "completed"
+
+
+def waits_in_this_process() -> int:
+    """Tasks and futures that somebody still holds."""
+    gc.collect()
+    return sum(isinstance(thing, asyncio.Future) for thing in gc.get_objects())
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use web.RequestKey")
+@pytest.mark.parametrize("method", WAITING)
+def test_a_caller_that_is_gone_leaves_nothing_behind(tmp_path: Path, method: str) -> None:
+    body = json.dumps({WAITING[method]: "f"})
+    request = (f"POST {RPC}{method} HTTP/1.1\r\nHost: localhost\r\n"
+               f"Content-Length: {len(body)}\r\n\r\n{body}").encode()
+
+    def call_and_leave(server: RunningServer) -> None:
+        server.register("f", "f")
+        quiet = waits_in_this_process()
+        with contextlib.ExitStack() as callers:
+            for _ in range(20):
+                line = callers.enter_context(
+                    socket.create_connection(("127.0.0.1", server.port)))
+                line.sendall(request)
+            eventually(lambda: server.rows("SELECT count(*) FROM run") == [(20,)])
+            assert waits_in_this_process() >= quiet + 20
+        eventually(lambda: waits_in_this_process() <= quiet)
+        assert {*server.rows("SELECT status FROM run")} == {("waiting_for_capacity",)}
+
+    async def program() -> None:
+        async with ironflow.Server(db=tmp_path / "journal.db", port=0) as server:
+            await asyncio.to_thread(call_and_leave, Inside(server))
+
+    gc.freeze()  # what is there already need not be looked through again and again
+    asyncio.run(program())
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("method", WAITING)
+def test_a_stop_answers_callers_that_wait(server: RunningServer, method: str) -> None:
+    caller = Caller(server, method)
+    answers = [caller.call(timeout_ms=600_000) for _ in range(20)]
+    eventually(lambda: server.rows("SELECT count(*) FROM run") == [(20,)])
+    job = caller.next_job()
+    assert server.process is not None
+    server.process.send_signal(signal.SIGTERM)
+    found = [result(answer()) for answer in answers]
+    assert {one["waitTimedOut"] for one in found} == {True}
+    assert Counter(one["status"] for one in found) == {"running": 1, "waiting_for_capacity": 19}
+    assert job["run_id"] in {one["runId"] for one in found}
+    assert server.process.wait(DEADLINE_S) == 0
+
+
+def test_a_caller_may_wait_again_after_a_restart(server: RunningServer) -> None:
+    caller = Caller(server, "TriggerSync")
+    key = {"idempotency_key": "k", "timeout_ms": 600_000}
+    answer = caller.call(**key)
+    job = caller.next_job()
+    assert server.process is not None
+    server.process.send_signal(signal.SIGTERM)
+    assert result(answer())["waitTimedOut"] is True
+    server.stop()
+    server.start()
+    again = caller.call(**key)
+    assert server.tell(job, "completed", caller.name, output=[1])[0] == 200
+    assert result(again())["output"] == [1]
 
 
 # ======================================================================================
@@ -4698,8 +6793,9 @@ def test_a_server_url_may_have_a_path_or_an_ipv6_host(
 
 
 class Proxy:
-    """Stands between a client and the server. Counts connections; told to, it lets a
-    request through and drops the connection instead of bringing the answer."""
+    """Stands between a client and the server. Counts connections, all and the open ones;
+    told to, it lets a request through and drops the connection instead of bringing the
+    answer."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -4721,6 +6817,10 @@ class Proxy:
                 for pair in ((client, server, False), (server, client, True)):
                     self._threads.append(threading.Thread(target=self._pump, args=pair))
                     self._threads[-1].start()
+
+    @property
+    def open(self) -> int:
+        return sum(one.is_alive() for one in self._threads[1::2])
 
     def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
@@ -5610,6 +7710,1279 @@ def test_an_output_over_the_limit_fails_the_run_with_the_servers_words(
 
 
 # ======================================================================================
+# The client: every call, blocking and awaited
+# ======================================================================================
+
+
+class Awaited:
+    """An AsyncClient on a loop of its own, so that a test can call it like a Client."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._client = AsyncClient(url, **options)
+        self._runner = asyncio.Runner()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
+            result = getattr(self._client, name)(*args, **kwargs)
+            if inspect.isawaitable(result):
+                return await result
+            return iter([one async for one in result])
+
+        return lambda *args, **kwargs: self._runner.run(awaited(*args, **kwargs))
+
+    def __enter__(self) -> Awaited:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+
+def client_of(kind: str, url: str, **options: Any) -> Client:
+    made: Any = {"Client": Client, "AsyncClient": Awaited}[kind](url, **options)
+    return made  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=["Client", "AsyncClient"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each test with this argument says the same of both clients."""
+    return str(request.param)
+
+
+@pytest.fixture
+def client(kind: str, server: RunningServer) -> Iterator[Client]:
+    with client_of(kind, server.url) as made:
+        yield made
+
+
+def doubling(called: list[Any] | None = None) -> Function:
+    @on_order(retry={"max_attempts": 1})
+    async def handler(ctx: Any) -> Any:
+        if called is not None:
+            called.append(ctx.event)
+        return await ctx.step.run("double", lambda: ctx.event.data * 2)
+
+    return handler
+
+
+@on_order(id="g", retry={"max_attempts": 1})
+def refusing(ctx: Any) -> None:
+    raise NonRetryableError("the card was declined", "DECLINED")
+
+
+CALLS = [name for name in vars(ironflow_client.Calls) if not name.startswith("_")]
+
+
+def test_both_clients_have_the_same_calls_with_their_signatures_and_docstrings() -> None:
+    assert len(CALLS) >= 24
+    for name in CALLS:
+        call, acall = getattr(Client, name), getattr(AsyncClient, name)
+        assert inspect.signature(call) == inspect.signature(acall)
+        assert (call.__name__, call.__qualname__) == (name, f"Calls.{name}")
+    assert list(inspect.signature(Client("http://h").emit).parameters) == [
+        "name", "data", "version", "metadata", "idempotency_key",
+    ]
+    for one in (Client, AsyncClient):
+        text = pydoc.plain(pydoc.render_doc(one))
+        assert re.search(r"emit\([\s|]*self,[\s|]*name: .*Record one event", text, re.DOTALL)
+
+
+def test_a_type_checker_knows_what_each_call_returns(server: RunningServer) -> None:
+    """mypy reads the types here; that they are true is asserted while it runs."""
+
+    def is_one(value: T, kind: Any) -> T:
+        assert isinstance(value, kind), value
+        return value
+
+    def blocking(client: Client) -> None:
+        emitted = assert_type(client.emit("order.placed", 1), Emitted)
+        assert_type(is_one(emitted, Emitted).run_ids, list[str])
+        assert_type(client.emit_many([{"name": "a"}]), list[Emitted])
+        waited = assert_type(client.emit_sync("nobody", timeout=0), Emitted)
+        assert_type(is_one(waited, Emitted).results, list[Run])
+        is_one(assert_type(client.get_event(emitted.event_id), EventRow), EventRow)
+        events = is_one(assert_type(client.events(name="a"), Iterator[EventRow]), Iterator)
+        assert_type(next(events), EventRow)
+        is_one(assert_type(client.publish("t"), Row), Row)
+        is_one(assert_type(client.get_run(emitted.run_ids[0]), Run), Run)
+        is_one(assert_type(next(client.runs()), Run), Run)
+        is_one(assert_type(client.run_steps(emitted.run_ids[0]), list[StepRow]), list)
+        assert_type(client.delete_function("f"), None)
+        with pytest.raises(ValueError, match="name must be text"):
+            client.emit(5)  # type: ignore[arg-type]
+
+    async def awaited(client: AsyncClient) -> None:
+        emitted = assert_type(await client.emit("order.placed", 1), Emitted)
+        is_one(emitted, Emitted)
+        assert_type(await client.emit_many([{"name": "a"}]), list[Emitted])
+        events = is_one(assert_type(client.events(), AsyncIterator[EventRow]), AsyncIterator)
+        assert_type(await anext(events), EventRow)
+        is_one(assert_type(await client.get_run(emitted.run_ids[0]), Run), Run)
+        assert_type([run async for run in client.runs()], list[Run])
+        with pytest.raises(ValueError, match="name must be text"):
+            await client.emit(5)  # type: ignore[arg-type]
+
+    async def both() -> None:
+        async with AsyncClient(server.url) as client:
+            await awaited(assert_type(client, AsyncClient))
+
+    server.register("f")
+    asyncio.run(both())
+    with Client(server.url) as client:
+        blocking(assert_type(client, Client))
+
+
+def test_emit_sync_says_what_became_of_every_run(server: RunningServer, client: Client) -> None:
+    with working(server.url, doubling(), refusing):
+        done = client.emit_sync("order.placed", 21, metadata={"m": 1})
+        runs = {one.function_id: one for one in done.results}
+        assert (runs["f"].status, runs["f"].output, runs["f"].wait_timed_out) == (
+            "completed", 42, False,
+        )
+        assert (runs["g"].status, runs["g"].error["message"]) == ("failed", "the card was declined")
+        assert runs["f"].error is runs["g"].output is None
+        assert runs["f"].duration_ms >= 0
+        assert sorted(done.run_ids) == sorted(one.run_id for one in done.results)
+        assert client.get_event(done.event_id).metadata == {"m": 1}
+    assert client.emit_sync("nobody.cares").results == []
+
+
+def test_emit_sync_waits_no_longer_than_its_timeout_and_the_run_goes_on(
+    server: RunningServer, client: Client
+) -> None:
+    server.register("f")
+    started = time.monotonic()
+    (late,) = client.emit_sync("order.placed", 2, timeout="200ms").results
+    assert 0.2 <= time.monotonic() - started < 20
+    assert (late.status, late.wait_timed_out) == ("waiting_for_capacity", True)
+    with working(server.url, doubling()):
+        assert server.run_becomes(late.run_id, "completed")["output"] == 4
+
+
+@pytest.mark.parametrize("goodbye", ["stop", "kill"])
+def test_emit_sync_outlasts_a_restart_of_the_server(
+    server: RunningServer, client: Client, goodbye: str
+) -> None:
+    server.register("f")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.emit_sync, "order.placed", 1, timeout=DEADLINE_S)
+        eventually(lambda: server.rows("SELECT 1 FROM run"))
+        getattr(server, goodbye)()
+        server.start()
+        server.join()
+        server.tell(server.job(), "completed", output="at last")
+        (run,) = waiting.result(DEADLINE_S).results
+    assert (run.status, run.output, run.wait_timed_out) == ("completed", "at last", False)
+    assert server.rows("SELECT count(*) FROM journal WHERE kind = 'event'") == [(1,)]
+
+
+def test_invoke_returns_what_the_function_returns(server: RunningServer, client: Client) -> None:
+    with working(server.url, doubling()):
+        assert client.invoke("f", [1]) == [1, 1]
+        started = client.invoke_async("f", 4)
+        assert server.run_becomes(started.run_id, "completed")["output"] == 8
+        assert client.get_event(started.event_id).source == "invoke"
+
+
+def test_an_invoke_without_output_says_why(server: RunningServer, client: Client) -> None:
+    with working(server.url, refusing), pytest.raises(InvokeError) as caught:
+        client.invoke("g")
+    failed = caught.value
+    assert str(failed) == f"function 'g' failed ({failed.run_id}): the card was declined"
+    assert (failed.code, failed.function_id) == ("INVOKE_FAILED", "g")
+    server.register("f")
+    with pytest.raises(InvokeError, match=r"'f' did not end in time \(run_\w+\)$") as caught:
+        client.invoke("f", timeout="50ms")
+    assert caught.value.code == "INVOKE_TIMEOUT"
+    with ThreadPoolExecutor(1) as pool:
+        invoking = pool.submit(client.invoke, "f", idempotency_key="k", timeout=DEADLINE_S)
+        run_id = eventually(lambda: [one for (one,) in server.rows(
+            "SELECT run_id FROM run WHERE function_id = 'f' ORDER BY run_id")][1:])[0]
+        server.yes("POST", f"/api/v1/runs/{run_id}/cancel", {})
+        with pytest.raises(InvokeError, match="'f' was cancelled") as caught:
+            invoking.result(DEADLINE_S)
+    assert (caught.value.code, caught.value.run_id) == ("INVOKE_CANCELLED", run_id)
+    with pytest.raises(IronflowError) as unknown:
+        client.invoke("nobody")
+    assert (unknown.value.status, unknown.value.code) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [
+        (lambda c: c.emit("a"), "SELECT count(*) FROM journal WHERE kind = 'event'"),
+        (lambda c: c.emit_sync("a"), "SELECT count(*) FROM journal WHERE kind = 'event'"),
+        (lambda c: c.invoke_async("f"), "SELECT count(*) FROM run"),
+        (lambda c: c.publish("t"), "SELECT count(*) FROM journal WHERE kind = 'topic'"),
+    ],
+)
+def test_a_call_whose_answer_is_lost_is_repeated_and_not_doubled(
+    server: RunningServer, proxy: Proxy, kind: str, call: Callable[[Any], Any], count: str
+) -> None:
+    server.register("f")
+    proxy.swallow = 2
+    with client_of(kind, proxy.url) as client:
+        call(client)
+    assert proxy.swallow == 0
+    assert server.rows(count) == [(1,)]
+
+
+def test_a_topic_has_messages_and_counts(client: Client) -> None:
+    first = client.publish("shop.news", {"a": 1}, idempotency_key="k")
+    again = client.publish("shop.news", {"a": 1}, idempotency_key="k")
+    other = client.publish("shop.news")
+    assert (first.event_id, first.duplicate, again.duplicate) == (again.event_id, False, True)
+    assert first.sequence < other.sequence
+    (topic,) = client.topics()
+    assert (topic.name, topic.message_count) == ("shop.news", 2)
+    stats = client.topic_stats("shop.news")
+    assert (stats.first_seq, stats.last_seq) == (first.sequence, other.sequence)
+    assert (stats.message_count, stats.lag, client.topic_stats("none").message_count) == (2, 0, 0)
+
+
+def test_events_can_be_picked_by_name_source_time_and_text(
+    server: RunningServer, client: Client
+) -> None:
+    server.register("f")
+    client.emit_many([{"name": name, "data": {"n": name}} for name in ("a.x", "a.y", "b")])
+    client.invoke_async("f", {"n": "needle"})
+    noon = datetime.now(UTC)
+
+    def names(**filters: Any) -> list[str]:
+        return [one.name for one in client.events(**filters)]
+
+    assert names() == ["f", "b", "a.y", "a.x"]
+    assert names(name="a.") == ["a.y", "a.x"]
+    assert names(names=["b", "a.x"]) == names(names="b,a.x") == ["b", "a.x"]
+    assert names(source="invoke") == names(search="needle") == ["f"]
+    assert names(since=noon + timedelta(hours=1)) == []
+    assert names(until=noon + timedelta(hours=1), since="2020-01-01T00:00:00Z", name="b") == ["b"]
+    with pytest.raises(ValueError, match="since must be an aware datetime"):
+        names(since=datetime(2026, 1, 1))
+    assert {one.name: one.count for one in client.event_names()} == {
+        "a.x": 1, "a.y": 1, "b": 1, "f": 1,
+    }
+    b = next(client.events(names="b"))
+    assert (client.get_event(b.id), b.data, b.run_id) == (b, {"n": "b"}, None)
+
+
+def test_iteration_sees_each_event_once_while_more_are_added(
+    server: RunningServer, client: Client
+) -> None:
+    sent = [one.event_id for one in client.emit_many({"name": "old"} for _ in range(450))]
+    other, stop = Client(server.url), threading.Event()
+
+    def add() -> None:
+        while not stop.is_set():
+            other.emit_many([{"name": "new"}] * 20)
+
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(add)
+        eventually(lambda: server.rows("SELECT 1 FROM journal WHERE name = 'new' LIMIT 1"))
+        seen = [one.id for one in client.events() if one.name == "old"]
+        stop.set()
+        adding.result(DEADLINE_S)
+    assert seen == sent[::-1]
+
+
+def test_iteration_sees_each_run_once_and_goes_beyond_a_page(
+    server: RunningServer, client: Client
+) -> None:
+    server.register("f")
+    server.register("g", event="other")
+    sent = client.emit_many({"name": "order.placed"} for _ in range(450))
+    kept = client.emit("other").run_ids
+    assert [one.id for one in client.runs()] == kept + [one.run_ids[0] for one in sent[::-1]]
+    assert [one.id for one in client.runs(function_id="g")] == kept
+    (one,) = client.runs(event_id=sent[7].event_id, status="waiting_for_capacity")
+    assert [one.id] == sent[7].run_ids
+    assert client.cancel_run(one.id, "enough").status == "cancelled"
+    assert [one.id for one in client.runs(status="cancelled")] == sent[7].run_ids
+
+
+def test_an_empty_page_with_a_next_one_is_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server looks at so many rows for a page, and may find nothing in them."""
+    monkeypatch.setattr(ironflow, "SCAN_ROWS", 50)
+
+    def read_json(page: str) -> Any:
+        with urllib.request.urlopen(page) as answer:
+            return json.load(answer)
+
+    async def program() -> None:
+        async with (ironflow.Server(db=tmp_path / "j.db", port=0) as running,
+                    AsyncClient(running.url) as client):
+            needle = await client.emit("needle", {"text": "needle"})
+            await client.emit_many({"name": "hay"} for _ in range(120))
+            page = f"{running.url}/api/v1/events?search=needle"
+            first = await asyncio.to_thread(read_json, page)
+            assert (first["events"], bool(first["next_cursor"])) == ([], True)
+            found = [one.id async for one in client.events(search="needle")]
+            assert found == [needle.event_id]
+
+    asyncio.run(program())
+
+
+def test_a_function_can_be_paused_and_deleted(server: RunningServer, client: Client) -> None:
+    server.register("shop/ship it?".replace(" ", "-"), name="Ship")
+    (listed,) = client.list_functions()
+    function_id = listed.id
+    assert client.get_function(function_id).name == "Ship"
+    assert client.set_function_status(function_id, "paused").status == "paused"
+    assert client.emit("order.placed").run_ids == []
+    assert client.set_function_status(function_id, "active").status == "active"
+    assert len(client.emit("order.placed").run_ids) == 1
+    client.delete_function(function_id)
+    assert client.list_functions() == []
+    with pytest.raises(IronflowError, match="not found"):
+        client.get_function(function_id)
+
+
+def test_a_client_can_ask_how_the_server_is(server: RunningServer, client: Client) -> None:
+    server.register("f")
+    server.join("w", "f")
+    info = client.info()
+    assert (info.function_count, info.connected_workers, info.active_runs) == (1, 1, 0)
+    assert info.version == client.health().version == ironflow.__version__
+    assert [one.id for one in client.list_workers()] == ["w"]
+
+
+def test_a_server_that_does_not_answer_is_given_up_in_time(kind: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with (client_of(kind, url, timeout="300ms") as client,
+              pytest.raises(IronflowError, match="cannot reach") as caught):
+            client.health()
+    assert caught.value.code == "unavailable"
+
+
+# --- What only an AsyncClient does -----------------------------------------------------
+
+
+def calls_in_threads() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "a call"]
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+def test_a_cancelled_call_leaves_neither_thread_nor_connection(
+    server: RunningServer, proxy: Proxy, how: str
+) -> None:
+    """The server holds an emit_sync: no worker has its function."""
+    server.register("f")
+
+    async def program() -> None:
+        async with AsyncClient(proxy.url) as client:
+            limit = 0.5 if how == "timeout" else None
+            calling = asyncio.create_task(
+                asyncio.wait_for(client.emit_sync("order.placed", timeout=DEADLINE_S), limit))
+            await asyncio.to_thread(eventually, lambda: server.rows("SELECT 1 FROM run"))
+            assert (len(calls_in_threads()), proxy.open) == (1, 1)
+            if how == "cancel":
+                calling.cancel()
+            with pytest.raises((asyncio.CancelledError, TimeoutError)):
+                await calling
+            await asyncio.to_thread(eventually, lambda: proxy.open == 0)
+            await asyncio.to_thread(eventually, lambda: not calls_in_threads())
+            assert (await client.health()).status == "ok"
+
+    asyncio.run(program())
+    assert proxy.connections == 2
+    assert server.rows("SELECT count(*) FROM journal WHERE kind = 'event'") == [(1,)]
+
+
+def test_an_async_client_asks_some_dozens_of_things_at_a_time(
+    server: RunningServer, proxy: Proxy
+) -> None:
+    server.register("f")
+    client = AsyncClient(proxy.url)
+
+    async def program() -> list[Emitted]:
+        calls = [client.emit_sync("order.placed", timeout="300ms") for _ in range(100)]
+        return await asyncio.gather(*calls)
+
+    for _ in range(2):  # the second loop comes after the first; in both some have to wait
+        done = asyncio.run(program())
+        assert [one.results[0].wait_timed_out for one in done] == [True] * 100
+    assert 1 < proxy.connections <= ironflow_client.THREADS
+    asyncio.run(client.close())
+
+
+def test_an_async_client_keeps_its_connections(proxy: Proxy) -> None:
+    async def program() -> None:
+        async with AsyncClient(proxy.url) as client:
+            for _ in range(5):
+                await client.emit("a")
+            await asyncio.gather(*(client.emit("a") for _ in range(20)))
+            assert proxy.connections <= 20
+        await asyncio.to_thread(eventually, lambda: proxy.open == 0)
+
+    asyncio.run(program())
+
+
+# --- Which run a call belongs to -------------------------------------------------------
+
+
+def test_calls_inside_a_handler_say_which_run_they_belong_to(server: RunningServer) -> None:
+    client, aclient = Client(server.url), AsyncClient(server.url)
+
+    @on_order()
+    async def handler(ctx: Any) -> None:
+        await aclient.emit("async handler")
+        await ctx.step.run("a", lambda: client.emit("step in a thread"))
+        await ctx.step.run("b", lambda: aclient.emit("async step"))
+        await asyncio.to_thread(client.emit, "thread of a handler")
+        await ctx.step.run("c", lambda: client.publish("topic"))
+
+    @on_order(id="g")
+    def plain_handler(ctx: Any) -> None:
+        client.emit("plain handler")
+        ctx.step.run("a", lambda: client.emit("plain step"))
+        ctx.step.run("b", lambda: aclient.emit("async step of a plain handler"))
+
+    with working(server.url, handler, plain_handler):
+        ended = client.emit_sync("order.placed").results
+        assert {one.status for one in ended} == {"completed"}
+    run_of = {one.function_id: one.run_id for one in ended}
+    client.emit("outside")
+    said = {one.name: one.run_id for one in client.events()}
+    assert said == {
+        "order.placed": None, "outside": None,
+        **dict.fromkeys(["async handler", "step in a thread", "async step",
+                         "thread of a handler"], run_of["f"]),
+        **dict.fromkeys(["plain handler", "plain step", "async step of a plain handler"],
+                        run_of["g"]),
+    }
+    assert server.rows("SELECT subject FROM journal WHERE kind = 'topic'") == [(run_of["f"],)]
+
+
+# ======================================================================================
+# The client: a function without a server
+# ======================================================================================
+
+
+@pytest.mark.parametrize("kind", [asynchronous, plain])
+@pytest.mark.parametrize("looped", [False, True])
+def test_run_inline_runs_a_function_as_a_server_would(
+    kind: Callable[[list[str]], Function], looped: bool
+) -> None:
+    called: list[str] = []
+
+    async def inside_a_loop() -> Run:
+        return run_inline(kind(called), {"a": 1})
+
+    run = asyncio.run(inside_a_loop()) if looped else run_inline(kind(called), {"a": 1})
+    assert (run.status, run.output, run.error) == ("completed", [[1, 1], {"n": 2}, {"a": 1}], None)
+    assert called == ["first", "second"]
+    assert [(one.step_id, one.step_type, one.status, one.sequence) for one in run.steps] == [
+        ("run_inline:first:0", "invoke", "completed", 0),
+        ("run_inline:a while:0", "sleep", "completed", 1),
+        ("run_inline:second:0", "invoke", "completed", 2),
+    ]
+    assert [one.output for one in run.steps] == [[1, 1], None, {"n": 2}]
+
+
+def test_run_inline_records_the_rows_that_a_server_shows(server: RunningServer) -> None:
+    @on_order()
+    async def handler(ctx: Any) -> Any:
+        for n in range(3):
+            await ctx.step.run("a:b", lambda n=n: n)
+        await ctx.step.sleep("b", 0)
+        with contextlib.suppress(StepError):
+            await ctx.step.run("c", lambda: 1 / 0)
+
+    kept = server.steps(outcome(server, handler)["id"])
+    inline = run_inline(handler).steps
+
+    def rows(steps: Sequence[Any]) -> list[Any]:
+        same = ("name", "step_type", "status", "sequence", "attempt", "output", "error")
+        return [(one["step_id"].replace(one["run_id"], ""), *map(one.get, same)) for one in steps]
+
+    assert rows(inline) == rows(kept)
+    assert all(isinstance(one, StepRow) for one in inline)
+
+
+def test_run_inline_takes_the_results_of_steps_by_name_and_by_id() -> None:
+    called: list[str] = []
+
+    def declined() -> None:
+        raise NonRetryableError("declined")
+
+    @on_order()
+    async def handler(ctx: Any) -> Any:
+        return [await ctx.step.run(name, noting(called, name, n))
+                for n, name in enumerate(["charge", "charge", "ship"])]
+
+    by_name = run_inline(handler, steps={"charge": {"paid": (1,)}})
+    assert by_name.output == [{"paid": [1]}, {"paid": [1]}, 2]
+    assert [one.output for one in by_name.steps] == by_name.output
+    by_id = run_inline(handler, steps={"run_inline:charge:1": "x", "ship": None})
+    assert (by_id.output, called) == ([0, "x", None], ["ship", "charge"])
+    failed = run_inline(handler, steps={"charge": declined})
+    assert (failed.status, called[2:]) == ("failed", [])
+    assert failed.error == {"message": "declined", "code": "STEP_FAILED"}
+    assert [(one.name, one.status) for one in failed.steps] == [("charge", "failed")]
+
+
+def test_run_inline_tries_again_at_once_and_keeps_what_was_done() -> None:
+    called: list[str] = []
+
+    @on_order()
+    def handler(ctx: Any) -> Any:
+        ctx.step.run("once", noting(called, "once", None))
+        ctx.step.sleep("nap", "365d")
+        ctx.step.run("twice", noting(called, "twice", None))
+        if ctx.run.attempt < ctx.run.max_attempts:
+            raise RetryAfterError("busy", "1h")
+        return ctx.run.attempt
+
+    assert run_inline(handler, attempts=3).output == 3
+    assert called == ["once", "twice"]
+    run = run_inline(doubling(), {}, attempts=2)
+    assert (run.status, run.attempt, run.error["code"]) == ("failed", 2, "STEP_FAILED")
+    assert "unsupported operand" in run.error["message"]
+    for attempts in (1, 5):
+        refused = run_inline(refusing, attempts=attempts)
+        assert (refused.attempt, refused.error["code"]) == (1, "DECLINED")
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "data"),
+    [
+        ("order.paid", "order.paid", None),
+        ({"name": "order.paid", "data": 1, "metadata": {"m": 1}}, "order.paid", 1),
+        (EventRow(id="e", name="x", data=[1], timestamp="2026-01-01T00:00:00Z"), "x", [1]),
+        (Event("e", "x", {"a": 1}, datetime.now(UTC)), "x", {"a": 1}),
+        ({"name": "Ann"}, "f", {"name": "Ann"}), ((1, 2), "f", [1, 2]), (None, "f", None),
+    ],
+)
+def test_run_inline_takes_an_event_a_name_or_data(given: Any, name: str, data: Any) -> None:
+    called: list[Event] = []
+
+    @on_order()
+    def handler(ctx: Any) -> None:
+        called.append(ctx.event)
+
+    assert run_inline(handler, given).status == "completed"
+    (event,) = called
+    assert (event.name, event.data, event.timestamp.tzinfo) == (name, data, UTC)
+
+
+def test_run_inline_refuses_what_a_server_would() -> None:
+    @on_order()
+    async def handler(ctx: Any) -> None:
+        await ctx.step.run("weigh", lambda: {"kg": [math.nan]})
+
+    run = run_inline(handler, attempts=3)
+    assert (run.attempt, run.error["code"]) == (1, "SERIALIZATION_ERROR")
+    with pytest.raises(NotJSON, match=r"the event is not JSON at \.data"):
+        run_inline(handler, {"x", "y"})
+
+
+# ======================================================================================
+# The command line
+# ======================================================================================
+
+
+@pytest.fixture(scope="module")
+def past(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server on which three orders were packed: one well, one badly, one not yet."""
+    with serve(tmp_path_factory.mktemp("past")) as running:
+        running.register("shop/pack")
+        running.join("w", "shop/pack")
+        for total in 5, 7, 9:
+            running.emit(data={"total": total}, metadata={"by": "ann"})
+        good, bad = running.job(), running.job()
+        at = "2026-01-01T00:00:00Z"
+        steps = [step(good, "weigh", {"grams": 250}, duration_ms=3250, started_at=at),
+                 step(good, "wrap", None, duration_ms=12, started_at=at)]
+        running.tell(good, "completed", output="packed", steps=steps)
+        error = {"message": "no boxes left", "code": "EMPTY", "retryable": False}
+        running.tell(bad, "failed", error=error)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def ids(past: RunningServer) -> dict[str, str]:
+    """Names for the ids of what happened there, newest first as the lists are."""
+    runs = past.yes("GET", "/api/v1/runs")["runs"]
+    names = dict(zip(("open", "bad", "good"), (run["id"] for run in runs), strict=True))
+    events = (run["event_id"] for run in runs)
+    return names | dict(zip(("nine", "seven", "five"), events, strict=True))
+
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """`python ironflow.py WORDS...` in this process: its status, stdout and stderr."""
+    for name in set(os.environ) - set(own_environment({})):
+        monkeypatch.delenv(name)
+
+    def run(server: RunningServer, *words: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("IRONFLOW_SERVER_URL", server.url)
+        try:
+            status = ironflow.main(list(words))
+        except SystemExit as usage:
+            status = int(usage.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def process(server: RunningServer, *words: str, env: Any = None, **io: Any) -> Any:
+    """The same as a process of its own."""
+    plain = {"IRONFLOW_SERVER_URL": server.url, "NO_COLOR": "", "TERM": "xterm"} | (env or {})
+    clean = {k: v for k, v in own_environment(plain).items() if k != "COLUMNS"}
+    return subprocess.Popen([sys.executable, HERE / "ironflow.py", *words], env=clean, **io)
+
+
+def on_terminal(
+    server: RunningServer, *words: str, columns: int = 80, env: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """The same in a pseudo-terminal so many columns wide: its status, what it shows."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with process(server, *words, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as cli:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while part := os.read(ours, 65536):
+                shown += part
+        os.close(ours)
+    return cli.returncode, shown.decode().replace("\r\n", "\n")
+
+
+@contextlib.contextmanager
+def stranger(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[bytes]]]:
+    """The URL of a server that gives these answers in turn, and the bodies it was sent."""
+    waiting, bodies = list(answers), list[bytes]()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, body = waiting.pop(0)
+            bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_port}", bodies
+        found.shutdown()
+        thread.join(DEADLINE_S)
+
+
+# What each command shows when its output is no terminal. Times are UTC; here they are all
+# set to one instant, for they differ from day to day.
+
+MOMENT = "2026-02-03 04:05:06Z"
+SCREENS = {
+    "run list": """
+ID                        STATUS                FUNCTION ID  EVENT NAME    CREATED
+{open}  waiting_for_capacity  shop/pack    order.placed  {at}
+{bad}  failed                shop/pack    order.placed  {at}
+{good}  completed             shop/pack    order.placed  {at}
+""",
+    "run get {good}": """
+id                {good}
+function id       shop/pack
+event id          {five}
+event name        order.placed
+worker id         w
+status            completed
+attempt           1
+output            packed
+function version  1
+created           {at}
+updated           {at}
+started           {at}
+ended             {at}
+max attempts      3
+input             {{"total":5}}
+execution mode    pull
+
+NAME   STATUS     ATTEMPT  STARTED               DURATION  RESULT
+weigh  completed  1        {at}  3.25s     {{"grams":250}}
+wrap   completed  1        {at}  12ms
+""",
+    "run get {bad}": """
+id                {bad}
+function id       shop/pack
+event id          {seven}
+event name        order.placed
+worker id         w
+status            failed
+attempt           1
+error             {{"message":"no boxes left","code":"EMPTY"}}
+function version  1
+created           {at}
+updated           {at}
+started           {at}
+ended             {at}
+max attempts      3
+input             {{"total":7}}
+execution mode    pull
+""",
+    "event list": """
+ID                        NAME          TIMESTAMP             SOURCE  DATA
+{nine}  order.placed  {at}  api     {{"total":9}}
+{seven}  order.placed  {at}  api     {{"total":7}}
+{five}  order.placed  {at}  api     {{"total":5}}
+""",
+    "event get {five}": """
+id         {five}
+timestamp  {at}
+name       order.placed
+data       {{"total":5}}
+version    1
+metadata   {{"by":"ann"}}
+source     api
+created    {at}
+processed  true
+""",
+    "function list": """
+ID         STATUS  WORKERS  TRIGGERS      UPDATED
+shop/pack  active  1        order.placed  {at}
+""",
+    "function get shop/pack": """
+id              shop/pack
+slug            shop/pack
+name            shop/pack
+status          active
+preferred mode  pull
+execution mode  pull
+triggers        order.placed
+retry attempts  3
+retry delay     1s
+retry backoff   2.0
+timeout         0ms
+metadata        {{}}
+version         1
+created         {at}
+updated         {at}
+workers         1
+""",
+    "worker list": """
+ID  HOSTNAME  ACTIVE JOBS  MAX CONCURRENT  LAST HEARTBEAT        FUNCTION IDS
+w             0            10              {at}  shop/pack
+""",
+}
+DOORS = {
+    "run list": "/api/v1/runs", "run get {bad}": "/api/v1/runs/{bad}",
+    "event list": "/api/v1/events", "event get {five}": "/api/v1/events/{five}",
+    "function list": "/api/v1/functions", "worker list": "/api/v1/workers",
+    "function get shop/pack": "/api/v1/functions/shop%2Fpack",
+}
+
+
+@pytest.mark.parametrize("command", SCREENS)
+def test_what_a_command_shows(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str
+) -> None:
+    status, out, err = cli(past, *command.format(**ids).split())
+    assert (status, err) == (0, "")
+    shown = re.sub(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\dZ", MOMENT, out)
+    assert shown == SCREENS[command].format(**ids, at=MOMENT).lstrip("\n")
+
+
+@pytest.mark.parametrize("command", DOORS)
+def test_json_is_the_servers_in_one_document(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str
+) -> None:
+    status, out, err = cli(past, *command.format(**ids).split(), "--json")
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    answer = past.yes("GET", DOORS[command].format(**ids))
+    if command.startswith("run get"):
+        answer["steps"] = past.steps(ids["bad"])
+    assert json.loads(out) == answer | ({"limit": 50} if command == "event list" else {})
+
+
+def test_lists_of_nothing_say_so_on_stderr(cli: Cli, server: RunningServer) -> None:
+    for what in "run", "event", "function", "worker":
+        assert cli(server, what, "list") == (0, "", f"ironflow.py: no {what}s\n")
+        status, out, err = cli(server, what, "list", "--json")
+        assert (status, json.loads(out)[f"{what}s"], err) == (0, [], "")
+
+
+@pytest.mark.parametrize(("command", "found"), [
+    ("run list --status failed", "bad"),
+    ("run list --function shop/pack --status completed", "good"),
+    ("run list --function nobody", ""),
+    ("run list --limit 2", "open bad"),
+    ("event list --name placed --search 7}", "seven"),
+    ("event list --source cron", ""),
+    ("event list --since 1h", "nine seven five"),
+    ("event list --since 2026-01-01T00:00:00+01:00 --until 2999-01-01T00:00:00Z",
+     "nine seven five"),
+    ("event list --until 1h30m", ""),
+    ("event list --limit 1", "nine"),
+])
+def test_lists_can_be_narrowed(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str, found: str
+) -> None:
+    status, out, err = cli(past, *command.split())
+    assert status == 0
+    shown = [line.split()[0] for line in out.splitlines()[1:]]
+    assert shown == [ids[name] for name in found.split()]
+    assert ("there are more" in err) == ("--limit" in command)
+
+
+def test_a_list_is_as_long_as_its_limit_whatever_a_page_holds(
+    cli: Cli, shared: RunningServer
+) -> None:
+    name = new_name()
+    shared.yes("POST", "/api/v1/events", [{"name": name, "data": i} for i in range(450)])
+    words = ("event", "list", "--name", name, "--limit", "430", "--json")
+    status, out, err = cli(shared, *words)
+    assert (status, err) == (0, "")
+    assert [event["data"] for event in json.loads(out)["events"]] == list(range(449, 19, -1))
+    assert json.loads(out)["count"] == 430
+
+
+# --- On a terminal ---------------------------------------------------------------------
+
+def without_colours(shown: str) -> str:
+    return re.sub(r"\x1b\[[0-9]*m", "", shown)
+
+
+@pytest.mark.parametrize("command", ["version", *SCREENS])
+def test_every_command_fits_a_terminal(
+    past: RunningServer, ids: dict[str, str], command: str
+) -> None:
+    words = command.format(**ids).split()
+    status, shown = on_terminal(past, *words)
+    lines = without_colours(shown).splitlines()
+    assert status == 0
+    assert lines
+    assert not any("\x1b" in line for line in lines)
+    if words[-1] == "list":
+        assert max(map(len, lines)) <= 80
+        assert shown.startswith("\x1b[1mID ")
+
+
+@pytest.mark.parametrize(("columns", "whole"), [
+    (20, []), (60, ["{bad}"]), (80, ["{bad}", "waiting_for_capacity"]),
+    (200, ["{bad}", "waiting_for_capacity", "shop/pack", "order.placed"]),
+])
+def test_a_table_is_cut_to_the_terminal_and_ids_last(
+    past: RunningServer, ids: dict[str, str], columns: int, whole: list[str]
+) -> None:
+    _, shown = on_terminal(past, "run", "list", "--limit", "3", columns=columns)
+    lines = without_colours(shown).splitlines()
+    assert len(lines) == 4
+    assert max(map(len, lines)) <= columns
+    assert ("…" in shown) == (columns < 200)
+    assert all(text.format(**ids) in shown for text in whole)
+
+
+@pytest.mark.parametrize(("env", "coloured"), [
+    ({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False),
+])
+def test_statuses_have_colours_where_they_are_wanted(
+    past: RunningServer, ids: dict[str, str], env: dict[str, str], coloured: bool
+) -> None:
+    _, shown = on_terminal(past, "run", "get", ids["good"], env=env)
+    assert ("\x1b[32mcompleted\x1b[0m" in shown) == coloured
+    assert ("\x1b" in shown) == coloured
+
+
+@pytest.mark.parametrize(("ms", "text"), [
+    (0, "0ms"), (999, "999ms"), (1000, "1s"), (12_345, "12.3s"), (250_000, "0:04:10"),
+    (100_000_000, "1 day, 3:46:40"),
+])
+def test_lengths_of_time_are_for_people(ms: int, text: str) -> None:
+    assert ironflow.cell({"duration_ms": ms}, "duration_ms") == text
+
+
+NASTY = "\x1b[2J\x07\x9b31m\u202eabc\r\ndef\x7f"
+TAMED = r"\u001b[2J\u0007\u009b31m\u202eabc\r\ndef\u007f"
+
+
+def test_what_a_stranger_says_does_not_reach_the_terminal_raw(
+    cli: Cli, shared: RunningServer
+) -> None:
+    name = new_name()
+    shared.register(name, name)
+    shared.join(name, name)
+    accepted = shared.emit(name, {NASTY: NASTY}, metadata={"by": NASTY})
+    (run_id,) = accepted["run_ids"]
+    job = shared.job(name)
+    error = {"message": NASTY, "code": NASTY, "retryable": False}
+    steps = [step(job, "one", NASTY)]
+    assert shared.tell(job, "failed", name, error=error, steps=steps)[0] == 200
+    lists = f"event list --name {name}", "run list"
+    for command in f"run get {run_id}", f"event get {accepted['id']}", *lists:
+        _, plain, _ = cli(shared, *command.split())
+        status, as_json, err = cli(shared, *command.split(), "--json")
+        assert (status, err) == (0, "")
+        assert (plain + as_json).replace("\n", "").isprintable()
+        assert (TAMED in plain) == (command != "run list")
+        assert TAMED in as_json
+        assert repr(NASTY) in repr(json.loads(as_json))
+
+
+def test_a_strangers_error_and_its_keys_are_tamed_too(cli: Cli, past: RunningServer) -> None:
+    nasty = json.dumps({"message": NASTY, NASTY: NASTY}).encode()
+    with stranger((404, nasty), (200, nasty)) as (url, _):
+        status, out, err = cli(past, "event", "get", "x", "-s", url)
+        assert (status, out) == (1, "")
+        assert err.rstrip("\n").isprintable()
+        status, out, err = cli(past, "event", "get", "x", "-s", url)
+        assert (status, err) == (0, "")
+        assert out.replace("\n", "").isprintable()
+
+
+def test_what_the_output_cannot_encode_is_escaped(shared: RunningServer) -> None:
+    event = shared.emit("umlaut", {"city": "Köln"})
+    env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    words = ("event", "get", event["id"])
+    with process(shared, *words, env=env, stdout=subprocess.PIPE) as cli:
+        assert "K\\xf6ln" in cli.communicate(timeout=DEADLINE_S)[0].decode("ascii")
+    assert cli.returncode == 0
+
+
+# --- Emitting --------------------------------------------------------------------------
+
+def test_emit_prints_the_ids_of_the_event_and_its_runs(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    shared.register(f"{name}-too", name)
+    status, out, err = cli(shared, "emit", name)
+    assert (status, err) == (0, "")
+    event_id, *run_ids = out.split()
+    assert shared.yes("GET", f"/api/v1/events/{event_id}")["data"] == {}
+    assert {shared.run(run_id)["function_id"] for run_id in run_ids} == {name, f"{name}-too"}
+    status, out, _ = cli(shared, "emit", name, "--json")
+    assert len(json.loads(out)["run_ids"]) == 2
+
+
+@pytest.mark.parametrize(("words", "members"), [
+    (["--data", '{"a": [1, "ü"]}'], {"data": {"a": [1, "ü"]}}),
+    (["--data", "null"], {"data": None}),
+    (["--data-file", "{tmp}/data.json"], {"data": {"from": "file"}}),
+    (["--metadata", "by=ann", "--metadata", "why=a=b="],
+     {"metadata": {"by": "ann", "why": "a=b="}}),
+    (["--version", "3"], {"version": 3}),
+])
+def test_emit_hands_in_what_it_is_told(
+    cli: Cli, shared: RunningServer, tmp_path: Path, words: list[str], members: dict[str, Any]
+) -> None:
+    (tmp_path / "data.json").write_text('{"from": "file"}')
+    words = [word.replace("{tmp}", str(tmp_path)) for word in words]
+    status, out, err = cli(shared, "emit", new_name(), *words)
+    assert (status, err) == (0, "")
+    event = shared.yes("GET", f"/api/v1/events/{out.strip()}")
+    assert {name: event[name] for name in members} == members
+
+
+def test_emit_reads_data_from_stdin(shared: RunningServer) -> None:
+    words = ("emit", new_name(), "--data-file", "-")
+    pipe = subprocess.PIPE
+    with process(shared, *words, stdin=pipe, stdout=pipe) as cli:
+        out, _ = cli.communicate(b"[1, 2]", DEADLINE_S)
+    event = shared.yes("GET", f"/api/v1/events/{out.decode().strip()}")
+    assert (cli.returncode, event["data"]) == (0, [1, 2])
+
+
+def test_emit_with_the_same_key_does_nothing_more(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    first, again = (cli(shared, "emit", name, "--idempotency-key", name) for _ in range(2))
+    assert first == again
+    status, out, err = cli(shared, "emit", f"{name}.other", "--idempotency-key", name)
+    assert (status, out) == (1, "")
+    assert name in err
+
+
+def test_emit_is_repeated_when_the_answer_is_lost_and_is_one_event(
+    cli: Cli, shared: RunningServer
+) -> None:
+    name = new_name()
+    with contextlib.closing(Proxy(shared.port)) as proxy:
+        proxy.swallow = 2
+        status, out, err = cli(shared, "emit", name, "--server", proxy.url)
+    assert (status, err, proxy.connections) == (0, "", 3)
+    events = shared.yes("GET", f"/api/v1/events?names={name}")["events"]
+    assert [event["id"] for event in events] == [out.strip()]
+
+
+def test_emit_is_repeated_for_a_server_short_of_breath(cli: Cli, past: RunningServer) -> None:
+    busy = (503, b'{"message": "in a moment"}')
+    yes = (200, b'{"event_id": "evt_1", "run_ids": []}')
+    with stranger(busy, busy, yes) as (url, bodies):
+        assert cli(past, "emit", "x", "-s", url) == (0, "evt_1\n", "")
+        assert len({json.loads(body)["idempotencyKey"] for body in bodies}) == 1
+    with stranger(busy, busy, busy, busy) as (url, _):
+        assert cli(past, "emit", "x", "-s", url) == (1, "", "ironflow.py: in a moment\n")
+
+
+@pytest.mark.parametrize(("report", "status", "row"), [
+    ({"status": "completed", "output": {"paid": 5}}, 0, r'completed +\S+ +\{"paid":5\}'),
+    ({"status": "completed", "output": "fine"}, 0, r"completed +\S+ +fine"),
+    ({"status": "failed", "error": {"message": "no", "retryable": False}}, 1,
+     r'failed +\S+ +\{"message":"no".*\}'),
+])
+def test_emit_can_wait_and_says_how_each_run_ended(
+    cli: Cli, shared: RunningServer, report: dict[str, Any], status: int, row: str
+) -> None:
+    name = new_name()
+    shared.register(name, name)
+    shared.join(name, name)
+
+    def work() -> None:
+        assert shared.tell(shared.job(name), worker_id=name, **report)[0] == 200
+
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(work)
+        found, out, err = cli(shared, "emit", name, "--wait")
+        worker.result(DEADLINE_S)
+    assert (found, err) == (status, "")
+    event_id, header, run = out.splitlines()
+    assert event_id.startswith("evt_")
+    assert header.split() == ["RUN", "ID", "FUNCTION", "ID", "STATUS", "DURATION", "RESULT"]
+    assert re.fullmatch(rf"run_\w+ +{name} +{row}", run)
+
+
+def test_emit_waits_no_longer_than_it_is_told(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    status, out, err = cli(shared, "emit", name, "--wait", "--timeout", "10ms")
+    assert (status, err) == (1, "ironflow.py: not all of its runs ended in time\n")
+    assert "waiting_for_capacity" in out
+    status, out, err = cli(shared, "emit", name, "--wait", "--timeout", "10ms", "--json")
+    assert status == 1
+    assert json.loads(out)["results"][0]["waitTimedOut"]
+
+
+def test_emit_of_what_starts_nothing_has_nothing_to_wait_for(
+    cli: Cli, shared: RunningServer
+) -> None:
+    words = ("emit", new_name(), "--wait", "--timeout", "99999999999999d")
+    status, out, err = cli(shared, *words)
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"evt_\w+\n", out)
+
+
+def test_emit_asks_again_when_a_server_that_stops_answers_early(
+    cli: Cli, past: RunningServer
+) -> None:
+    def answer(status: str, late: bool) -> tuple[int, bytes]:
+        run = {"runId": "run_1", "functionId": "f", "status": status, "waitTimedOut": late}
+        return 200, json.dumps({"eventId": "evt_1", "results": [run]}).encode()
+
+    with stranger(answer("running", True), answer("completed", False)) as (url, bodies):
+        status, out, err = cli(past, "emit", "x", "--wait", "-s", url)
+    assert (status, err) == (0, "")
+    assert "completed" in out
+    first, second = map(json.loads, bodies)
+    assert first["idempotencyKey"] == second["idempotencyKey"]
+    assert second["timeoutMs"] <= first["timeoutMs"] == 60_000
+
+
+# --- What goes wrong -------------------------------------------------------------------
+
+def test_a_run_can_be_cancelled(cli: Cli, shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    (run_id,) = shared.emit(name)["run_ids"]
+    cancelled = cli(shared, "run", "cancel", run_id, "--reason", "too late")
+    assert cancelled == (0, f"id      {run_id}\nstatus  cancelled\n", "")
+    assert "too late" in shared.run(run_id)["error"]["message"]
+
+
+@pytest.mark.parametrize(("command", "method", "door"), [
+    ("run get no/such", "GET", "/api/v1/runs/no%2Fsuch"),
+    ("run cancel {good}", "POST", "/api/v1/runs/{good}/cancel"),
+    ("event get none", "GET", "/api/v1/events/none"),
+    ("function get none", "GET", "/api/v1/functions/none"),
+    ("emit order.*", "POST", "/api/v1/events"),
+])
+def test_what_the_server_refuses_is_said_as_the_server_says_it(
+    cli: Cli, past: RunningServer, ids: dict[str, str], command: str, method: str, door: str
+) -> None:
+    body = {"name": "order.*"} if door.endswith("events") else None
+    status, refusal = past.call(method, door.format(**ids), body)
+    assert status >= 400
+    said = f"ironflow.py: {refusal['message']}\n"
+    assert cli(past, *command.format(**ids).split()) == (1, "", said)
+
+
+def test_a_server_that_is_not_there_is_said_in_a_sentence(
+    cli: Cli, past: RunningServer
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    status, out, err = cli(past, "run", "list", "-s", url)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert f"cannot reach {url} (" in err
+    assert "is it running? `python ironflow.py` starts one" in err
+
+
+def test_a_server_that_is_silent_is_asked_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = ironflow.server_url(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ironflow.IronflowError, match="timed out"):
+            ironflow.ask(argparse.Namespace(server=url), "GET", "/", wait_s=0.01)
+        silent.accept()[0].close()
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    ((200, b"<html>"), "cannot understand {url}"),
+    ((200, b"[]"), "cannot understand {url}"),
+    ((200, b"[" * 100_000), "cannot understand {url}"),
+    ((200, b'{"a": NaN}'), "NaN"),
+    ((302, b"{}"), "cannot understand {url}"),
+    ((502, b"bad gateway"), "cannot understand {url}"),
+    ((418, b'{"message": "a teapot"}'), "a teapot"),
+])
+def test_what_is_no_ironflow_server_is_said_in_a_sentence(
+    cli: Cli, past: RunningServer, answer: tuple[int, bytes], words: str
+) -> None:
+    with stranger(answer) as (url, _):
+        status, out, err = cli(past, "event", "get", "x", "-s", url)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert words.format(url=url) in err
+
+
+@pytest.mark.parametrize(("command", "flag"), [
+    ("emit", "name"),
+    ("emit x --data {a", "--data:"),
+    ("emit x --data NaN", "--data:"),
+    ("emit x --data 1e999", "--data:"),
+    ("emit x --data-file {tmp}/none.json", "--data-file:"),
+    ("emit x --data-file {tmp}", "--data-file:"),
+    ("emit x --data-file {tmp}/bad.json", "--data-file:"),
+    ("emit x --data 1 --data-file {tmp}/good.json", "--data"),
+    ("emit x --metadata by", "--metadata: by: give KEY=VALUE"),
+    ("emit x --version 0", "--version:"),
+    ("emit x --timeout soon", "--timeout:"),
+    ("emit x --timeout 5", "--timeout:"),
+    ("run list --status unknown", "--status:"),
+    ("run list --limit none", "--limit:"),
+    ("event list --since yesterday", "--since:"),
+    ("event list --until 2026-01-01T00:00:00", "--until:"),
+    ("event list --since 99999999d", "--since:"),
+    ("run list -s localhost:9123", "--server:"),
+    ("run list -s http://", "--server:"),
+    ("run list -s http://a:99999", "--server:"),
+    ("run list -s http://[::1", "--server:"),
+    ("run list -s http://ann:secret@a", "--server:"),
+    ("run list -s http://ä", "--server:"),
+    ("run get", "id"),
+    ("run", "'run'"),
+    ("walk", "'walk'"),
+    ("backup", "FILE"),
+])
+def test_a_bad_call_is_told_what_was_wrong_and_ends_with_2(
+    cli: Cli, past: RunningServer, tmp_path: Path, command: str, flag: str
+) -> None:
+    (tmp_path / "bad.json").write_bytes(b"\xff")
+    (tmp_path / "good.json").write_text("1")
+    status, out, err = cli(past, *command.replace("{tmp}", str(tmp_path)).split())
+    assert (status, out) == (2, "")
+    assert flag in err.splitlines()[-1]
+
+
+def test_words_that_are_no_utf8_are_refused(cli: Cli, past: RunningServer) -> None:
+    for command in "emit x\udcff", "emit x --metadata a=\udcff", "run get \udcff":
+        status, out, err = cli(past, *command.split())
+        assert (status, out) == (1, "")
+        assert "'utf-8' codec can't encode" in err
+
+
+# --- Help, keys, signals and pipes -----------------------------------------------------
+
+@pytest.mark.parametrize("command", ironflow.commands())
+def test_the_help_of_a_command_has_an_example_that_can_be_run(
+    cli: Cli, past: RunningServer, command: str
+) -> None:
+    status, out, err = cli(past, *command.split(), "--help")
+    assert (status, err) == (0, "")
+    example = re.search(r"example: python ironflow\.py (.*)", out)
+    assert example
+    given = shlex.split(example[1])
+    assert given[:len(command.split())] == command.split()
+    assert ironflow.parser().parse_args([command, *given[len(command.split()):]]).do
+    _, overview, _ = cli(past, "--help")
+    assert f"    {command}" in overview
+
+
+def test_version_prints_the_version(cli: Cli, past: RunningServer) -> None:
+    assert cli(past, "version") == (0, f"{ironflow.__version__}\n", "")
+
+
+def test_backup_prints_one_line(cli: Cli, past: RunningServer, tmp_path: Path) -> None:
+    copy = str(tmp_path / "copy.db")
+    words = ("backup", copy, "--db", str(past.db))
+    assert cli(past, *words) == (0, f"{copy} is a copy of {past.db}\n", "")
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert db.execute("SELECT count(*) FROM run").fetchone() == (3,)
+    status, out, err = cli(past, *words)
+    assert (status, out, err) == (1, "", f"ironflow.py: {copy} exists: name a file that does not\n")
+
+
+def test_the_key_comes_from_the_environment(
+    cli: Cli, keyed: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, err = cli(keyed, "run", "list")
+    assert (status, out) == (1, "")
+    assert "authentication required" in err
+    for key, status in {"ifkey_1": 0, "ifkey_1\n": 0, "other": 1, "ключ": 1, "a\nb": 1}.items():
+        monkeypatch.setenv("IRONFLOW_API_KEY", key)
+        assert cli(keyed, "run", "list")[0] == status
+
+
+def test_the_environment_goes_along(
+    cli: Cli, past: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IRONFLOW_ENV", "blue")
+    status, _, err = cli(past, "run", "list")
+    assert (status, "this server serves the environment 'default'" in err) == (1, True)
+
+
+def test_the_flag_beats_the_variable_and_both_are_checked(
+    cli: Cli, past: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunningServer, "url", "nonsense")
+    assert cli(past, "run", "list")[0] == 2
+    assert cli(past, "run", "list", "-s", f"http://127.0.0.1:{past.port}/")[0] == 0
+
+
+def test_ctrl_c_ends_a_wait_quietly(shared: RunningServer) -> None:
+    name = new_name()
+    shared.register(name, name)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process(shared, "emit", name, "--wait", **pipes) as cli:
+        eventually(lambda: shared.yes("GET", f"/api/v1/runs?function_id={name}")["count"])
+        cli.send_signal(signal.SIGINT)
+        assert cli.communicate(timeout=DEADLINE_S) == (b"", b"")
+    assert cli.returncode == 130
+
+
+def test_a_closed_pipe_ends_it_quietly(shared: RunningServer) -> None:
+    name = new_name()
+    for _ in range(3):
+        shared.emit(name, "x" * 90_000)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process(shared, "event", "list", "--name", name, **pipes) as cli:
+        assert cli.stdout.readline().startswith(b"ID ")
+        cli.stdout.close()
+        assert cli.stderr.read() == b""
+    assert cli.returncode == 141
+
+
+# ======================================================================================
 # The project: examples and README do what they say
 # ======================================================================================
 
@@ -5638,22 +9011,54 @@ def test_an_example_prints_what_its_docstring_says(example: str) -> None:
     assert done.stdout.strip() == says.partition("Prints:\n")[2].strip(), done.stderr
 
 
-def test_the_readmes_worker_does_the_readmes_event(server: RunningServer, tmp_path: Path) -> None:
+@pytest.fixture
+def readme_program(server: RunningServer, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Runs a program of the README beside its worker and its server; what it prints."""
     worker_file = tmp_path / "worker.py"
     worker_file.write_text(fenced("python")[0].replace('"10s"', '"10ms"'))
-    body = re.search(r"-d '(\{.*?\})'", fenced("sh")[3])
-    assert body
     env = server.env | {"IRONFLOW_SERVER_URL": server.url, "PYTHONPATH": str(HERE)}
+
+    def run(program: str) -> str:
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=DEADLINE_S)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     worker = subprocess.Popen([sys.executable, worker_file], env=env, stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: server.yes("GET", "/api/v1/functions")["count"] == 1)
-        accepted = server.yes("POST", "/api/v1/events", body[1].encode())
-        (run_id,) = accepted["run_ids"]
-        run = server.run_becomes(run_id, "completed", "failed")
-        assert run["output"] == "ord_123 shipped, 99.99 paid"
+        yield run
     finally:
         worker.terminate()
         worker.wait(DEADLINE_S)
+
+
+def test_the_readmes_worker_does_the_readmes_event(
+    server: RunningServer, readme_program: Callable[[str], str]
+) -> None:
+    body = re.search(r"-d '(\{.*?\})'", fenced("sh")[3])
+    assert body
+    (run_id,) = server.yes("POST", "/api/v1/events", body[1].encode())["run_ids"]
+    run = server.run_becomes(run_id, "completed", "failed")
+    assert run["output"] == "ord_123 shipped, 99.99 paid"
+
+
+def test_the_readmes_client_hears_what_the_readme_says(
+    readme_program: Callable[[str], str]
+) -> None:
+    first, waited, invoked, *listed = readme_program(fenced("python")[1]).splitlines()
+    assert re.fullmatch(r"evt_\w+ \['[a-z_]+'\]", first)
+    assert waited == "[('process-order', 'completed', 'ord_8 shipped, 5 paid')]"
+    assert invoked == "ord_9 shipped, 5 paid"
+    assert [line.split(maxsplit=2)[1] for line in listed] == ["order.placed"] * 2
+
+
+def test_the_readmes_unit_test_passes(readme_program: Callable[[str], str]) -> None:
+    readme_program(fenced("python")[2])
+
+
+def test_server_and_client_are_of_one_version() -> None:
+    assert ironflow.__version__ == ironflow_client.__version__
 
 
 def test_both_files_run_when_copied_alone(tmp_path: Path) -> None:
@@ -5681,3 +9086,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
+
