@@ -1707,7 +1707,9 @@ def read_enum(value: Any, enum: str) -> str:
 
 def function_to_connect(function: Function) -> Json:
     found = in_camel(members(function, ("version", "created_at", "updated_at")))
-    return join(found | as_texts(json.loads(function.config)) | {
+    config = {name: value for name, value in json.loads(function.config).items()
+              if value is not None}
+    return join(found | as_texts(config) | {
         "status": f'"FUNCTION_STATUS_{function.status.upper()}"'})
 
 
@@ -1721,8 +1723,8 @@ async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
         if name in function.function_id and status in ("", function.status)
         and mode in ("", read_enum(
             json.loads(function.config)["preferredMode"], "execution_mode"))]
-    offset = asks.whole("offset")
-    offset += sum(f.function_id <= asks.text("cursor") for f in found)
+    offset, cursor = asks.whole("offset"), asks.text("cursor")
+    offset += sum(function.function_id <= cursor for function in found)
     page = found[offset : offset + (asks.whole("limit", high=1000) or 1000)]
     more = offset + len(page) < len(found)
     rows = await functions_to_wire(api, request, page)
@@ -1806,7 +1808,8 @@ async def asked(api: Api, request: web.BaseRequest) -> Fields:
     body = await api.read_json(request) if request.body_exists else {}
     path = {spelling: text for name, text in request[GIVEN].items()
             for spelling in (name, camel(name))}
-    return Fields({**Fields(body).all, **request.query, **path})
+    query = {name: text for name, text in request.query.items() if text}
+    return Fields({**Fields(body).all, **query, **path})
 
 
 async def get_run(api: Api, request: web.BaseRequest) -> web.Response:

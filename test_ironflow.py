@@ -615,6 +615,13 @@ def test_public_paths_need_no_key(keyed: RunningServer, path: str) -> None:
     keyed.yes("GET", path)
 
 
+def test_the_browser_may_ask_for_capabilities_before_it_has_its_key(
+    keyed: RunningServer,
+) -> None:
+    assert keyed.rpc("GetCapabilities", {})["auth_required"] is True
+    assert code(keyed.call("POST", f"{RPC}Info", {})) == (401, "unauthenticated")
+
+
 def test_dev_ignores_a_key_and_says_so_loudly(tmp_path: Path) -> None:
     with serve(tmp_path, "--dev", env={"IRONFLOW_API_KEY": "k"}) as server:
         status, headers, _ = ask(server, "GET", "/api/v1/runs", Host="box", Origin="https://a.b")
@@ -733,9 +740,10 @@ def test_errors_have_two_shapes(shared: RunningServer) -> None:
 
 @pytest.mark.parametrize("kind", ["application/proto", "application/connect+proto"])
 def test_binary_protobuf_is_told_where_to_send_json(shared: RunningServer, kind: str) -> None:
-    status, _, body = ask(shared, "POST", f"{RPC}Emit", b"\x0a\x01a", Content_Type=kind)
-    assert code((status, body)) == (501, "unimplemented")
-    assert "POST /api/v1/events" in body["message"]
+    for path in f"{RPC}Emit", f"{RPC}Info", f"{PUBSUB}ListTopics", f"{PUBSUB}Publish":
+        status, _, body = ask(shared, "POST", path, b"\x0a\x01a", Content_Type=kind)
+        assert code((status, body)) == (501, "unimplemented")
+        assert "POST /api/v1/events" in body["message"]
 
 
 # ======================================================================================
@@ -2003,6 +2011,7 @@ def shelved(page: Any) -> list[int]:
     ("names=webhook%2Fstripe.charge,user.joined", "32"), ("names=nowhere,nightly", "5"),
     ("names=nightly,nightly", "5"), ("names=", "76543210"), ("names=nowhere", ""),
     ("source=api", "764210"), ("source=webhook", "3"), ("source=cron", "5"), ("source=ap", ""),
+    ("source=cron,webhook", "53"), ("source=nobody,cron", "5"), ("source=", "76543210"),
     ("since=2026-01-01T03:30:00Z", "7654"), ("until=2026-01-01T03:30:00Z", "3210"),
     ("since=2026-01-01T04:30:00%2B01:00", "7654"),
     ("since=2026-01-01T01:30:00Z&until=2026-01-01T05:30:00Z", "5432"),
@@ -2021,6 +2030,7 @@ def test_events_are_listed_by_filters(library: RunningServer, query: str, found:
     page = browse(library, query)
     assert shelved(page) == [*map(int, found)]
     assert (page["limit"], page["approx_total"]) == (20, len(found))
+    assert page["approx_total_capped"] is False
     assert not page["has_next"] and not page["has_prev"]
     short = browse(library, f"{query}&limit=2")
     assert shelved(short) == [*map(int, found[:2])]
@@ -2124,6 +2134,19 @@ def test_names_of_events_are_counted(library: RunningServer, server: RunningServ
     assert found["scan_cap"] >= 50_000
     nothing = server.yes("GET", "/api/v1/events/names")
     assert nothing == found | {"names": [], "scanned": 0}
+
+
+@pytest.mark.parametrize(("query", "found"), [
+    ("source=cron", {"nightly": 1}), ("source=cron,webhook", {"nightly": 1, SHELF[3].name: 1}),
+    ("source=nobody", {}), ("until=2026-01-01T01:30:00Z", {"order.placed": 1, "order.paid": 1}),
+    ("since=2026-01-01T05:30:00Z&source=api", {"order.placed": 1, "order.paid": 1}),
+    ("since=2999-01-01T00:00:00Z", {}),
+])
+def test_names_of_events_are_counted_by_filters(
+    library: RunningServer, query: str, found: dict[str, int]
+) -> None:
+    names = library.yes("GET", f"/api/v1/events/names?{query}")["names"]
+    assert {row["name"]: row["count"] for row in names} == found
 
 
 # --- Runs ------------------------------------------------------------------------------
@@ -2468,6 +2491,8 @@ def test_a_count_of_more_than_a_page_looks_at_is_a_lower_bound(haystack: Haystac
     for total in (browse(haystack.server)["approx_total"], runs_of(haystack.server, "rpc")[2],
                   runs_of(haystack.server, "rest")[2]):
         assert 50_000 <= total <= MANY
+    for query, capped in ("", True), ("names=needle", False), ("search=eedl", True):
+        assert browse(haystack.server, query)["approx_total_capped"] is capped, query
     names = haystack.server.yes("GET", "/api/v1/events/names")
     assert (names["scanned"], names["truncated"]) == (names["scan_cap"], True)
     assert sum(row["count"] for row in names["names"]) == names["scanned"] < MANY
@@ -4143,7 +4168,8 @@ class Caller(Bench):
         return {WAITING[self.method]: self.name} | more
 
     def call(self, **more: Any) -> Answer:
-        return begin(self.server, self.method, self.body(**more))
+        """A caller with more patience than this test: one who is forgotten is noticed."""
+        return begin(self.server, self.method, self.body(**{"timeout_ms": 600_000} | more))
 
     def start(self, **more: Any) -> str:
         """The run, with nobody waiting for it; a key lets a call wait for it later."""
@@ -4248,12 +4274,15 @@ def test_a_call_waits_through_a_sleep(caller: Caller) -> None:
 
 
 @pytest.mark.parametrize("ending", ["completed", "failed", "cancelled"])
-@pytest.mark.parametrize(("agent", "go"), [("node", False), ("Mozilla/5.0", False), ("", False),
-                                           ("Go-http-client/2.0", True)])
+@pytest.mark.parametrize(("agent", "go"), [
+    ("node", False), ("Mozilla/5.0", False), ("", False), ("Go-http-client/2.0", True),
+    ("connect-go/1.19.1 (go1.24)", True),
+])
 def test_go_hears_enum_names_of_results_too(
     caller: Caller, ending: str, agent: str, go: bool
 ) -> None:
-    answer = begin(caller.server, caller.method, caller.body(), User_Agent=agent)
+    body = caller.body(timeout_ms=600_000)
+    answer = begin(caller.server, caller.method, body, User_Agent=agent)
     job = caller.next_job()
     if ending == "cancelled":
         caller.server.rpc("CancelRun", {"id": job["run_id"]})
@@ -4298,7 +4327,7 @@ def poll_for(bench: Bench, size: int) -> list[Any]:
 
 def test_when_time_is_up_some_runs_may_be_over_and_some_not(shared: RunningServer) -> None:
     caller = Caller(shared, "TriggerSync")
-    shared.register(f"{caller.name}-late", caller.name)
+    shared.register(f"{caller.name}-late", caller.name)  # nobody carries it
     key = {"idempotency_key": caller.name}
     caller.start(**key)
     caller.said(caller.next_job(), "completed", output={})
@@ -4359,10 +4388,12 @@ def test_the_shorter_deadline_counts_in_every_spelling(
 def test_who_names_no_deadline_or_a_distant_one_is_kept_waiting(
     caller: Caller, members: dict[str, Any], headers: dict[str, str]
 ) -> None:
+    since = time.monotonic()
     answer = begin(caller.server, caller.method, caller.body(**members), **headers)
     caller.said(caller.next_job(), "completed")
     found = result(answer())
     assert (found["status"], found["waitTimedOut"]) == ("completed", False)
+    assert time.monotonic() - since < 25
 
 
 @pytest.mark.parametrize("timeout", ["soon", "-1", "1.5", "1s", "\xff", "9" * 30])
@@ -4512,7 +4543,7 @@ def test_a_caller_that_is_gone_leaves_nothing_behind(tmp_path: Path, method: str
 @pytest.mark.parametrize("method", WAITING)
 def test_a_stop_answers_callers_that_wait(server: RunningServer, method: str) -> None:
     caller = Caller(server, method)
-    answers = [caller.call(timeout_ms=600_000) for _ in range(20)]
+    answers = [caller.call() for _ in range(20)]
     eventually(lambda: server.rows("SELECT count(*) FROM run") == [(20,)])
     job = caller.next_job()
     assert server.process is not None
@@ -4526,7 +4557,7 @@ def test_a_stop_answers_callers_that_wait(server: RunningServer, method: str) ->
 
 def test_a_caller_may_wait_again_after_a_restart(server: RunningServer) -> None:
     caller = Caller(server, "TriggerSync")
-    key = {"idempotency_key": "k", "timeout_ms": 600_000}
+    key = {"idempotency_key": "k"}
     answer = caller.call(**key)
     job = caller.next_job()
     assert server.process is not None
@@ -8333,7 +8364,8 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def process(server: RunningServer, *words: str, env: Any = None, **io: Any) -> Any:
     """The same as a process of its own."""
-    plain = {"IRONFLOW_SERVER_URL": server.url, "NO_COLOR": "", "TERM": "xterm"} | (env or {})
+    plain = {"IRONFLOW_SERVER_URL": server.url, "TERM": "xterm", "NO_COLOR": "",
+             "PYTHONUNBUFFERED": ""} | (env or {})
     clean = {k: v for k, v in own_environment(plain).items() if k != "COLUMNS"}
     return subprocess.Popen([sys.executable, HERE / "ironflow.py", *words], env=clean, **io)
 
@@ -8376,9 +8408,11 @@ def stranger(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[bytes]]]:
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as found:
         thread = threading.Thread(target=found.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{found.server_port}", bodies
-        found.shutdown()
-        thread.join(DEADLINE_S)
+        try:
+            yield f"http://127.0.0.1:{found.server_port}", bodies
+        finally:
+            found.shutdown()
+            thread.join(DEADLINE_S)
 
 
 # What each command shows when its output is no terminal. Times are UTC; here they are all
@@ -8978,6 +9012,15 @@ def test_a_closed_pipe_ends_it_quietly(shared: RunningServer) -> None:
     with process(shared, "event", "list", "--name", name, **pipes) as cli:
         assert cli.stdout.readline().startswith(b"ID ")
         cli.stdout.close()
+        assert cli.stderr.read() == b""
+    assert cli.returncode == 141
+
+
+def test_a_pipe_that_nobody_reads_ends_it_quietly(past: RunningServer) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with process(past, "run", "list", stdout=write, stderr=subprocess.PIPE) as cli:
+        os.close(write)
         assert cli.stderr.read() == b""
     assert cli.returncode == 141
 
