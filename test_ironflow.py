@@ -30,6 +30,7 @@ import json
 import math
 import os
 import pty
+import py_compile
 import pydoc
 import random
 import re
@@ -95,6 +96,7 @@ from ironflow_client import (
 )
 
 HERE = Path(__file__).parent
+py_compile.compile(str(HERE / "ironflow.py"))  # or each server would begin with that
 DEADLINE_S = 60.0  # for what takes milliseconds: only a hang or a loss is that slow
 T = TypeVar("T")
 
@@ -110,7 +112,7 @@ def own_environment(env: dict[str, str]) -> dict[str, str]:
 
 
 class RunningServer:
-    """`python ironflow.py` as a process of its own, on a free port, with its own file.
+    """`python -m ironflow` as a process of its own, on a free port, with its own file.
 
     `start` again after `kill` or `stop` serves the same file on the same port. `within`
     is a command that runs the server's, given as its arguments, in its own process.
@@ -142,11 +144,11 @@ class RunningServer:
         return self.db.with_suffix(".log").read_text()
 
     def start(self) -> RunningServer:
-        command = [*self.within, sys.executable, str(HERE / "ironflow.py")]
-        command += ["--port", str(self.port), "--db", str(self.db), *self.flags]
+        command = [*self.within, sys.executable, "-m", "ironflow", "--port", str(self.port)]
+        command += ["--db", str(self.db), *self.flags]
         with self.db.with_suffix(".log").open("a") as log:
             self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.env
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.env, cwd=HERE
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -6890,15 +6892,15 @@ def test_an_emit_whose_answer_is_lost_is_retried_and_not_doubled(
     assert server.yes("GET", f"/api/v1/events/{emitted.event_id}")["data"] == {"a": 1}
 
 
-def test_two_emits_without_a_key_are_two_events(server: RunningServer) -> None:
-    client = Client(server.url)
+def test_two_emits_without_a_key_are_two_events(shared: RunningServer) -> None:
+    client = Client(shared.url)
     assert client.emit("a").event_id != client.emit("a").event_id
 
 
-def test_an_emit_with_a_key_is_one_event_however_often_it_is_made(server: RunningServer) -> None:
-    client = Client(server.url)
-    first = client.emit("a", idempotency_key="k")
-    assert client.emit("a", idempotency_key="k").event_id == first.event_id
+def test_an_emit_with_a_key_is_one_event_however_often_it_is_made(shared: RunningServer) -> None:
+    client = Client(shared.url)
+    first = client.emit("a", idempotency_key=(key := new_name()))
+    assert client.emit("a", idempotency_key=key).event_id == first.event_id
 
 
 def test_a_client_keeps_its_connection(proxy: Proxy) -> None:
@@ -6936,17 +6938,17 @@ def test_a_client_can_be_shared_between_threads(server: RunningServer) -> None:
     assert len(sent) == 320
 
 
-def test_emit_many_takes_more_than_a_request_does(server: RunningServer) -> None:
+def test_emit_many_takes_more_than_a_request_does(shared: RunningServer) -> None:
     events = [{"name": "many", "data": n} for n in range(2050)]
-    done = Client(server.url).emit_many(events)
+    done = Client(shared.url).emit_many(events)
     assert len({one.event_id for one in done}) == 2050
-    last = server.yes("GET", f"/api/v1/events/{done[-1].event_id}")
+    last = shared.yes("GET", f"/api/v1/events/{done[-1].event_id}")
     assert last["data"] == 2049
 
 
-def test_a_refusal_carries_code_message_and_status(server: RunningServer) -> None:
+def test_a_refusal_carries_code_message_and_status(shared: RunningServer) -> None:
     with pytest.raises(IronflowError) as caught:
-        Client(server.url).get_run("run_nobody")
+        Client(shared.url).get_run("run_nobody")
     assert (caught.value.status, caught.value.code) == (404, "not_found")
     assert "run_nobody" in caught.value.message
 
@@ -6960,9 +6962,9 @@ def test_a_server_that_is_not_there_is_named_with_what_to_do() -> None:
     assert caught.value.code == "unavailable"
 
 
-def test_what_is_no_json_is_not_emitted(server: RunningServer) -> None:
+def test_what_is_no_json_is_not_emitted(shared: RunningServer) -> None:
     with pytest.raises(NotJSON, match=r"event 'a' is not JSON at \.data\.x: nan"):
-        Client(server.url).emit("a", {"x": math.nan})
+        Client(shared.url).emit("a", {"x": math.nan})
 
 
 def test_rows_are_dicts_with_attributes(server: RunningServer) -> None:
@@ -7657,22 +7659,22 @@ def test_the_right_key_is_sent_by_client_and_worker(tmp_path: Path) -> None:
     assert beside.error is None
 
 
-def test_a_function_that_the_server_refuses_stops_the_worker(server: RunningServer) -> None:
+def test_a_function_that_the_server_refuses_stops_the_worker(common: RunningServer) -> None:
     @function(id="f", triggers=[{"cron": "not a cron"}])
     def handler(ctx: Any) -> None: ...
 
-    beside = Beside(server.url, handler)
+    beside = Beside(common.url, handler)
     beside.join()
     assert isinstance(beside.error, IronflowError)
     assert "cron" in str(beside.error)
 
 
-def test_stopping_an_idle_worker_is_immediate(server: RunningServer) -> None:
+def test_stopping_an_idle_worker_is_immediate(common: RunningServer) -> None:
     @on_order()
     def handler(ctx: Any) -> None: ...
 
     started = 0.0
-    with working(server.url, handler):
+    with working(common.url, handler):
         started = time.monotonic()
     assert time.monotonic() - started < ironflow_client.POLL_WAIT_S / 2  # its poll is cut
 
@@ -7710,7 +7712,7 @@ def test_many_jobs_share_requests_and_all_end(server: RunningServer) -> None:
         assert client.get_run(runs[7]).output == 14
 
 
-def test_a_worker_embedded_in_a_program_drains_when_it_leaves(server: RunningServer) -> None:
+def test_a_worker_embedded_in_a_program_drains_when_it_leaves(common: RunningServer) -> None:
     begun = threading.Event()
 
     @on_order()
@@ -7720,22 +7722,22 @@ def test_a_worker_embedded_in_a_program_drains_when_it_leaves(server: RunningSer
         return "done"
 
     async def program() -> str:
-        async with Worker([handler], server.url):
-            (run_id,) = Client(server.url).emit("order.placed").run_ids
+        async with Worker([handler], common.url):
+            (run_id,) = Client(common.url).emit("order.placed").run_ids
             await asyncio.to_thread(begun.wait, DEADLINE_S)
         return run_id
 
-    assert server.run(asyncio.run(program()))["status"] == "completed"
+    assert common.run(asyncio.run(program()))["status"] == "completed"
 
 
 def test_an_output_over_the_limit_fails_the_run_with_the_servers_words(
-    server: RunningServer,
+    common: RunningServer,
 ) -> None:
     @on_order()
     async def handler(ctx: Any) -> None:
         await ctx.step.run("big", lambda: "x" * (5 << 20))
 
-    run = outcome(server, handler)
+    run = outcome(common, handler)
     assert (run["status"], run["error"]["code"]) == ("failed", "STEP_OUTPUT_TOO_LARGE")
     assert run["attempt"] == 1
 
