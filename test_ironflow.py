@@ -5287,6 +5287,26 @@ def test_the_log_stays_bounded_and_who_is_in_the_way_is_said(tmp_path: Path) -> 
         assert said == [(str(server.db), said[0][1])]
 
 
+def test_an_idle_server_empties_its_log_when_the_last_reader_is_gone(
+    server: RunningServer,
+) -> None:
+    def sizes() -> tuple[int, int]:
+        return os.stat(server.db).st_size, os.stat(f"{server.db}-wal").st_size
+
+    with foreign_transaction(server, "BEGIN") as other:
+        while True:  # in a second without writes the log is empty, and nobody in the way
+            server.emit(**LARGE)
+            other.execute("SELECT count(*) FROM journal").fetchone()
+            if sizes()[1]:
+                break
+            other.execute("COMMIT")
+            other.execute("BEGIN")
+        size = len(LARGE["data"])
+        eventually(lambda: sizes()[0] > size)  # its pages are in the file ...
+        assert sizes()[1] > size  # ... but somebody may still read them in the log
+    eventually(lambda: sizes()[1] == 0)
+
+
 def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
     """Somebody holds the write lock; one event of 40 MB waits, another is too much."""
     body = b'{"name":"big","data":"' + b"x" * 40_000_000 + b'"}'
