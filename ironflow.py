@@ -73,6 +73,7 @@ from datetime import UTC, datetime, timedelta
 from errno import EADDRINUSE
 from functools import lru_cache
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
@@ -148,12 +149,14 @@ GONE_AFTER_S = 1.0  # an ack comes within milliseconds; see `PullDesk.look_after
 # journal file has the name of the attribute, so that `Run(*row)` is the whole mapping.
 # JSON that only passes through (an event's data, a step's output) stays text from the
 # socket to the disk and back: it is parsed once, when it comes in, to be judged.
-# Instants are Unix seconds with three decimals; names say `_s` or `_ms` for lengths.
+# The types say how a value looks on the wire: see `members`. Names of lengths of time
+# end in `_s` or `_ms`.
 
 RunStatus = Literal["waiting_for_capacity", "running", "waiting", "paused",
                     "completed", "failed", "cancelled"]
 StepStatus = Literal["completed", "failed", "sleeping", "waiting", "timed_out"]
 Json = str  # JSON text
+Instant = float  # Unix seconds, with three decimals
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +177,7 @@ class Event(NewEvent):
     """An event on disk; `seq` is its place in the journal's one order."""
     event_id: str = ""
     seq: int = 0
-    at: float = 0.0
+    at: Instant = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +230,8 @@ class Function:
     retry: Json
     status: str
     version: int
-    created_at: float
-    updated_at: float
+    created_at: Instant
+    updated_at: Instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,23 +250,23 @@ class Run:
     event_id: str
     event_name: str
     retry: Json
-    created_at: float
+    created_at: Instant
     status: RunStatus
     attempt: int  # from 1; grows when a try fails, not on a replay
     fence: int
     lease_token: str | None
-    lease_until: float | None
+    lease_until: Instant | None
     worker_id: str | None
     acked: int  # 1 once the holder of the lease was heard of
-    due_at: float | None  # when queued: since; when waiting: until
+    due_at: Instant | None  # when queued: since; when waiting: until
     lost_leases: int  # that ended in a row without a newly recorded step
     settled_fence: int | None  # the last lease that reported an end ...
     settled_as: str | None  # ... and how: completed, failed, yielded
     output: Json | None
     error: Json | None
-    started_at: float | None
-    ended_at: float | None
-    updated_at: float
+    started_at: Instant | None
+    ended_at: Instant | None
+    updated_at: Instant
 
     @property
     def policy(self) -> Retry:
@@ -294,8 +297,8 @@ class ReportedStep:
     error: Json | None
     duration_ms: int | None
     compensation_for: str | None
-    started_at: float | None
-    ended_at: float | None
+    started_at: Instant | None
+    ended_at: Instant | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,9 +307,9 @@ class Step(ReportedStep):
     run_id: str
     sequence: int
     attempt: int
-    created_at: float
-    updated_at: float
-    sleep_until: float | None = None
+    created_at: Instant
+    updated_at: Instant
+    sleep_until: Instant | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +344,7 @@ class Worker:
     labels: Json
     version: Json  # {"sdk", "runtime"}
     connected: int
-    registered_at: float
+    registered_at: Instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,8 +363,8 @@ class Topic:
     message_count: int
     first_seq: int
     last_seq: int
-    first_message_at: float
-    last_message_at: float
+    first_message_at: Instant
+    last_message_at: Instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,7 +380,8 @@ class Look:
 class Page(Generic[T]):
     """Rows, newest first."""
     rows: list[T]
-    total: int  # how many match in all, of the SCAN_ROWS that were looked at
+    total: int  # how many match in all, of the newest SCAN_ROWS
+    capped: bool  # there are older ones, which were not looked at
     cursor: Any  # to go on from; None at the end
 
 
@@ -478,6 +482,7 @@ SUSPECT = re.compile(
     rb"[0-9]{19}"  # an integer near 64 bits, or a longer one
     rb"|(?:^|[\[:,\s])-?[0-9.]+[eE]\+?[0-9]{3}"  # 1e308 or more; not in a UUID
     rb"|\\u(?:[dD][89a-fA-F]|0000)")  # half a pair, NUL
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 TOO_DEEP = f"body is nested deeper than {MAX_NESTING} levels"
 
 
@@ -523,24 +528,19 @@ def refuse_constant(name: str) -> NoReturn:
     raise InvalidInput(f"{name} is not JSON: send null or a string instead")
 
 
-def check_value(root: Any) -> None:
+def check_value(value: Any, depth: int = 0) -> None:
     """Refuse what a JSON text can spell but nobody else could read back."""
-    level, depth = [root], 0
-    while level:
-        objects = [value for value in level if isinstance(value, dict)]
-        lists = [value for value in level if isinstance(value, list)]
-        depth += bool(objects or lists)
-        if depth > MAX_NESTING:
+    if isinstance(value, str):
+        if HALF_A_PAIR.search(value):
+            raise InvalidInput("a string holds half of a surrogate pair: send whole"
+                               " characters")
+    elif isinstance(value, dict | list):
+        if depth == MAX_NESTING:
             raise InvalidInput(TOO_DEEP)
-        keys = [key for value in objects for key in value]
-        if any("\0" in key for key in keys):
+        if isinstance(value, dict) and any("\0" in key for key in value):
             raise InvalidInput("a key holds a NUL character: leave it out")
-        for text in [*keys, *(value for value in level if isinstance(value, str))]:
-            if any("\ud800" <= char <= "\udfff" for char in text):
-                raise InvalidInput("a string holds half of a surrogate pair: send whole"
-                                   " characters")
-        level = [inner for value in objects for inner in value.values()]
-        level += [inner for value in lists for inner in value]
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            check_value(inner, depth + 1)
 
 
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -567,15 +567,33 @@ def listed(texts: Iterable[Json]) -> Json:
 
 
 def as_texts(values: dict[str, Any]) -> dict[str, Json | None]:
-    return {name: dumps(value) for name, value in values.items()}
+    return {name: None if value is None else dumps(value)
+            for name, value in values.items()}
 
 
-def quoted(text: str | None) -> Json | None:
-    return None if text is None else dumps(text)
+def stamp(instant: Instant) -> Json:
+    return f'"{to_rfc3339(instant)}"'
 
 
-def stamp(instant: float | None) -> Json | None:
-    return None if instant is None else f'"{to_rfc3339(instant)}"'
+def members(row: Any, names: str) -> dict[str, Json | None]:
+    """Attributes of a row as JSON text; `id=run_id` is one under another name."""
+    kind: Any = type(row)
+    return {wire: None if (value := get(row)) is None else write(value)
+            for wire, get, write in spelled(kind, names)}
+
+
+@lru_cache(maxsize=64)
+def spelled(row: Any, names: str) -> list[tuple[str, Any, Callable[[Any], Json]]]:
+    """Of each name: what the wire calls it, how to get it, and how it is written."""
+    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(row)}
+    writers: dict[str, Callable[[Any], Json]] = {"Json": str, "Instant": stamp}
+    pairs = [name.split("=") for name in names.split()]
+    return [(pair[0], attrgetter(pair[-1]), writers.get(kinds.get(pair[-1], ""), dumps))
+            for pair in pairs]
+
+
+def in_camel(members: dict[str, Json | None]) -> dict[str, Json | None]:
+    return {camel(name): text for name, text in members.items()}
 
 
 @lru_cache(maxsize=1024)
@@ -696,6 +714,7 @@ class StartError(Exception):
 # function of its arguments.
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+PLAIN = re.compile(r"[^*>\s\x00-\x1f\x7f-\x9f.]+(\.[^*>\s\x00-\x1f\x7f-\x9f.]+)*")
 
 
 def check_event_name(name: str) -> str:
@@ -717,8 +736,7 @@ RESERVED = ("events:", "system.", "entity:", "public.")
 
 def check_topic(topic: str) -> str:
     """A topic to publish on. Raises InvalidInput for one that none could watch."""
-    strange = re.search(r"[*>\s]", topic) or CONTROL.search(topic)
-    if strange or "" in topic.split("."):
+    if not PLAIN.fullmatch(topic):
         raise InvalidInput(f"topic {topic[:80]!r}: use words with dots between them, "
                            "no `*`, `>`, blank or empty one, such as orders.shipped")
     if topic.startswith(RESERVED):
@@ -743,8 +761,7 @@ def check_trigger(pattern: str) -> str:
 
 def check_function_id(function_id: str) -> str:
     """A function's id: dot segments, no wildcard, blank or control character."""
-    strange = re.search(r"[*>\s]", function_id) or CONTROL.search(function_id)
-    if strange or "" in function_id.split("."):
+    if not PLAIN.fullmatch(function_id):
         raise InvalidInput(f"function id {function_id[:80]!r}: use letters, digits, "
                            "`-`, `_`, `/` and dots between them; no `*`, `>`, blank or "
                            "empty segment")
@@ -928,7 +945,6 @@ GO = re.compile("Go-http-client/|connect-go/")
 # What a request's path has for {names}; its bytes that `Api.in_flight` counts.
 request_key: Any = getattr(web, "RequestKey", lambda name, _: name)  # aiohttp 3.14
 GIVEN, HELD = request_key("given", dict), request_key("held", int)
-PASSING = frozenset({"data", "metadata", "output", "error"})  # JSON text already
 Handler: TypeAlias = "Callable[[Api, web.BaseRequest], Awaitable[web.StreamResponse]]"
 
 
@@ -1039,11 +1055,12 @@ class Doors:
 
     def __init__(self, doors: dict[str, Handler]) -> None:
         self._plain: dict[str, dict[str, Handler]] = {}  # by path, then by method
-        self._named: dict[str, dict[str, Handler]] = {}  # paths with {names}
         for door, handler in doors.items():
             method, path = door.split(" ")
-            table = self._named if "{" in path else self._plain
-            table.setdefault(path, {})[method] = handler
+            self._plain.setdefault(path, {})[method] = handler
+        self._named = {  # paths with {names}
+            re.compile(path.replace("{", "(?P<").replace("}", ">[^/]*)")): methods
+            for path, methods in self._plain.items() if "{" in path}
 
     def find(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
         """The handler, and what stands in the path for its `{names}`.
@@ -1051,7 +1068,12 @@ class Doors:
         Raises NotFound, Unimplemented (Connect), MethodNotAllowed.
         """
         given: dict[str, str] = {}
-        methods = self._plain.get(path) or self._find_named(path, given)
+        methods = {} if "{" in path else self._plain.get(path, {})
+        for named, its_methods in () if methods else self._named.items():
+            if found := named.fullmatch(path):
+                given = {name: unquote(s) for name, s in found.groupdict().items()}
+                methods = its_methods
+                break
         handler = methods.get("GET" if method == "HEAD" else method)
         if handler is not None:
             return handler, given
@@ -1061,18 +1083,6 @@ class Doors:
         if path.startswith(CONNECT):
             raise Unimplemented(f"{path[:120]} is not supported by this server yet")
         raise NotFound(f"{method} {path[:120]}: there is no such door here")
-
-    def _find_named(self, path: str, given: dict[str, str]) -> dict[str, Handler]:
-        segments = [unquote(segment) for segment in path.split("/")]
-        for pattern, methods in self._named.items():
-            names = pattern.split("/")
-            if len(names) != len(segments):
-                continue
-            pairs = list(zip(names, segments, strict=True))
-            if all(s if n[:1] == "{" else n == s for n, s in pairs):
-                given |= {n[1:-1]: s for n, s in pairs if n[:1] == "{"}
-                return methods
-        return {}
 
 
 @dataclass(slots=True)
@@ -1422,7 +1432,7 @@ def emitted_by(request: web.BaseRequest) -> str | None:
 
 
 def accepted_to_rest(accepted: Accepted) -> Json:
-    event_id, run_ids = quoted(accepted.event_id), dumps(accepted.run_ids)
+    event_id, run_ids = dumps(accepted.event_id), dumps(accepted.run_ids)
     return join({"event_id": event_id, "id": event_id, "run_ids": run_ids,
                  "eventId": event_id, "runIds": run_ids})
 
@@ -1448,15 +1458,15 @@ async def list_events(api: Api, request: web.BaseRequest) -> web.Response:
     events: dict[str, Json | None] = {"events": listed(map(event_to_rest, rows))}
     return answer(join(events | as_texts({
         "count": len(rows), "limit": limit, "approx_total": page.total,
-        "approx_total_capped": page.total == SCAN_ROWS,
+        "approx_total_capped": page.capped,
         "has_prev": before is not None, "prev_cursor": str(before or ""),
         "has_next": after is not None, "next_cursor": str(after or "")})))
 
 
-def filters(asks: Fields, *names: str) -> dict[str, Any]:
+def filters(asks: Fields, *names: str, **more: str) -> dict[str, Any]:
     """Those of a list's filters that are set; `since` and `until` are instants."""
-    found: dict[str, Any] = {name: asks.text(camel(name)) for name in names}
-    found |= {name: asks.instant(name) for name in ("since", "until")}
+    texts = more | {name: asks.text(camel(name)) for name in names}
+    found = texts | {name: asks.instant(name) for name in ("since", "until")}
     return {name: value for name, value in found.items() if value not in ("", None)}
 
 
@@ -1472,41 +1482,17 @@ async def list_event_names(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def get_event(api: Api, request: web.BaseRequest) -> web.Response:
     event_id = request[GIVEN]["event_id"]
-    event = await api.journal.read(lambda file: file.find(Event, event_id=event_id))
-    if event is None:
-        raise NotFound(f"event {event_id[:80]!r} not found")
-    return answer(event_to_rest(event))
+    return answer(event_to_rest(await api.journal.read(known, Event, event_id)))
+
+
+# What a worker is told of an event, and what everybody else is told too.
+EVENT = "id=event_id timestamp=at name data version metadata source idempotency_key"
 
 
 def event_to_rest(event: Event) -> Json:
     """An event for readers: it started what it starts when it was recorded."""
-    return join(event_members(event) | {
-        "created_at": stamp(event.at), "processed": "true",
-        "run_id": quoted(event.subject)})
-
-
-def event_members(event: Event) -> dict[str, Json | None]:
-    """What a worker is told of an event, and what everybody else is told too."""
-    wire = ("name", "data", "version", "metadata", "source", "idempotency_key")
-    id_and_time = {"id": quoted(event.event_id), "timestamp": stamp(event.at)}
-    return id_and_time | members(event, wire)
-
-
-def members(row: Any, names: Iterable[str]) -> dict[str, Json | None]:
-    """Attributes of a row as JSON text; a name says what it is: `_at` is an instant."""
-    found: dict[str, Json | None] = {}
-    for name in names:
-        value = getattr(row, name)
-        if value is None or name in PASSING:
-            found[name] = value
-        else:
-            instant = name.endswith(("_at", "_until"))
-            found[name] = stamp(value) if instant else dumps(value)
-    return found
-
-
-def in_camel(members: dict[str, Json | None]) -> dict[str, Json | None]:
-    return {camel(name): text for name, text in members.items()}
+    return join(members(event, f"{EVENT} created_at=at run_id=subject")
+                | {"processed": "true"})
 
 
 # --- Calls that wait ------------------------------------------------------------------
@@ -1521,7 +1507,7 @@ async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
     event = read_event(body, "event", api.limits, emitted_by(request))
     accepted = await api.journal.write(accept_event, event, size=size_of(event))
     results = await wait_for_ends(api, request, accepted.run_ids, wait_s)
-    return answer(join({"eventId": quoted(accepted.event_id),
+    return answer(join({"eventId": dumps(accepted.event_id),
                         "results": listed(results)}))
 
 
@@ -1532,14 +1518,14 @@ async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
     event = read_event(body, "functionId", api.limits, emitted_by(request),
                        check_function_id, source="invoke")
     accepted = await api.journal.write(invoke, event, size=size_of(event))
-    found = accepted.run_ids
-    if request.raw_path.endswith("Sync"):
-        found = await wait_for_ends(api, request, accepted.run_ids, wait_s)
+    waits, found = request.raw_path.endswith("Sync"), accepted.run_ids
+    if waits:
+        found = await wait_for_ends(api, request, found, wait_s)
     if not found:  # a key of long ago: see `forget_old`
         raise NotFound(f"the run of event {accepted.event_id} is not kept any more")
-    if found is not accepted.run_ids:
+    if waits:
         return answer(join({"result": found[0]}))
-    ids = {"run_id": quoted(found[0]), "event_id": quoted(accepted.event_id)}
+    ids = as_texts({"run_id": found[0], "event_id": accepted.event_id})
     return answer(join(ids | in_camel(ids)))
 
 
@@ -1571,7 +1557,7 @@ async def wait_for_ends(api: Api, request: web.BaseRequest, run_ids: list[str],
 def result_to_connect(request: web.BaseRequest, run: Run, now: float) -> Json:
     """A run's end, for who waited; `waitTimedOut`, if there was none in time."""
     took_s = (run.ended_at or now) - run.created_at
-    found = members(run, ("run_id", "function_id", "status", "output", "error"))
+    found = members(run, "run_id function_id status output error")
     return to_connect(request, run, found | {
         "duration_ms": str(max(0, round(took_s * 1000))),
         "wait_timed_out": dumps(run.status not in TERMINAL)})
@@ -1592,10 +1578,9 @@ async def publish_data(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def list_topics(api: Api, request: web.BaseRequest) -> web.Response:
     topics = await api.journal.read(Queries.topics)
-    wire = ("name", "first_message_at", "last_message_at")
     return answer(join({"topics": listed(
-        join(in_camel(members(topic, wire)) | as_texts({
-            "messageCount": str(topic.message_count), "consumerCount": 0}))
+        join(in_camel(members(topic, "name first_message_at last_message_at"))
+             | {"messageCount": f'"{topic.message_count}"', "consumerCount": "0"})
         for topic in topics)}))
 
 
@@ -1661,22 +1646,19 @@ def read_trigger(item: Fields) -> str:
 
 def read_retry(body: Fields) -> Retry:
     """The policy; a member that is unset or zero, as Go sends it, is the default."""
-    default = Retry()
-    on_exhausted = body.text("onExhausted") or default.on_exhausted
-    if on_exhausted not in ("fail", "pause"):
-        raise InvalidInput(
-            f"retry.onExhausted is {on_exhausted[:40]!r}: send fail or pause")
-    factor = body.number("backoffFactor") or default.backoff_factor
-    if not 0 < factor <= 1000:
+    said: dict[str, Any] = {
+        "max_attempts": body.whole("maxAttempts", high=10_000),
+        "initial_delay_ms": body.whole("initialDelayMs", high=MAX_INT32),
+        "backoff_factor": body.number("backoffFactor"),
+        "max_delay_ms": body.whole("maxDelayMs", high=MAX_INT32),
+        "on_exhausted": body.text("onExhausted")}
+    retry = Retry(**{name: value for name, value in said.items() if value})
+    if (word := retry.on_exhausted) not in ("fail", "pause"):
+        raise InvalidInput(f"retry.onExhausted is {word[:40]!r}: send fail or pause")
+    if not 0 < (factor := retry.backoff_factor) <= 1000:
         raise InvalidInput(
             f"retry.backoffFactor is {factor}: send more than 0, up to 1000")
-    return Retry(
-        body.whole("maxAttempts", high=10_000) or default.max_attempts,
-        body.whole("initialDelayMs", high=MAX_INT32) or default.initial_delay_ms,
-        factor,
-        body.whole("maxDelayMs", high=MAX_INT32) or default.max_delay_ms,
-        on_exhausted,
-    )
+    return retry
 
 
 def read_mode(body: Fields) -> str:
@@ -1706,10 +1688,8 @@ def read_enum(value: Any, enum: str) -> str:
 
 
 def function_to_connect(function: Function) -> Json:
-    found = in_camel(members(function, ("version", "created_at", "updated_at")))
-    config = {name: value for name, value in json.loads(function.config).items()
-              if value is not None}
-    return join(found | as_texts(config) | {
+    found = in_camel(members(function, "version created_at updated_at"))
+    return join(found | as_texts(json.loads(function.config)) | {
         "status": f'"FUNCTION_STATUS_{function.status.upper()}"'})
 
 
@@ -1733,9 +1713,8 @@ async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 async def get_function(api: Api, request: web.BaseRequest) -> web.Response:
-    """GetFunction {id}, GET /api/v1/functions/{id}."""
     function_id = (await asked(api, request)).text("functionId", "id")
-    function = await api.journal.read(known_function, function_id)
+    function = await api.journal.read(known, Function, function_id)
     return answer((await functions_to_wire(api, request, [function]))[0])
 
 
@@ -1751,7 +1730,6 @@ async def post_status(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 async def remove_function(api: Api, request: web.BaseRequest) -> web.Response:
-    """DeleteFunction {id}, DELETE /api/v1/functions/{id}."""
     function_id = (await asked(api, request)).text("functionId", "id")
     await api.journal.write(delete_function, function_id)
     return answer("{}")
@@ -1786,17 +1764,14 @@ def function_to_rest(function: Function) -> dict[str, Any]:
 
 async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/workers: those connected now, with the runs they hold."""
-    rows = await api.journal.read(Queries.connected_workers)
     held = await api.journal.read(Queries.held_runs)
     workers = [
-        join(members(worker, ("hostname", "registered_at")) | {
-            "id": quoted(worker.worker_id), "function_ids": worker.function_ids,
-            "max_concurrent": str(worker.max_concurrent_jobs), "labels": worker.labels,
+        join(members(worker, "id=worker_id hostname function_ids labels version"
+                             " registered_at max_concurrent=max_concurrent_jobs") | {
             "active_jobs": str(held.get(worker.worker_id, 0)),
             "last_heartbeat": stamp(api.desk.last_seen(worker)),
-            "transport": '"polling"', "version": worker.version})
-        for worker in rows
-    ]
+            "transport": '"polling"'})
+        for worker in await api.journal.read(Queries.connected_workers)]
     return answer(join({"workers": listed(workers), "count": str(len(workers))}))
 
 
@@ -1813,7 +1788,6 @@ async def asked(api: Api, request: web.BaseRequest) -> Fields:
 
 
 async def get_run(api: Api, request: web.BaseRequest) -> web.Response:
-    """GetRun {id}, GET /api/v1/runs/{id}."""
     run_id = (await asked(api, request)).text("runId", "id")
     return answer(run_to_wire(request, *await api.journal.read(run_and_input, run_id)))
 
@@ -1827,19 +1801,17 @@ async def cancel(api: Api, request: web.BaseRequest) -> web.Response:
 
 
 def run_and_input(journal: Queries, run_id: str) -> tuple[Run, Json]:
-    run = known_run(journal, run_id)
+    run = known(journal, Run, run_id)
     return run, journal.input_of(run)
 
 
 async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
     """ListRuns, GET /api/v1/runs: newest first, 50 a page; the cursor is a run's id."""
     asks = await asked(api, request)
-    wanted = filters(asks, "function_id", "event_id", "search")
     words = [read_enum(value, "run_status") for value in asks.items("statuses")]
-    for name, word in (("status", read_enum(asks.get("status"), "run_status")),
-                       ("statuses", ",".join(filter(None, words)))):
-        if word:
-            wanted[name] = word
+    wanted = filters(asks, "function_id", "event_id", "search",
+                     status=read_enum(asks.get("status"), "run_status"),
+                     statuses=",".join(filter(None, words)))
     if (cursor := asks.text("cursor")) and not re.fullmatch("run_[0-9a-z]+", cursor):
         raise InvalidInput(f"cursor is {cursor[:40]!r}: send the last page's, a run id")
     look = Look(asks.whole("limit", high=1000) or 50, cursor or None,
@@ -1851,7 +1823,6 @@ async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
 
 def answer_list(request: web.BaseRequest, what: str, rows: list[Json],
                 cursor: str | None, total: int) -> web.Response:
-    """A page in the caller's shape."""
     found: dict[str, Json | None] = {
         what: listed(rows), "next_cursor": dumps(cursor or ""),
         "total_count": str(total)}
@@ -1862,16 +1833,13 @@ def answer_list(request: web.BaseRequest, what: str, rows: list[Json],
 
 def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
     """A run in the caller's shape: REST in snake_case, Connect in camelCase."""
-    wire = ("function_id", "event_id", "event_name", "worker_id", "status", "attempt",
-            "output", "error", "function_version", "created_at", "updated_at",
-            "started_at", "ended_at")
-    found = members(run, wire) | {
-        "id": quoted(run.run_id), "max_attempts": str(run.policy.max_attempts),
-        "input": data, "execution_mode": '"pull"'}
+    found = members(run, "id=run_id function_id event_id event_name worker_id status"
+                         " attempt output error function_version created_at updated_at"
+                         " started_at ended_at max_attempts=policy.max_attempts")
+    found |= {"input": data, "execution_mode": '"pull"'}
     if not is_connect(request):
         return join(found)
-    return to_connect(request, run,
-                      found | {"execution_mode": '"EXECUTION_MODE_PULL"'})
+    return to_connect(request, run, found | {"execution_mode": '"EXECUTION_MODE_PULL"'})
 
 
 def to_connect(request: web.BaseRequest, run: Run, found: dict[str, Json | None]
@@ -1888,20 +1856,17 @@ def to_connect(request: web.BaseRequest, run: Run, found: dict[str, Json | None]
 async def list_steps(api: Api, request: web.BaseRequest) -> web.Response:
     """GetRunSteps {run_id}, GET /api/v1/runs/{id}/steps: all of them, in sequence."""
     run_id = (await asked(api, request)).text("runId", "id")
-    await api.journal.read(known_run, run_id)
+    await api.journal.read(known, Run, run_id)
     steps = await api.journal.read(Queries.steps, run_id)
     return answer(join({"steps": listed(step_to_wire(request, step) for step in steps),
                         "count": str(len(steps))}))
 
 
 def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
-    """A step in the caller's shape."""
-    wire = ("run_id", "step_id", "name", "sequence", "status", "output", "error",
-            "attempt", "duration_ms", "compensation_for", "sleep_until", "started_at",
-            "ended_at", "created_at", "updated_at")
-    found = members(step, wire) | {
-        "id": f'"step_{step.run_id.removeprefix("run_")}_{step.sequence}"',
-        "step_type": quoted(step.type)}
+    found = members(step, "run_id step_id name step_type=type sequence status output"
+                          " error attempt duration_ms compensation_for sleep_until"
+                          " started_at ended_at created_at updated_at")
+    found["id"] = f'"step_{step.run_id.removeprefix("run_")}_{step.sequence}"'
     if not is_connect(request):
         return join(found)
     found["step_type"] = f'"STEP_TYPE_{step.type.upper()}"'
@@ -1955,7 +1920,7 @@ def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
 
 
 def the_named(tx: Transaction, function_id: str) -> list[Function]:
-    function = known_function(tx, function_id)
+    function = known(tx, Function, function_id)
     if function.status != "active":
         raise FailedPrecondition(f"function {function_id!r} is {function.status}: set "
                                  "its status to active to start runs of it")
@@ -2012,8 +1977,8 @@ def start_run(tx: Transaction, function: Function, event: Event, now: float) -> 
     """A run of one function for one event, due at once; its id."""
     run_id = tx.ids.new("run", now)
     tx.insert_run(run_id, function, event, now)
-    change = {"status": "waiting_for_capacity", "attempt": 1}
-    tx.append("run", "created", run_id, change, now)
+    tx.append("run", "created", run_id,
+              {"status": "waiting_for_capacity", "attempt": 1}, now)
     return run_id
 
 
@@ -2034,26 +1999,14 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     return new
 
 
-def known_run(tx: Queries, run_id: str) -> Run:
-    """A run. Raises NotFound."""
-    if (run := tx.find_run(run_id)) is None:
-        raise NotFound(f"run {run_id[:80]!r} not found")
-    return run
-
-
-def known_function(tx: Queries, function_id: str) -> Function:
-    """A function. Raises NotFound."""
-    if (function := tx.find(Function, function_id=function_id)) is None:
-        raise NotFound(f"function {function_id[:80]!r} not found")
-    return function
-
-
-def known_worker(tx: Queries, worker_id: str) -> Worker:
-    """A worker that once registered. Raises NotFound."""
-    if (worker := tx.find(Worker, worker_id=worker_id)) is None:
-        raise NotFound(f"worker {worker_id[:80]!r} never registered here: register it "
-                       "first")
-    return worker
+def known(tx: Queries, row: type[T], row_id: str) -> T:
+    """The event, function, run or worker with this id. Raises NotFound."""
+    noun = row.__name__.lower()
+    if (found := tx.find(row, **{f"{noun}_id": row_id})) is None:
+        raise NotFound(f"{noun} {row_id[:80]!r} " + (
+            "not found" if row is not Worker
+            else "never registered here: register it first"))
+    return found
 
 
 # --- Functions and workers ------------------------------------------------------------
@@ -2085,7 +2038,7 @@ def say_of_function(tx: Transaction, verb: str, function: Function,
 
 def set_status(tx: Transaction, function_id: str, status: str, now: float) -> Function:
     """Only an active function starts runs; those that exist go on. Raises NotFound."""
-    old = known_function(tx, function_id)
+    old = known(tx, Function, function_id)
     if old.status == status:
         return old
     function = replace(old, status=status, updated_at=now)
@@ -2096,7 +2049,7 @@ def set_status(tx: Transaction, function_id: str, status: str, now: float) -> Fu
 
 def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
-    function = known_function(tx, function_id)
+    function = known(tx, Function, function_id)
     tx.delete_function(function_id)
     say_of_function(tx, "deleted", function, now)
 
@@ -2108,13 +2061,12 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
         return
     tx.save(worker)
     if old is None or not old.connected:
-        change = {"status": "connected"}
-        tx.append("worker", "connected", worker.worker_id, change, now)
+        tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
 
 
 def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) -> None:
     """A worker was heard of again, or not for too long. Raises NotFound if unknown."""
-    worker = known_worker(tx, worker_id)
+    worker = known(tx, Worker, worker_id)
     if worker.connected != connected:
         tx.save(replace(worker, connected=int(connected)))
         verb = "connected" if connected else "disconnected"
@@ -2146,9 +2098,6 @@ class Offer:
     error: IronflowError | None = None
     state: Literal["open", "taken", "over"] = "open"
 
-    def has_room(self) -> bool:
-        return self.state != "over" and len(self.jobs) < self.slots
-
 
 class Offers:
     """All that stand, by function, oldest first. The writer alone looks at those."""
@@ -2168,8 +2117,7 @@ class Offers:
     def withdraw(self, offer: Offer) -> bool:
         """Whether the offer was still open; if not, its answer is on the way."""
         with self._lock:
-            was_open = offer.state == "open"
-            if was_open:
+            if was_open := offer.state == "open":
                 offer.state = "over"
             return was_open
 
@@ -2186,7 +2134,7 @@ class Offers:
             fresh, self._fresh = self._fresh, []
         for offer in fresh:
             try:
-                worker = known_worker(tx, offer.worker_id)
+                worker = known(tx, Worker, offer.worker_id)
             except NotFound as error:
                 offer.error = error
                 self.take(offer)
@@ -2203,7 +2151,8 @@ class Offers:
             lease_to_offers(tx, self, wanted, self._limits, now)
 
     def standing(self, function_id: str) -> list[Offer]:
-        return [o for o in self._standing.get(function_id, ()) if o.has_room()]
+        return [offer for offer in self._standing.get(function_id, ())
+                if offer.state != "over" and len(offer.jobs) < offer.slots]
 
     def room(self, function_ids: list[str]) -> int:
         able = {offer for f in function_ids for offer in self.standing(f)}
@@ -2230,10 +2179,6 @@ class Offers:
             self.add(offer)
 
 
-def look_at_offers(tx: Transaction, now: float) -> None:
-    """Nothing; but a batch ends with a look at the offers, and so does an empty one."""
-
-
 def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
                     limits: Limits, now: float) -> None:
     """Lease due runs of `functions` to the offers that stand, the longest due first."""
@@ -2247,7 +2192,7 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         become(tx, run, held, now)
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
-        offer.jobs.append(Job(held, event, tx.completed_steps(run.run_id),
+        offer.jobs.append(Job(held, event, tx.steps(run.run_id, "completed"),
                               tx.next_sequence(run.run_id)))
 
 
@@ -2261,7 +2206,7 @@ def report(tx: Transaction, job_id: str, said: Report, limits: Limits,
     NotFound for a run never heard of, StaleFence and RunNotRunning as `check_fence`.
     """
     run_id, fence = run_and_fence(job_id)
-    if (run := tx.find_run(run_id)) is None:
+    if (run := tx.find(Run, run_id=run_id)) is None:
         raise NotFound(f"job {job_id[:80]!r} belongs to no run of this journal")
     if run.settled_fence == said.fence and run.settled_as == said.status:
         return
@@ -2275,33 +2220,36 @@ def report(tx: Transaction, job_id: str, said: Report, limits: Limits,
     if said.status == "ack":
         become(tx, run, held, now)
         return
-    fresh, unkept = record_steps(tx, held, said, limits, now)
-    if fresh:
-        held = replace(held, lost_leases=0)
-    if unkept is not None:
+    try:
+        if record_steps(tx, held, said, limits, now):
+            held = replace(held, lost_leases=0)
+        if said.status != "progress":
+            held = settle(tx, held, said, limits, now)
+    except Unkept as why:  # refused, it would be dropped, and the run go round for ever
         how = "failed" if said.status == "progress" else said.status
-        held = ended_in_failure(settled(held, how), unkept, now)
-    elif said.status != "progress":
-        held = settle(tx, held, said, limits, now)
+        held = ended_in_failure(settled(held, how), failure(*why.args), now)
     become(tx, run, held, now)
 
 
+class Unkept(Exception):
+    """A code, and a sentence: why this report ends its run in failure."""
+
+
 def record_steps(tx: Transaction, run: Run, said: Report, limits: Limits,
-                 now: float) -> tuple[int, Json | None]:
-    """Keep reported steps for good; how many are new, and why the run must fail, if so.
+                 now: float) -> int:
+    """Keep reported steps for good; how many are new. Raises Unkept.
 
     A step recorded as completed stays as it is, whatever is said of it later: replays
     have been built on its output. A failed one gives way to the next try's row.
     """
     fresh, following = 0, tx.next_sequence(run.run_id)
     for i, step in enumerate(said.steps):
-        if why := too_large(f"the output of step {step.name!r}", step.output, limits):
-            return fresh, why
+        check_output(f"the output of step {step.name!r}", step.output, limits)
         old = tx.find(Step, run_id=run.run_id, step_id=step.step_id)
         if old is not None and old.status == "completed":
             continue
-        if old is None and following >= limits.steps:
-            return fresh, too_many(step.name, limits)
+        if old is None:
+            check_room(following, step.name, limits)
         sequence = old.sequence if old else max(following, (said.step_offset or 0) + i)
         following = max(following, sequence + 1)
         fresh += 1
@@ -2309,7 +2257,7 @@ def record_steps(tx: Transaction, run: Run, said: Report, limits: Limits,
             **columns_of(replace(step, ended_at=step.ended_at or now)),
             run_id=run.run_id, sequence=sequence, attempt=run.attempt,
             created_at=old.created_at if old else now, updated_at=now))
-    return fresh, None
+    return fresh
 
 
 def keep_step(tx: Transaction, old: Step | None, step: Step) -> None:
@@ -2325,36 +2273,34 @@ def keep_step(tx: Transaction, old: Step | None, step: Step) -> None:
         tx.append("step", step.status, run_id, change, at, step_id)
 
 
-def too_large(what: str, output: Json | None, limits: Limits) -> Json | None:
-    size, limit = len((output or "").encode()), limits.step_bytes
-    return None if size <= limit else failure("STEP_OUTPUT_TOO_LARGE", (
-        f"{what} is {size} bytes, the limit is {limit}: keep large results elsewhere "
-        "and return where they are, or start the server with a larger "
-        "--max-step-bytes"))
+def check_output(what: str, output: Json | None, limits: Limits) -> None:
+    if (size := len((output or "").encode())) > (limit := limits.step_bytes):
+        raise Unkept("STEP_OUTPUT_TOO_LARGE", (
+            f"{what} is {size} bytes, the limit is {limit}: keep large results "
+            "elsewhere and return where they are, or start the server with a larger "
+            "--max-step-bytes"))
 
 
-def too_many(name: str, limits: Limits) -> Json:
-    return failure("TOO_MANY_STEPS", (
-        f"step {name!r} is one more than the {limits.steps} that a run may have: split "
-        "the work, or start the server with a larger --max-steps"))
+def check_room(sequence: int, name: str, limits: Limits) -> None:
+    if sequence >= limits.steps:
+        raise Unkept("TOO_MANY_STEPS", (
+            f"step {name!r} is one more than the {limits.steps} that a run may have: "
+            "split the work, or start the server with a larger --max-steps"))
 
 
 def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) -> Run:
-    """What becomes of a run whose worker let go of it."""
+    """What becomes of a run whose worker let go of it. Raises Unkept."""
     if said.status == "failed":
         return attempt_failed(run, said.error, now)
     if said.status == "completed":
-        why = too_large("the output of the run", said.output, limits)
-        if why is None:
-            return completed(run, said.output, now)
-        return ended_in_failure(settled(run, "completed"), why, now)
+        check_output("the output of the run", said.output, limits)
+        return completed(run, said.output, now)
     assert said.yielded is not None
     if said.yielded.kind == "sleep":
         return fall_asleep(tx, run, said.yielded, limits, now)
-    why = failure("UNSUPPORTED_YIELD", (
+    raise Unkept("UNSUPPORTED_YIELD", (
         f"step {said.yielded.name!r} yielded {said.yielded.kind!r}, which is not "
         "supported by this server yet: the run ends here"))
-    return ended_in_failure(settled(run, "yielded"), why, now)
 
 
 def fall_asleep(tx: Transaction, run: Run, wish: Yield, limits: Limits,
@@ -2366,9 +2312,8 @@ def fall_asleep(tx: Transaction, run: Run, wish: Yield, limits: Limits,
     """
     step = tx.find(Step, run_id=run.run_id, step_id=wish.step_id)
     if step is None:
-        if (sequence := tx.next_sequence(run.run_id)) >= limits.steps:
-            why = too_many(wish.name, limits)
-            return ended_in_failure(settled(run, "yielded"), why, now)
+        sequence = tx.next_sequence(run.run_id)
+        check_room(sequence, wish.name, limits)
         step = Step(
             wish.step_id, wish.name, "sleep", "sleeping", output=None, error=None,
             duration_ms=None, compensation_for=None, started_at=now, ended_at=None,
@@ -2378,13 +2323,13 @@ def fall_asleep(tx: Transaction, run: Run, wish: Yield, limits: Limits,
         keep_step(tx, None, step)
     if step.status != "sleeping":
         return queued(settled(run, "yielded"), now)
-    until = min(s.sleep_until or now for s in tx.sleeping_steps(run.run_id))
+    until = min(s.sleep_until or now for s in tx.steps(run.run_id, "sleeping"))
     end_sleeps(tx, run, now)
     return asleep(run, until, now)
 
 
 def end_sleeps(tx: Transaction, run: Run, now: float) -> None:
-    for step in tx.sleeping_steps(run.run_id):
+    for step in tx.steps(run.run_id, "sleeping"):
         if (step.sleep_until or now) <= now:
             keep_step(tx, step, replace(step, status="completed", output="null",
                                         ended_at=now, updated_at=now))
@@ -2399,9 +2344,9 @@ def heartbeat(tx: Transaction, worker_id: str, job_ids: list[str], limits: Limit
     Only those it lists: a worker drops a job from the list to let its lease end. A
     young lease is left alone, so that a storm of heartbeats writes nothing.
     """
-    known_worker(tx, worker_id)
+    known(tx, Worker, worker_id)
     for run_id, fence in map(run_and_fence, job_ids):
-        run = tx.find_run(run_id)
+        run = tx.find(Run, run_id=run_id)
         if run is None or run.lease_token is None or run.worker_id != worker_id:
             continue
         young = run.acked and (run.lease_until or 0.0) - now > limits.lease_s / 2
@@ -2415,7 +2360,7 @@ def give_back(tx: Transaction, run_id: str, fence: int, sent: bool, limits: Limi
 
     Of a job that was sent, only until its ack: from then on it may be worked on.
     """
-    run = tx.find_run(run_id)
+    run = tx.find(Run, run_id=run_id)
     if run is None or (run.fence, run.status) != (fence, "running"):
         return
     if not (sent and run.acked):
@@ -2424,9 +2369,9 @@ def give_back(tx: Transaction, run_id: str, fence: int, sent: bool, limits: Limi
 
 def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     """Do what is due at `now`; the instant at which to come back."""
-    for run in tx.runs_with_ended_lease(now):
+    for run in tx.overdue("running", now):
         become(tx, run, lease_ended(run, limits.lost_leases, now), now)
-    for run in tx.runs_to_wake(now):
+    for run in tx.overdue("waiting", now):
         end_sleeps(tx, run, now)
         become(tx, run, queued(run, now), now)
     return tx.next_instant()
@@ -2448,7 +2393,7 @@ def cancel_run(tx: Transaction, run_id: str, reason: str, now: float) -> Run:
 
     Raises NotFound, and FailedPrecondition if it completed or failed.
     """
-    run = known_run(tx, run_id)
+    run = known(tx, Run, run_id)
     if run.status == "cancelled":
         return run
     if run.status in TERMINAL:
@@ -2647,13 +2592,8 @@ def select(row: Any, *keys: str) -> str:
     return f"SELECT {columns(row)} FROM {table} WHERE {tests}"
 
 
-@lru_cache(maxsize=64)
-def insert(table: str, *names: str) -> str:
-    return f"INSERT INTO {table} ({', '.join(names)}) VALUES (:{', :'.join(names)})"
-
-
-@lru_cache(maxsize=2 * ROWS_AT_ONCE)
-def insert_many(table: str, names: tuple[str, ...], count: int) -> str:
+@lru_cache(maxsize=4 * ROWS_AT_ONCE)
+def insert(table: str, names: tuple[str, ...], count: int = 1) -> str:
     marks = ", ".join([f"({', '.join('?' * len(names))})"] * count)
     return f"INSERT INTO {table} ({', '.join(names)}) VALUES {marks}"
 
@@ -2672,16 +2612,13 @@ class Queries:
         self._db = db
 
     def find(self, row: type[T], **key: Any) -> T | None:
-        """The row with these values; None if there is none."""
         kind: Any = row
         found = self._db.execute(select(kind, *key), key).fetchone()
         return None if found is None else row(*found)
 
-    def find_run(self, run_id: str) -> Run | None:
-        return self.find(Run, run_id=run_id)
-
     def runs_by_id(self, run_ids: list[str]) -> list[Run]:
-        return [run for run in map(self.find_run, run_ids) if run]
+        found = [self.find(Run, run_id=run_id) for run_id in run_ids]
+        return [run for run in found if run]
 
     def _rows(self, row: type[T], source: str, **params: Any) -> list[T]:
         """Rows of a table as the words of chapter 2: `source` is all after FROM."""
@@ -2689,13 +2626,15 @@ class Queries:
         cursor = self._db.execute(f"SELECT {columns(kind)} FROM {source}", params)
         return [row(*values) for values in cursor.fetchall()]
 
+    def _column(self, sql: str, **params: Any) -> list[Any]:
+        return [value for value, in self._db.execute(sql, params).fetchall()]
+
     def _value(self, sql: str, **params: Any) -> Any:
         found = self._db.execute(sql, params).fetchone()
         return found[0] if found else None
 
-    def meta(self, name: str) -> str | None:
-        found = self._value("SELECT value FROM meta WHERE name = :name", name=name)
-        return None if found is None else str(found)
+    def meta(self, name: str) -> Any:
+        return self._value("SELECT value FROM meta WHERE name = :name", name=name)
 
     def functions(self) -> list[Function]:
         return self._rows(Function, "function ORDER BY function_id")
@@ -2711,8 +2650,8 @@ class Queries:
 
     def run_ids_of(self, event_seq: int) -> list[str]:
         """The runs that an event started, in the order in which it started them."""
-        sql = "SELECT run_id FROM run WHERE event_seq = ? ORDER BY run_id"
-        return [run_id for run_id, in self._db.execute(sql, (event_seq,)).fetchall()]
+        sql = "SELECT run_id FROM run WHERE event_seq = :seq ORDER BY run_id"
+        return self._column(sql, seq=event_seq)
 
     def input_of(self, run: Run) -> Json:
         sql = "SELECT data FROM journal WHERE seq = :seq"
@@ -2736,8 +2675,7 @@ class Queries:
                   "search": "instr(name || ' ' || event_id || ' ' || data, :search)"}
 
         def fetch(seq: int) -> tuple[Event, int]:
-            event = self.find(Event, seq=seq)
-            assert event is not None
+            (event,) = self._rows(Event, "journal WHERE seq = :seq", seq=seq)
             return event, len(event.data)
 
         index = "journal_by_name" if one else "journal_events"
@@ -2769,14 +2707,13 @@ class Queries:
         best = next((name for name in tests if name in wanted), "")
         by_index = {best: tests.pop(best, ""), "since": "run_id >= :since",
                     "until": "run_id < :until"}
-        by_row = {name: f"+{test}" for name, test in tests.items()} | {
+        by_row = tests | {
             "statuses": "instr(',' || :statuses || ',', ',' || status || ',')",
             "search": "instr(run_id || ' ' || function_id || ' ' || event_name,"
                       " :search)"}
 
         def fetch(run_id: str) -> tuple[tuple[Run, Json], int]:
-            run = known_run(self, run_id)
-            data = self.input_of(run)
+            run, data = run_and_input(self, run_id)
             return (run, data), len(data) + len(run.output or "")
 
         return self._look(look, "run WHERE 1", "run_id", by_index, by_row,
@@ -2791,39 +2728,37 @@ class Queries:
         perhaps empty, with a cursor to go on from; the count is of the newest so many.
         A page ends early, too, once it holds 16 MiB.
         """
-        step, order, end = (">", "ASC", "max") if look.newer else ("<", "DESC", "min")
-        back = "<=" if look.newer else ">="
+        step, order = (">", "ASC") if look.newer else ("<", "DESC")
         whole = " AND ".join([source, *[by_index[n] for n in by_index if n in wanted]])
         part = whole if look.cursor is None else f"{whole} AND {key} {step} :cursor"
-        tests = "".join(f" AND {by_row[n]}" for n in by_row
-                        if n in wanted and n not in by_index)
+        tests = [by_row[n] for n in by_row if n in wanted and n not in by_index]
+        judged = f"SELECT {key} AS found, {' AND '.join(tests) or 1} AS passes FROM"
         given = wanted | {"cursor": look.cursor, "limit": look.limit + 1,
                           "offset": look.offset}
-        if tests:
-            for name, rows, way, last in (("far", part, order, end),
-                                          ("oldest", whole, "DESC", "min")):
-                given[name] = self._value(
-                    f"SELECT {last}({key}) FROM (SELECT {key} FROM {rows}"
-                    f" ORDER BY {key} {way} LIMIT {SCAN_ROWS})", **given)
-            beyond = f"SELECT :far FROM {part} AND {key} {step} :far LIMIT 1"
-            part = f"{part} AND {key} {back} :far{tests}"
-            whole = f"{whole} AND {key} >= :oldest{tests}"
-        total = self._value(f"SELECT count(*) FROM (SELECT 1 FROM {whole}"
-                            f" LIMIT {SCAN_ROWS})", **given)
-        keys = [found for found, in self._db.execute(
-            f"SELECT {key} FROM {part} ORDER BY {key} {order} LIMIT :limit"
-            " OFFSET :offset", given).fetchall()]
-        page: list[T] = []
-        size = 0
+        total, scanned = self._db.execute(
+            f"""
+            SELECT count(*) FILTER (WHERE passes), count(*)
+              FROM ({judged} {whole} ORDER BY {key} DESC LIMIT {SCAN_ROWS})
+            """, given).fetchone()
+        keys = self._column(  # a subquery with a LIMIT hands its rows on in their order
+            f"""
+            SELECT found FROM ({judged} {part} ORDER BY {key} {order}
+                                LIMIT {SCAN_ROWS if tests else -1})
+             WHERE passes LIMIT :limit OFFSET :offset
+            """, **given)
+        page, size = list[T](), 0
         for found in keys[:look.limit]:
             row, weight = fetch(found)
             page.append(row)
             if (size := size + weight) > PAGE_BYTES:
                 break
-        cursor = self._value(beyond, **given) if tests else None
-        if len(page) < len(keys):
-            cursor = keys[len(page) - 1]
-        return Page(page[::-1] if look.newer else page, total, cursor)
+        cursor = keys[len(page) - 1] if len(page) < len(keys) else None
+        if cursor is None and tests:  # the last row that was looked at, if more follow
+            last = self._column(f"SELECT {key} FROM {part} ORDER BY {key} {order}"
+                                f" LIMIT 2 OFFSET {SCAN_ROWS - 1}", **given)
+            cursor = last[0] if len(last) == 2 else None
+        return Page(page[::-1] if look.newer else page, total,
+                    scanned == SCAN_ROWS, cursor)
 
     def topics(self, name: str | None = None) -> list[Topic]:
         """What programs published on: all topics, or one."""
@@ -2841,26 +2776,28 @@ class Queries:
         return int(self._value("SELECT count(*) FROM run WHERE status IN"
                                " ('waiting_for_capacity', 'running', 'waiting')"))
 
-    def steps(self, run_id: str) -> list[Step]:
-        """All recorded steps of a run, in sequence."""
-        return self._rows(Step, "step WHERE run_id = :id ORDER BY sequence", id=run_id)
+    def steps(self, run_id: str, status: str | None = None) -> list[Step]:
+        """The recorded steps of a run, in sequence: all, or those with a status."""
+        some = "" if status is None else "AND status = :status"
+        source = f"step WHERE run_id = :id {some} ORDER BY sequence"
+        return self._rows(Step, source, id=run_id, status=status)
 
     def messages(self, after: int, limit: int) -> list[Message]:
         """Journal rows after a `seq`, each with what its subscribers are told of it."""
         rows = self._db.execute(
             """
-            SELECT seq, at, kind, name, subject, step, data, event_id FROM journal
-             WHERE seq > :after AND source IS NOT 'invoke' ORDER BY seq LIMIT :limit
+            SELECT seq, at, topic, kind, name, subject, step, journal.data, event_id
+              FROM topic JOIN journal USING (seq)
+             WHERE seq > :after ORDER BY seq LIMIT :limit
             """, {"after": after, "limit": limit}).fetchall()
         found = []
-        for seq, at, kind, name, subject, step_id, data, event_id in rows:
-            if kind == "run" and (run := self.find_run(subject)):
+        for seq, at, topic, kind, name, subject, step_id, data, event_id in rows:
+            if kind == "run" and (run := self.find(Run, run_id=subject)):
                 data = run_message(run, self.input_of(run), name, json.loads(data), at)
             elif kind == "step" and (
                 step := self.find(Step, run_id=subject, step_id=step_id)
             ):
                 data = step_message(step, name, json.loads(data))
-            topic = topic_of(kind, name, subject, step_id)
             found.append(Message(seq, at, topic, event_id or f"seq_{seq}", data))
         return found
 
@@ -2882,9 +2819,10 @@ class Transaction(Queries):
         super().__init__(db)
         self.ids = ids
         self._triggered: dict[str, list[Function]] = {}
-        self.begin()
+        self._gather()
 
     def begin(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
         self.touched: set[str] = set()
         self.ended: list[str] = []
         self.alarm: float = math.inf
@@ -2916,7 +2854,7 @@ class Transaction(Queries):
             for i in range(0, len(new), ROWS_AT_ONCE):
                 some = new[i : i + ROWS_AT_ONCE]
                 values = [value for row in some for value in row]
-                self._db.execute(insert_many(table, names, len(some)), values)
+                self._db.execute(insert(table, names, len(some)), values)
 
     def find(self, row: type[T], **key: Any) -> T | None:
         known: Any = self._new_keys.get(key.get("idempotency_key", ""))
@@ -2935,13 +2873,12 @@ class Transaction(Queries):
         if not isinstance(row, Step):
             key = kept = column_names(kind)[0]
         changes = columns(kind, "{0} = excluded.{0}", kept)
-        sql = insert(kind.__name__.lower(), *column_names(kind))
+        sql = insert(kind.__name__.lower(), column_names(kind))
         self._db.execute(f"{sql} ON CONFLICT ({key}) DO UPDATE SET {changes}",
-                         columns_of(row))
+                         list(columns_of(row).values()))
 
     def set_meta(self, name: str, value: str) -> None:
-        row = {"name": name, "value": value}
-        self._db.execute(insert("meta", *row), row)
+        self._db.execute("INSERT INTO meta VALUES (?, ?)", (name, value))
 
     def append(self, kind: str, verb: str, subject: str, change: dict[str, Any],
                now: float, step: str | None = None) -> None:
@@ -2974,8 +2911,8 @@ class Transaction(Queries):
         delete = "DELETE FROM function_trigger WHERE function_id = ?"
         self._db.execute(delete, (function_id,))
         for event in dict.fromkeys(events):
-            row = {"event": event, "function_id": function_id, "wild": is_wild(event)}
-            self._db.execute(insert("function_trigger", *row), row)
+            self._db.execute("INSERT INTO function_trigger VALUES (?, ?, ?)",
+                             (event, function_id, is_wild(event)))
 
     def delete_function(self, function_id: str) -> None:
         self._triggered.clear()
@@ -3009,7 +2946,6 @@ class Transaction(Queries):
 
     def insert_run(self, run_id: str, function: Function, event: Event,
                    now: float) -> None:
-        """A new run, due at once."""
         self.touched.add(function.function_id)
         self._new_runs[run_id] = (
             run_id, function.function_id, function.version, event.seq, event.event_id,
@@ -3041,31 +2977,20 @@ class Transaction(Queries):
                     ORDER BY due_at, run_id LIMIT :limit"""
         return self._rows(Run, source, id=function_id, limit=limit)
 
-    def runs_with_ended_lease(self, now: float) -> list[Run]:
-        source = """run WHERE status = 'running' AND lease_until <= :now
-                    ORDER BY lease_until LIMIT :limit"""
-        return self._rows(Run, source, now=now, limit=BEHIND_AT_ONCE)
+    TIMERS: dict[str, str] = {"running": "lease_until", "waiting": "due_at"}
 
-    def runs_to_wake(self, now: float) -> list[Run]:
-        """Runs whose retry or sleep is due."""
-        source = """run WHERE status = 'waiting' AND due_at <= :now
-                    ORDER BY due_at LIMIT :limit"""
-        return self._rows(Run, source, now=now, limit=BEHIND_AT_ONCE)
+    def overdue(self, status: RunStatus, now: float) -> list[Run]:
+        """Running ones whose lease ended; waiting ones whose retry or sleep is due."""
+        instant = self.TIMERS[status]
+        return self._rows(Run, f"""run WHERE status = '{status}' AND {instant} <= :now
+                          ORDER BY {instant} LIMIT {BEHIND_AT_ONCE}""", now=now)
 
     def next_instant(self) -> float:
         """When the next lease ends or the next sleeper is due; infinity for never."""
-        ends = self._value("SELECT min(lease_until) FROM run WHERE status = 'running'")
-        due = self._value("SELECT min(due_at) FROM run"
-                          " WHERE status = 'waiting' AND due_at IS NOT NULL")
-        return min(ends or math.inf, due or math.inf)
-
-    def completed_steps(self, run_id: str) -> list[Step]:
-        source = "step WHERE run_id = :id AND status = 'completed' ORDER BY sequence"
-        return self._rows(Step, source, id=run_id)
-
-    def sleeping_steps(self, run_id: str) -> list[Step]:
-        source = "step WHERE run_id = :id AND status = 'sleeping' ORDER BY sequence"
-        return self._rows(Step, source, id=run_id)
+        return min(self._value(
+            f"SELECT min({instant}) FROM run"
+            f" WHERE status = '{status}' AND {instant} IS NOT NULL") or math.inf
+            for status, instant in self.TIMERS.items())
 
     def next_sequence(self, run_id: str) -> int:
         """One more than the highest sequence of a run's rows; 0 for a new run."""
@@ -3112,34 +3037,24 @@ class Message:
     data: Json
 
 
-def topic_of(kind: str, name: str, subject: str | None, step: str | None) -> str:
-    """What a journal row is published on. The view `topic` says the same in SQL."""
-    if kind in ("event", "topic"):
-        return f"{'events' if kind == 'event' else 'topic'}:{name}"
-    if kind == "step":
-        return f"system.run.{subject}.step.{step}.{name}"
-    return f"system.{kind}.{subject}.{name}"
-
-
 def run_message(run: Run, data: Json, verb: str, change: dict[str, Any],
                 at: float) -> Json:
     """The run object as it was then: what never changes of a run, and `change`."""
-    names = ["run_id", "function_id", "event_id", "event_name", "created_at"]
-    names += ["started_at"] if verb != "created" else []
-    names += ["output"] if verb == "completed" else []
+    names = ("id=run_id run_id function_id event_id event_name created_at"
+             " max_attempts=policy.max_attempts")
+    names += " started_at" if verb != "created" else ""
+    names += " output" if verb == "completed" else ""
     return join(in_camel(members(run, names)) | as_texts(change) | {
-        "id": quoted(run.run_id), "input": data, "updatedAt": stamp(at),
-        "maxAttempts": str(run.policy.max_attempts),
+        "input": data, "updatedAt": stamp(at),
         "endedAt": stamp(at) if verb in TERMINAL else None})
 
 
 def step_message(step: Step, verb: str, change: dict[str, Any]) -> Json:
     """The step object as it was when the row was written."""
-    names = ["step_id", "run_id", "name", "type", "sequence", "started_at"]
-    names += ["ended_at", "duration_ms"] if verb in ("completed", "failed") else []
-    names += ["output"] if verb == "completed" else []
-    return join(in_camel(members(step, names)) | as_texts(change) | {
-        "id": quoted(step.step_id)})
+    names = "id=step_id step_id run_id name type sequence started_at"
+    names += " ended_at duration_ms" if verb in ("completed", "failed") else ""
+    names += " output" if verb == "completed" else ""
+    return join(in_camel(members(step, names)) | as_texts(change))
 
 
 # --- The file, in one thread ----------------------------------------------------------
@@ -3210,10 +3125,10 @@ class JournalFile:
         A rule that raises before it wrote fails alone. One that had written makes the
         batch start over, each rule behind a savepoint: a second try, still one commit.
         """
-        self._begin()
+        self.tx.begin()
         if not self._execute_together(batch, now):
             self.rollback()
-            self._begin()
+            self.tx.begin()
             self._execute_apart(batch, now)
         if self.offers is not None:
             self.offers.hand_out(self.tx, now)
@@ -3241,10 +3156,6 @@ class JournalFile:
                 self.tx.forget()
                 del self.tx.ended[ended:]
             self._db.execute("RELEASE wish")
-
-    def _begin(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        self.tx.begin()
 
     def _carry_out(self, wish: Wish, now: float,
                    then: Callable[[], None] = lambda: None) -> None:
@@ -3683,7 +3594,7 @@ class PullDesk:
         offer = Offer(worker_id, slots, lambda got: settle_future(waiting, got), acked)
         self.offers.add(offer)
         try:
-            await self.journal.write(look_at_offers)
+            await self.journal.write(lambda tx, now: None)  # it ends with a look
             await self.first_of(waiting, wait_s)
             if self.offers.withdraw(offer):
                 return []
@@ -3726,8 +3637,8 @@ class PullDesk:
 
     async def give_back(self, jobs: list[Job], sent: bool) -> None:
         for job in jobs:
-            lease = (job.run.run_id, job.run.fence)
-            await self.journal.write(give_back, *lease, sent, self.limits)
+            await self.journal.write(give_back, job.run.run_id, job.run.fence, sent,
+                                     self.limits)
 
     def look_after(self, jobs: list[Job], transport: asyncio.Transport | None) -> None:
         """Count jobs that were sent; a moment later, see whether their client is there.
@@ -3816,17 +3727,14 @@ async def poll_jobs(api: Api, request: web.BaseRequest) -> web.Response:
 
 def job_to_json(job: Job) -> Json:
     """An assignment, by the strictest SDK's rules: absent, never null (Python 0.53)."""
-    run = job.run
-    steps = [join({"step_id": quoted(step.step_id), "name": quoted(step.name),
-                   "output": step.output or "null", "status": '"completed"'})
-             for step in job.completed]
-    return join(members(run, ("job_id", "run_id", "function_id", "attempt",
-                              "lease_token")) | {
-        "event": join(event_members(job.event)), "completed_steps": listed(steps),
-        "execution_seq": str(run.fence), "step_sequence_base": str(job.next_sequence),
-        "max_attempts": str(run.policy.max_attempts),
-        "on_exhausted": quoted(run.policy.on_exhausted),
-        "lease_expires_at": stamp(run.lease_until)})
+    steps = [join(members(step, "step_id name status")
+                  | {"output": step.output or "null"}) for step in job.completed]
+    return join(members(job.run, "job_id run_id function_id attempt lease_token"
+                                 " execution_seq=fence lease_expires_at=lease_until"
+                                 " max_attempts=policy.max_attempts"
+                                 " on_exhausted=policy.on_exhausted") | {
+        "event": join(members(job.event, EVENT)), "completed_steps": listed(steps),
+        "step_sequence_base": str(job.next_sequence)})
 
 
 async def put_ack(api: Api, request: web.BaseRequest) -> web.Response:
@@ -3907,14 +3815,13 @@ def read_report(body: Fields, status: str | None = None) -> Report:
     known = ("ack", "progress", "completed", "failed", "yielded")
     if said not in known:
         raise InvalidInput(f"status is {said[:40]!r}: send one of {', '.join(known)}")
-    steps = body.items("steps")
+    steps = body.objects("steps")
     if said == "progress" and len(steps) > STEPS_PER_REPORT:
         raise InvalidInput(f"{len(steps)} steps in one report: send up to "
                            f"{STEPS_PER_REPORT}")
     return Report(
         said, body.whole("executionSeq", default=-1), body.text("leaseToken"),
-        steps=[read_step(Fields(step, f"steps[{i}]")) for i, step in enumerate(steps)],
-        step_offset=body.whole("stepOffset"),
+        list(map(read_step, steps)), body.whole("stepOffset"),
         output=dumps(body.get("output")),
         error=read_error(body.get("error")) if said == "failed" else {},
         yielded=read_yield(body.inner("yield")) if said == "yielded" else None,
@@ -3943,15 +3850,13 @@ def read_step(body: Fields) -> ReportedStep:
 
 def read_error(value: Any) -> dict[str, Any]:
     """An error as reported: an object, a bare sentence, or nothing."""
-    error = dict(value) if isinstance(value, dict) else {"message": value}
-    message = error.get("message")
+    said = Fields(value if isinstance(value, dict) else {"message": value}, "error")
+    message, after = said.all.get("message"), said.number("retryAfterMs")
     message = message if isinstance(message, str) else "unknown error"
-    after = Fields(error, "error").number("retryAfterMs")
     always = {"message": message[:MAX_ERROR_TEXT],
-              "retryable": error.get("retryable") is True}
-    error = {**error, **always}
-    for name in ("retryAfterMs", "retry_after_ms"):
-        error.pop(name, None)
+              "retryable": said.all.get("retryable") is True}
+    error = {name: value for name, value in said.all.items()
+             if name not in ("retryAfterMs", "retry_after_ms")} | always
     if len(dumps(error)) > 4 * MAX_ERROR_TEXT:  # a stack like that helps nobody
         error = always
     return error if after is None else error | {"retry_after_ms": max(0.0, after)}
@@ -4097,8 +4002,7 @@ class Server:
             for sock in sockets:
                 stack.callback(sock.close)
             offers = Offers(self.limits)
-            loop = asyncio.get_running_loop()
-            self.failed: Future = loop.create_future()
+            self.failed: Future = asyncio.get_running_loop().create_future()
             journal = Journal(
                 Path(self.db), clock=self.clock, ids=self.ids, offers=offers,
                 environment=self.environment, cache_mb=self.cache_mb,
@@ -4109,13 +4013,12 @@ class Server:
             for worker in await journal.read(Queries.connected_workers):
                 desk.remember(worker.worker_id)
             timekeeper = Timekeeper(desk)
-            keeping = asyncio.create_task(timekeeper.keep(), name="ironflow time")
-            keeping.add_done_callback(self._time_stopped)
-            stack.push_async_callback(end_task, keeping)
+            loops = [timekeeper.keep()]
             if self.retain_s is not None:
-                sweeping = asyncio.create_task(sweep(journal, self.retain_s))
-                sweeping.add_done_callback(self._time_stopped)
-                stack.push_async_callback(end_task, sweeping)
+                loops.append(sweep(journal, self.retain_s))
+            for task in map(asyncio.create_task, loops):
+                task.add_done_callback(self._time_stopped)
+                stack.push_async_callback(end_task, task)
             api = Api(journal, desk, self._guard, self.limits, self.environment,
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)

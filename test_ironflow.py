@@ -4667,7 +4667,7 @@ def test_a_live_run_stays_with_its_input_however_old(alone: Alone) -> None:
     run_id = alone.start(100.0)
     alone.forget(1e9, retain_s=1)
     assert alone.all("SELECT kind FROM journal") == ["event"]
-    run = ironflow.known_run(alone.file.tx, run_id)
+    run = ironflow.known(alone.file.tx, ironflow.Run, run_id)
     assert alone.file.tx.input_of(run) == '{"n":1}'
 
 
@@ -6656,12 +6656,15 @@ def test_the_simulator_sees_an_ended_lease_that_spends_an_attempt(
 def test_the_simulator_sees_a_completed_step_that_is_not_sent_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = ironflow.Transaction.completed_steps
+    real = ironflow.Transaction.steps
 
-    def completed_steps(tx: ironflow.Transaction, run_id: str) -> list[ironflow.Step]:
-        return real(tx, run_id)[1:]
+    def steps(
+        tx: ironflow.Transaction, run_id: str, status: str | None = None
+    ) -> list[ironflow.Step]:
+        found = real(tx, run_id, status)
+        return found[1:] if status == "completed" else found
 
-    monkeypatch.setattr(ironflow.Transaction, "completed_steps", completed_steps)
+    monkeypatch.setattr(ironflow.Transaction, "steps", steps)
     caught("ran .* again, job .* had completed it")
 
 
