@@ -3188,7 +3188,7 @@ class JournalFile:
         return row is None or not row[0]
 
     def takes_writes(self) -> bool:
-        """Whether a write is possible just now, found out by one that changes nothing."""
+        """Whether a write is possible just now, by one that changes nothing."""
         return self._attempt(f"PRAGMA user_version = {len(MIGRATIONS)}") is not None
 
     def _attempt(self, sql: str) -> tuple[Any, ...] | None:
@@ -3419,7 +3419,7 @@ class Journal:
         try:
             chores = self._unfolded or self.last_trouble
             wishes = self._queue.get(timeout=IDLE_S if chores else None)
-        except queue.Empty:  # idle: the log's pages go to the file, now or a little later
+        except queue.Empty:  # idle: the log's pages go to the file, now or later
             self._unfolded = 0 if self._file.checkpoint("TRUNCATE") else 1
             self._see_whether_it_is_over()
             return []
@@ -3473,9 +3473,9 @@ class Journal:
             self._file.checkpoint("PASSIVE")
         elif not self._truncate() and now >= self._warn_at:
             self._warn_at = now + 60
-            log.warning("%s-wal has grown to %d MiB and cannot be emptied while another "
-                        "program reads %s: end its transaction", self.path,
-                        size // MIB, self.path.name)
+            log.warning("%s-wal has %d MiB and cannot be emptied while another program "
+                        "reads %s: end its transaction", self.path, size // MIB,
+                        self.path.name)
 
     def _truncate(self) -> bool:
         """Empty the log while no read of ours is in the way: the next ones wait."""
