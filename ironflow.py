@@ -3185,14 +3185,24 @@ class JournalFile:
     def changes(self) -> int:
         return self._db.total_changes
 
-    def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"]) -> None:
-        """Move the log into the file. TRUNCATE gives up if a reader is in the way."""
+    def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"]) -> bool:
+        """Move the log into the file; False if a reader is in the way of TRUNCATE."""
+        row = self._attempt(f"PRAGMA wal_checkpoint({mode})")
+        return row is None or not row[0]
+
+    def takes_writes(self) -> bool:
+        """Whether a write is possible just now, by one that changes nothing."""
+        return self._attempt(f"PRAGMA user_version = {len(MIGRATIONS)}") is not None
+
+    def _attempt(self, sql: str) -> tuple[Any, ...] | None:
+        """A statement's row; None if the disk is full or another program in the way."""
         self._db.execute("PRAGMA busy_timeout = 0")
         try:
-            self._db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+            return self._db.execute(sql).fetchone() or ()
         except sqlite3.OperationalError as error:
             if trouble(error, self.path) is None:
                 raise  # a disk that fails is not a disk that is full or in use
+            return None
         finally:
             self._db.execute(f"PRAGMA busy_timeout = {FOREIGN_LOCK_S * 1000}")
 
@@ -3327,6 +3337,7 @@ class Journal:
             self._file = JournalFile(path, ids, environment, cache_mb, now, offers)
             self.journal_id = self._file.tx.meta("journal_id") or ""
             self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+            self._way_in = threading.Lock()  # to the readers
             for _ in range(READERS):
                 self._readers.put(connect(path, cache_mb, read_only=True))
         except BaseException:
@@ -3337,6 +3348,7 @@ class Journal:
         self._queued_bytes = 0
         self._open = True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
+        self._warn_at = -math.inf  # the next time that a long log is worth a word
         self._ends: dict[str, set[Future]] = {}  # who waits for which run
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="ironflow reader")
         self._thread = threading.Thread(target=self._work, name="ironflow writer")
@@ -3366,7 +3378,8 @@ class Journal:
         return await self._loop.run_in_executor(self._pool, self._read, query, *args)
 
     def _read(self, query: Callable[..., T], *args: Any) -> T:
-        db = self._readers.get()
+        with self._way_in:
+            db = self._readers.get()
         try:
             db.execute("BEGIN")  # one moment of the journal, however many statements
             return query(Queries(db), *args)
@@ -3407,10 +3420,11 @@ class Journal:
     def _next_batch(self) -> list[Wish] | None:
         """All that is in the queue, within bounds; None when the journal closes."""
         try:
-            wishes = self._queue.get(timeout=IDLE_S if self._unfolded else None)
-        except queue.Empty:
-            self._file.checkpoint("TRUNCATE")  # idle: the log's pages go to the file
-            self._unfolded = 0
+            chores = self._unfolded or self.last_trouble
+            wishes = self._queue.get(timeout=IDLE_S if chores else None)
+        except queue.Empty:  # idle: the log's pages go to the file, now or later
+            self._unfolded = 0 if self._file.checkpoint("TRUNCATE") else 1
+            self._see_whether_it_is_over()
             return []
         batch: list[Wish] = []
         while wishes is not None:
@@ -3434,25 +3448,51 @@ class Journal:
             if failure is None:
                 raise
             log.error("%s", failure)
+        changes = self._file.changes - before
+        if failure or changes:
+            self.last_trouble = str(failure) if failure else None
+        else:  # a batch that wrote nothing tells nothing of the disk
+            self._see_whether_it_is_over()
         filled = [] if failure else self._offers.committed()
         tx = self._file.tx
         alarm, ended = (math.inf, []) if failure else (tx.alarm, tx.ended)
         self._loop.call_soon_threadsafe(self._answer, batch, filled, alarm, ended,
                                         failure)
-        if (changes := self._file.changes - before):
+        if changes:
             self._unfolded += changes * KIB + sum(wish.size for wish in batch)
+
+    def _see_whether_it_is_over(self) -> None:
+        """By a write of our own: callers may wait until /ready says so."""
+        if self.last_trouble and self._file.takes_writes():
+            self.last_trouble, self._unfolded = None, self._unfolded or 1
 
     def _fold_log(self) -> None:
         """Move the log into the file from time to time, after the answers went out."""
-        if self._unfolded >= FOLD_BYTES:
-            large = os.stat(f"{self.path}-wal").st_size > WAL_BYTES
-            self._file.checkpoint("TRUNCATE" if large else "PASSIVE")
-            self._unfolded = 1
+        if self._unfolded < FOLD_BYTES:
+            return
+        self._unfolded = 1
+        size, now = os.stat(f"{self.path}-wal").st_size, self._clock.steady()
+        if size <= WAL_BYTES:
+            self._file.checkpoint("PASSIVE")
+        elif not self._truncate() and now >= self._warn_at:
+            self._warn_at = now + 60
+            log.warning("%s-wal has %d MiB and cannot be emptied while another program "
+                        "reads %s: end its transaction", self.path, size // MIB,
+                        self.path.name)
+
+    def _truncate(self) -> bool:
+        """Empty the log while no read of ours is in the way: the next ones wait."""
+        with self._way_in:
+            idle = [self._readers.get() for _ in range(READERS)]
+            try:
+                return self._file.checkpoint("TRUNCATE")
+            finally:
+                for db in idle:
+                    self._readers.put(db)
 
     def _answer(self, batch: list[Wish], filled: list[Offer], alarm: float,
                 ended: list[str], failure: Exception | None) -> None:
         """On the loop, once per batch: everybody hears how it went."""
-        self.last_trouble = str(failure) if failure else None
         for wish in batch:
             self._queued_bytes -= wish.size
             settle_future(wish.future, failure or wish.error or wish.result)
