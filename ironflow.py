@@ -29,8 +29,8 @@ The life of one event, and who carries it:
 What holds, always: whatever was acknowledged survives kill -9 and power loss; a step
 recorded as completed never runs again; what happens, happens in one transaction.
 
-What is not here yet: push endpoints, waits for events, invokes, cron, filters, limits
-on concurrency, live subscriptions. Each is refused with a sentence, never ignored.
+What is not here yet: push endpoints, steps that wait for events or call functions, cron,
+filters, limits on concurrency, live subscriptions. Each is refused with a sentence.
 
 The file reads from top to bottom: words and laws (2 to 5), the way in (6), the engine
 (7), the disk (8), the way out (10), the server (12), its command line (13). The missing
