@@ -29,8 +29,9 @@ The life of one event, and who carries it:
 What holds, always: whatever was acknowledged survives kill -9 and power loss; a step
 recorded as completed never runs again; what happens, happens in one transaction.
 
-What is not here yet: push endpoints, steps that wait for events or call functions, cron,
-filters, limits on concurrency, live subscriptions. Each is refused with a sentence.
+What is not here yet: push endpoints, steps that wait for events or call functions,
+cron, filters, limits on concurrency, live subscriptions. Each is refused with a
+sentence, never ignored.
 
 The file reads from top to bottom: words and laws (2 to 5), the way in (6), the engine
 (7), the disk (8), the way out (10), the server (12), its command line (13). The missing
@@ -4115,6 +4116,8 @@ Deed: TypeAlias = "Callable[[argparse.Namespace], int | None]"  # None: status 0
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status. Without one: `serve`."""
     words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in ("-s", "--server"):  # said before the command: a habit
+        words = [*words[2:], *words[:2]]
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
         words = ["serve", *words]
     if (name := " ".join(words[:2])) in commands():

@@ -8545,6 +8545,15 @@ DOORS = {
 }
 
 
+@pytest.mark.parametrize("flag", ["-s", "--server"])
+def test_the_server_may_be_named_before_or_after_the_command(
+    past: RunningServer, server: RunningServer, cli: Cli, flag: str
+) -> None:
+    before, after = cli(server, flag, past.url, "run", "list"), cli(
+        server, "run", "list", flag, past.url)
+    assert before == after == cli(past, "run", "list")
+
+
 @pytest.mark.parametrize("command", SCREENS)
 def test_what_a_command_shows(
     cli: Cli, past: RunningServer, ids: dict[str, str], command: str
@@ -9024,7 +9033,12 @@ def test_ctrl_c_ends_a_wait_quietly(shared: RunningServer) -> None:
     name = new_name()
     shared.register(name, name)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with process(shared, "emit", name, "--wait", **pipes) as cli:
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let jobs in
+    try:  # the background ignore it, and who is started by them
+        cli = process(shared, "emit", name, "--wait", **pipes)
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    with cli:
         eventually(lambda: shared.yes("GET", f"/api/v1/runs?function_id={name}")["count"])
         cli.send_signal(signal.SIGINT)
         assert cli.communicate(timeout=DEADLINE_S) == (b"", b"")
