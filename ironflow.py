@@ -3219,6 +3219,7 @@ def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Conne
         raise StartError(f"SQLite {wanted} or newer is needed, this Python has "
                          f"{sqlite3.sqlite_version}: use a newer Python")
     uri = f"{path.as_uri()}?mode={'ro' if read_only else 'rwc'}"
+    db: sqlite3.Connection | None = None
     try:
         db = sqlite3.connect(uri, timeout=FOREIGN_LOCK_S, uri=True,
                              isolation_level=None, check_same_thread=False,
@@ -3226,6 +3227,8 @@ def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Conne
         db.execute(f"PRAGMA cache_size = {-cache_mb * KIB}")
         return db
     except sqlite3.Error as error:
+        if db is not None:
+            db.close()
         raise StartError(f"cannot open {path}: {error}") from None
 
 
