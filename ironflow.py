@@ -3273,8 +3273,8 @@ def trouble(error: BaseException, path: Path) -> IronflowError | None:
 def backup(db: Path, target: Path) -> None:
     """A copy of a journal, consistent also while a server writes to it.
 
-    It holds what was acknowledged before, and has its name once it is whole and on
-    disk. Raises StartError, a sentence for a person.
+    It holds what was acknowledged before, and has its name once it is whole. Raises
+    StartError, a sentence for a person.
     """
     if target.exists():
         raise StartError(f"{target} exists: name a file that does not")
@@ -4369,11 +4369,12 @@ def stop_requested() -> Future:
 # --- Ask ------------------------------------------------------------------------------
 
 def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = None,
-        wait_s: float = 30.0, **query: Any) -> dict[str, Any]:
+        wait_s: float = 30.0, holds: str = "", **query: Any) -> dict[str, Any]:
     """What the server answers. Raises IronflowError with a sentence to show.
 
-    A lost connection and a 503 are tried again: all that is asked here may be asked
-    twice, for an event carries a key.
+    `holds` is a member without which the answer is not an ironflow server's. A lost
+    connection and a 503 are tried again: all that is asked here may be asked twice, for
+    an event carries a key.
     """
     url, env, delays_s = asked.server, os.environ, [0.9, 0.3, 0.1]
     key, tls = env.get("IRONFLOW_API_KEY", ""), url.scheme == "https"
@@ -4389,7 +4390,7 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = N
                 reply = line.getresponse()
                 answer = json.loads(reply.read(), parse_float=check_float,
                                     parse_constant=refuse_constant)
-            if reply.status < 300:
+            if reply.status < 300 and holds in {"", *answer}:
                 return {**answer}
             status, trouble = reply.status, str(answer["message"])
         except (OSError, http.client.HTTPException) as error:
@@ -4427,8 +4428,8 @@ def rest(door: str, names: str = "") -> Deed:
 
 
 def run_get(asked: argparse.Namespace) -> None:
-    run = ask(asked, "GET", "/api/v1/runs/{id}")
-    steps = ask(asked, "GET", "/api/v1/runs/{id}/steps")["steps"]
+    run = ask(asked, "GET", "/api/v1/runs/{id}", holds="status")
+    steps = ask(asked, "GET", "/api/v1/runs/{id}/steps", holds="steps")["steps"]
     below = table(steps, "name status attempt started_at duration_ms result")
     show(asked, run | {"steps": steps}, [*sheet(run), *([""] if below else []), *below])
 
@@ -4441,7 +4442,7 @@ def emit(asked: argparse.Namespace) -> int:
     event = {name: _to_text.encode(value) if value else None
              for name, value in body.items()} | {"data": asked.data}
     if not asked.wait:
-        answer = ask(asked, "POST", "/api/v1/events", join(event))
+        answer = ask(asked, "POST", "/api/v1/events", join(event), holds="run_ids")
         show(asked, answer, [*map(tame, [answer["event_id"], *answer["run_ids"]])])
         return 0
     deadline, late = time.monotonic() + min(asked.timeout, 1e6), True
@@ -4449,7 +4450,7 @@ def emit(asked: argparse.Namespace) -> int:
         left_ms = round(1000 * (deadline - time.monotonic()))
         event["timeoutMs"] = str(max(left_ms, 1))
         answer = ask(asked, "POST", f"{CONNECT}IronflowService/TriggerSync",
-                     join(event), left_ms / 1000 + 30)
+                     join(event), left_ms / 1000 + 30, "results")
         late = left_ms > 0 and any(run["waitTimedOut"] for run in answer["results"])
         time.sleep(0.1 * late)
     runs = [{snake(k): v for k, v in run.items()} for run in answer["results"]]

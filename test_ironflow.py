@@ -8925,6 +8925,16 @@ def test_what_is_no_ironflow_server_is_said_in_a_sentence(
     assert words.format(url=url) in err
 
 
+@pytest.mark.parametrize("command", ["emit x", "emit x --wait", "run get x"])
+def test_an_answer_that_is_not_ironflows_is_said_in_a_sentence(
+    cli: Cli, past: RunningServer, command: str
+) -> None:
+    with stranger((200, b'{"hello": 1}')) as (url, _):
+        status, out, err = cli(past, *command.split(), "-s", url)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert f"cannot understand {url}" in err
+
+
 @pytest.mark.parametrize(("command", "flag"), [
     ("emit", "name"),
     ("emit x --data {a", "--data:"),
