@@ -107,7 +107,6 @@ T = TypeVar("T")
 Future: TypeAlias = "asyncio.Future[Any]"
 KIB, MIB = 1024, 1024 * 1024
 
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one caller may ask for, and how long a worker may be silent.
@@ -128,7 +127,6 @@ class Limits:
         """How long a job that was handed out waits for its ack."""
         return min(15.0, self.lease_s)
 
-
 EVENTS_PER_REQUEST = 1_000
 STEPS_PER_REPORT = 500  # no SDK sends more
 UPDATES_PER_REQUEST = 500
@@ -141,7 +139,6 @@ MAX_POLL_HOLD_S = 25  # Python's transport gives up at 30
 WORKER_LIVE_S = 90.0  # silent for longer: disconnected
 LAST_SLOT_S = 1.0  # see `PullDesk.spare_a_slot`
 GONE_AFTER_S = 1.0  # an ack comes within milliseconds; see `PullDesk.look_after`
-
 
 # ======================================================================================
 # 2. Words
@@ -159,7 +156,6 @@ StepStatus = Literal["completed", "failed", "sleeping", "waiting", "timed_out"]
 Json = str  # JSON text
 Instant = float  # Unix seconds, with three decimals
 
-
 @dataclass(frozen=True, slots=True)
 class NewEvent:
     """An event as a caller hands it in; or data for a topic, or a function's input."""
@@ -172,7 +168,6 @@ class NewEvent:
     subject: str | None = None  # the run inside which it was emitted
     kind: str = "event"  # or topic
 
-
 @dataclass(frozen=True, slots=True)
 class Event(NewEvent):
     """An event on disk; `seq` is its place in the journal's one order."""
@@ -180,13 +175,11 @@ class Event(NewEvent):
     seq: int = 0
     at: Instant = 0.0
 
-
 @dataclass(frozen=True, slots=True)
 class Accepted:
     """What the caller of `accept_event` hears: the event's id, the runs it started."""
     event_id: str
     run_ids: list[str]
-
 
 @dataclass(frozen=True, slots=True)
 class Retry:
@@ -213,7 +206,6 @@ class Retry:
     def from_text(text: Json) -> Retry:
         return Retry(**json.loads(text))
 
-
 @dataclass(frozen=True, slots=True)
 class NewFunction:
     """A registration as it came in, checked: `config` holds the wire's members."""
@@ -221,7 +213,6 @@ class NewFunction:
     config: Json
     retry: Json
     events: list[str]  # names and patterns of its triggers
-
 
 @dataclass(frozen=True, slots=True)
 class Function:
@@ -233,7 +224,6 @@ class Function:
     version: int
     created_at: Instant
     updated_at: Instant
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -278,14 +268,12 @@ class Run:
         """A name for this dispatch, new with each lease, that leads back to the run."""
         return f"job_{self.run_id.removeprefix('run_')}_{self.fence}"
 
-
 def run_and_fence(job_id: str) -> tuple[str, int | None]:
     """The run and fence that a job id names; a bare run id names any fence."""
     head, _, fence = job_id.rpartition("_")
     if head.startswith("job_") and re.fullmatch(r"[0-9]{1,15}", fence):
         return f"run_{head.removeprefix('job_')}", int(fence)
     return job_id, None
-
 
 @dataclass(frozen=True, slots=True)
 class ReportedStep:
@@ -301,7 +289,6 @@ class ReportedStep:
     started_at: Instant | None
     ended_at: Instant | None
 
-
 @dataclass(frozen=True, slots=True)
 class Step(ReportedStep):
     """One recorded piece of a run. `sequence` counts from 0 within the run."""
@@ -312,7 +299,6 @@ class Step(ReportedStep):
     updated_at: Instant
     sleep_until: Instant | None = None
 
-
 @dataclass(frozen=True, slots=True)
 class Yield:
     """Why a worker let go of a run before its end."""
@@ -320,7 +306,6 @@ class Yield:
     step_id: str
     name: str
     until: float | None = None  # of a sleep
-
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -334,7 +319,6 @@ class Report:
     error: dict[str, Any] = field(default_factory=dict)
     yielded: Yield | None = None
 
-
 @dataclass(frozen=True, slots=True)
 class Worker:
     """A process that pulls runs, as it registered itself."""
@@ -347,7 +331,6 @@ class Worker:
     connected: int
     registered_at: Instant
 
-
 @dataclass(frozen=True, slots=True)
 class Job:
     """A leased run with all that a worker needs to carry it on."""
@@ -355,7 +338,6 @@ class Job:
     event: Event
     completed: list[Step]
     next_sequence: int
-
 
 @dataclass(frozen=True, slots=True)
 class Topic:
@@ -367,7 +349,6 @@ class Topic:
     first_message_at: Instant
     last_message_at: Instant
 
-
 @dataclass(frozen=True, slots=True)
 class Look:
     """A page as somebody asks for it: beyond a cursor, or else from the newest on."""
@@ -375,7 +356,6 @@ class Look:
     cursor: int | str | None = None
     newer: bool = False  # the page on the newer side of the cursor
     offset: int = 0
-
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
@@ -385,17 +365,14 @@ class Page(Generic[T]):
     capped: bool  # there are older ones, which were not looked at
     cursor: Any  # to go on from; None at the end
 
-
 @lru_cache(maxsize=64)
 def column_names(row: Any) -> tuple[str, ...]:
     return tuple(f.name for f in fields(row))
-
 
 def columns_of(row: Any) -> dict[str, Any]:
     """A row as a dict. `asdict` would copy every value, at ten times the price."""
     kind: Any = type(row)
     return {name: getattr(row, name) for name in column_names(kind)}
-
 
 class Clock:
     """The machine's clocks, in seconds, read here alone. Tests have their own."""
@@ -407,7 +384,6 @@ class Clock:
     def steady(self) -> float:
         """Never steps; its zero means nothing."""
         return time.monotonic()
-
 
 class Ids:
     """Short, URL-safe, time-ordered names: 48 bits of milliseconds, then 52 at random.
@@ -447,12 +423,10 @@ class Ids:
     def _spell(cls, number: int) -> str:
         return "".join([cls.PAIRS[number >> at & 1023] for at in range(90, -1, -10)])
 
-
 def to_rfc3339(instant: float) -> str:
     """2026-01-01T00:00:00.123Z"""
     moment = datetime.fromtimestamp(instant, UTC)
     return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
-
 
 def from_rfc3339(text: str) -> float:
     """Unix seconds of a timestamp with an offset. Raises ValueError, OverflowError."""
@@ -461,9 +435,7 @@ def from_rfc3339(text: str) -> float:
         raise ValueError("a timestamp needs an offset, such as Z")
     return round(moment.astimezone(UTC).timestamp(), 3)
 
-
 UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
 
 def duration_s(text: str) -> float:
     """Seconds of a duration such as 500ms, 1h30m or 1.5d. Raises ValueError."""
@@ -471,7 +443,6 @@ def duration_s(text: str) -> float:
         raise ValueError(f"{text[:40]!r} is no duration such as 500ms, 1h30m or 30d")
     parts = re.findall(r"([0-9.]+)(ms|[smhdw])", text)
     return sum(float(number) * UNITS_S[unit] for number, unit in parts)
-
 
 # --- JSON in and out ------------------------------------------------------------------
 # Refused: NaN, numbers that overflow a double, integers beyond 64 bits, lone
@@ -486,7 +457,6 @@ SUSPECT = re.compile(
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 TOO_DEEP = f"body is nested deeper than {MAX_NESTING} levels"
 
-
 def parse_json(body: bytes) -> Any:
     """The value that `body` holds. Raises InvalidInput that says what is wrong."""
     opened = body.count(b"[") + body.count(b"{") if len(body) > 2 * MAX_NESTING else 0
@@ -494,7 +464,6 @@ def parse_json(body: bytes) -> Any:
         with contextlib.suppress(ValueError, RecursionError):
             return orjson.loads(body) if orjson else _from_text.decode(body.decode())
     return parse_strictly(body)  # for the sentence, and so that one judge decides
-
 
 def parse_strictly(body: bytes) -> Any:
     try:
@@ -511,23 +480,19 @@ def parse_strictly(body: bytes) -> Any:
     check_value(value)
     return value
 
-
 def check_integer(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
         raise InvalidInput(
             f"integer {digits[:24]} needs more than 64 bits: send a string")
     return int(digits)
 
-
 def check_float(digits: str) -> float:
     if math.isinf(number := float(digits)):
         raise InvalidInput(f"number {digits[:24]} is larger than a double can hold")
     return number
 
-
 def refuse_constant(name: str) -> NoReturn:
     raise InvalidInput(f"{name} is not JSON: send null or a string instead")
-
 
 def check_value(value: Any, depth: int = 0) -> None:
     """Refuse what a JSON text can spell but nobody else could read back."""
@@ -543,16 +508,13 @@ def check_value(value: Any, depth: int = 0) -> None:
         for inner in [*value, *value.values()] if isinstance(value, dict) else value:
             check_value(inner, depth + 1)
 
-
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _from_text = json.JSONDecoder(parse_constant=refuse_constant)
-
 
 def dumps(value: Any) -> Json:
     """Compact JSON text of a value that came through `parse_json`, or of our own."""
     text: Json = orjson.dumps(value).decode() if orjson else _to_text.encode(value)
     return text
-
 
 def join(members: dict[str, Json | None]) -> Json:
     """An object from texts that are JSON already; None means that the member is absent.
@@ -562,26 +524,21 @@ def join(members: dict[str, Json | None]) -> Json:
     found = [f'"{name}":{text}' for name, text in members.items() if text is not None]
     return "{" + ",".join(found) + "}"
 
-
 def listed(texts: Iterable[Json]) -> Json:
     return f"[{','.join(texts)}]"
-
 
 def as_texts(values: dict[str, Any]) -> dict[str, Json | None]:
     return {name: None if value is None else dumps(value)
             for name, value in values.items()}
 
-
 def stamp(instant: Instant) -> Json:
     return f'"{to_rfc3339(instant)}"'
-
 
 def members(row: Any, names: str) -> dict[str, Json | None]:
     """Attributes of a row as JSON text; `id=run_id` is one under another name."""
     kind: Any = type(row)
     return {wire: None if (value := get(row)) is None else write(value)
             for wire, get, write in spelled(kind, names)}
-
 
 @lru_cache(maxsize=64)
 def spelled(row: Any, names: str) -> list[tuple[str, Any, Callable[[Any], Json]]]:
@@ -593,21 +550,17 @@ def spelled(row: Any, names: str) -> list[tuple[str, Any, Callable[[Any], Json]]
     return [(pair[0], attrgetter(pair[-1]), writers.get(kinds.get(pair[-1], ""), dumps))
             for pair in pairs]
 
-
 def in_camel(members: dict[str, Json | None]) -> dict[str, Json | None]:
     return {camel(name): text for name, text in members.items()}
-
 
 @lru_cache(maxsize=1024)
 def camel(snake: str) -> str:
     head, *rest = snake.split("_")
     return head + "".join(word[:1].upper() + word[1:] for word in rest)
 
-
 @lru_cache(maxsize=1024)
 def snake(camel: str) -> str:
     return re.sub(r"[A-Z]", lambda found: "_" + found[0].lower(), camel)
-
 
 # ======================================================================================
 # 3. Errors
@@ -615,7 +568,6 @@ def snake(camel: str) -> str:
 # One sentence each: what was wrong, where, and what to do. They are raised anywhere and
 # become an answer in one place, `error_response`. Whatever is not one of these is a
 # mistake of ours: logged whole, answered bare.
-
 
 class IronflowError(Exception):
     """An answer other than yes. `code` is the Connect code, `status` the HTTP status.
@@ -633,49 +585,39 @@ class IronflowError(Exception):
         super().__init__(message)
         self.message = message
 
-
 class InvalidInput(IronflowError):
     """The request cannot be understood, or asks for what cannot be."""
     status, code = 400, "invalid_argument"
-
 
 class FailedPrecondition(IronflowError):
     """Understood, but not possible in the state that things are in."""
     status, code = 400, "failed_precondition"
 
-
 class Unauthenticated(IronflowError):
     """No key, or not the right one. Workers stop for good when they hear this."""
     status, code = 401, "unauthenticated"
-
 
 class Forbidden(IronflowError):
     """A host or an origin that this server does not answer."""
     status, code = 403, "permission_denied"
 
-
 class NotFound(IronflowError):
     status, code = 404, "not_found"
 
-
 class MethodNotAllowed(IronflowError):
     status, code = 405, "unimplemented"
-
 
 class AlreadyExists(IronflowError):
     """An idempotency key that belongs to something else."""
     status, code = 409, "already_exists"
 
-
 class StaleFence(IronflowError):
     """A report with an old fence: the run was leased again, or ended, after that."""
     status, code, error = 409, "aborted", "STALE_EXECUTION"
 
-
 class RunNotRunning(IronflowError):
     """A final report for a run that ended some other way."""
     status, code, error = 409, "aborted", "RUN_NOT_RUNNING"
-
 
 class TooLarge(IronflowError):
     """A limit was exceeded; the sentence names it, the size, and the flag."""
@@ -685,28 +627,22 @@ class TooLarge(IronflowError):
         super().__init__(f"{what} is {size} bytes, the limit is {limit}: send less, or "
                          f"start the server with a larger {flag}")
 
-
 class Unimplemented(IronflowError):
     status, code = 501, "unimplemented"
-
 
 class Unavailable(IronflowError):
     """The journal cannot be written right now; whether this was kept is unknown."""
     status, code, retry_after_s = 503, "unavailable", 1
 
-
 class Overloaded(Unavailable):
     """Too much is in flight; nothing of this request was kept."""
-
 
 class DiskFull(IronflowError):
     """No room on the disk. Writing resumes by itself when there is."""
     status, code, retry_after_s = 507, "resource_exhausted", 5
 
-
 class StartError(Exception):
     """The server cannot start; the message is the one sentence to show."""
-
 
 # ======================================================================================
 # 4. Patterns
@@ -717,7 +653,6 @@ class StartError(Exception):
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 PLAIN = re.compile(r"[^*>\s\x00-\x1f\x7f-\x9f.]+(\.[^*>\s\x00-\x1f\x7f-\x9f.]+)*")
-
 
 def check_event_name(name: str) -> str:
     """An event's name, as given: free text without wildcards or control characters."""
@@ -732,9 +667,7 @@ def check_event_name(name: str) -> str:
                            " has a plain name")
     return name
 
-
 RESERVED = ("events:", "system.", "entity:", "public.")
-
 
 def check_topic(topic: str) -> str:
     """A topic to publish on. Raises InvalidInput for one that none could watch."""
@@ -745,7 +678,6 @@ def check_topic(topic: str) -> str:
         raise InvalidInput(f"topic {topic[:80]!r}: {', '.join(RESERVED)} are the "
                            "server's own: choose another beginning")
     return topic
-
 
 def check_trigger(pattern: str) -> str:
     """A trigger's event name or pattern. Raises InvalidInput if it could not match."""
@@ -760,7 +692,6 @@ def check_trigger(pattern: str) -> str:
                                f"{segment[:40]!r} mixes one with text")
     return pattern
 
-
 def check_function_id(function_id: str) -> str:
     """A function's id: dot segments, no wildcard, blank or control character."""
     if not PLAIN.fullmatch(function_id):
@@ -769,10 +700,8 @@ def check_function_id(function_id: str) -> str:
                            "empty segment")
     return function_id
 
-
 def is_wild(pattern: str) -> bool:
     return not {"*", ">"}.isdisjoint(pattern.split("."))
-
 
 def matches(pattern: str, name: str) -> bool:
     """Whether `name` is one of those that `pattern` stands for."""
@@ -783,7 +712,6 @@ def matches(pattern: str, name: str) -> bool:
         wanted, found = wanted[:-1], found[: len(wanted) - 1]
     return len(wanted) == len(found) and all(
         w in ("*", f) for w, f in zip(wanted, found, strict=True))
-
 
 # ======================================================================================
 # 5. Rules
@@ -804,14 +732,12 @@ NEXT: dict[RunStatus, frozenset[RunStatus]] = {
 }
 TERMINAL = frozenset({"completed", "failed", "cancelled"})
 
-
 def leased(run: Run, worker_id: str, token: str, hold_s: float, acked: bool,
            now: float) -> Run:
     """A due run, handed out: a new fence, held for a lease, or until the ack."""
     return replace(run, status="running", fence=run.fence + 1, lease_token=token,
                    lease_until=now + hold_s, worker_id=worker_id, acked=int(acked),
                    due_at=None, started_at=run.started_at or now)
-
 
 def check_fence(run: Run, said: Report) -> None:
     """Only the newest lease of a run may report, and only while the run is not over.
@@ -828,12 +754,10 @@ def check_fence(run: Run, said: Report) -> None:
                      f"the run is {run.status} with fence {run.fence}: drop this "
                      "result")
 
-
 def renewed(run: Run, lease_s: float, now: float) -> Run:
     """A lease whose holder was heard of; one that had ended is taken back."""
     until = max(now + lease_s, run.lease_until or 0.0)
     return replace(run, status="running", lease_until=until, acked=1, due_at=None)
-
 
 def lease_ended(run: Run, max_lost: int, now: float) -> Run:
     """Due again, same attempt: a crash spends none. Too often in a row: paused."""
@@ -845,32 +769,26 @@ def lease_ended(run: Run, max_lost: int, now: float) -> Run:
         "again, without recording a step: look at the worker's log, then resume the "
         "run")))
 
-
 def failure(code: str, message: str) -> Json:
     """An error of a run that is not its function's own."""
     return dumps({"message": message, "code": code})
-
 
 def parked(run: Run, error: Json) -> Run:
     """Stopped until a person resumes it."""
     return replace(unleased(run), status="paused", due_at=None, error=error)
 
-
 def unleased(run: Run) -> Run:
     """Nobody's: no report of any earlier lease will be taken."""
     return replace(run, lease_token=None, lease_until=None, acked=0)
-
 
 def settled(run: Run, how: str) -> Run:
     """The holder let go; its report, should it come twice, is recognised."""
     return replace(unleased(run), settled_fence=run.fence, settled_as=how,
                    lost_leases=0)
 
-
 def completed(run: Run, output: Json, now: float) -> Run:
     return replace(settled(run, "completed"), status="completed", output=output,
                    error=None, ended_at=now)
-
 
 def attempt_failed(run: Run, error: dict[str, Any], now: float) -> Run:
     """The next attempt later, or the end: failed, or paused if the policy says so.
@@ -889,11 +807,9 @@ def attempt_failed(run: Run, error: dict[str, Any], now: float) -> Run:
         return parked(run, kept)
     return ended_in_failure(run, kept, now)
 
-
 def ended_in_failure(run: Run, error: Json, now: float) -> Run:
     return replace(unleased(run), status="failed", error=error, due_at=None,
                    ended_at=now)
-
 
 def asleep(run: Run, until: float, now: float) -> Run:
     """Let go until an instant; a holder that yields what is past is due at once."""
@@ -902,18 +818,15 @@ def asleep(run: Run, until: float, now: float) -> Run:
         return queued(run, now)
     return replace(run, status="waiting", due_at=until)
 
-
 def queued(run: Run, now: float) -> Run:
     """Due: the next worker that asks gets it, those queued before it first."""
     return replace(run, status="waiting_for_capacity", due_at=now)
-
 
 def cancelled(run: Run, reason: str, now: float) -> Run:
     """Over, from any live status; the fence moves, so that its holder hears of it."""
     message = "the run was cancelled" + (f": {reason}" if reason else "")
     return replace(unleased(run), status="cancelled", fence=run.fence + 1, due_at=None,
                    error=failure("CANCELLED", message), ended_at=now)
-
 
 # ======================================================================================
 # 6. The way in
@@ -948,7 +861,6 @@ GO = re.compile("Go-http-client/|connect-go/")
 request_key: Any = getattr(web, "RequestKey", lambda name, _: name)  # aiohttp 3.14
 GIVEN, HELD = request_key("given", dict), request_key("held", int)
 Handler: TypeAlias = "Callable[[Api, web.BaseRequest], Awaitable[web.StreamResponse]]"
-
 
 def doors() -> dict[str, Handler]:
     """Every door there is. A worker may say POST or, as Go does, PUT."""
@@ -992,7 +904,6 @@ def doors() -> dict[str, Handler]:
     }
     return {door: handler for handler, doors in handlers.items() for door in doors}
 
-
 # --- What every request has in common -------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
@@ -1032,7 +943,6 @@ class Guard:
             raise Unauthenticated("authentication required: send `Authorization: "
                                   "Bearer KEY` with the server's IRONFLOW_API_KEY")
 
-
 @lru_cache(maxsize=256)
 def host_name(host: str) -> str:
     """The name in a Host header or after an origin's scheme, without its port."""
@@ -1040,7 +950,6 @@ def host_name(host: str) -> str:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
         return ""
-
 
 @lru_cache(maxsize=256)
 def is_loopback(name: str) -> bool:
@@ -1050,7 +959,6 @@ def is_loopback(name: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
-
 
 class Doors:
     """The table of doors: which handler a method and a path lead to."""
@@ -1085,7 +993,6 @@ class Doors:
         if path.startswith(CONNECT):
             raise Unimplemented(f"{path[:120]} is not supported by this server yet")
         raise NotFound(f"{method} {path[:120]}: there is no such door here")
-
 
 @dataclass(slots=True)
 class Api:
@@ -1190,10 +1097,8 @@ class Api:
         """Its body is not in memory any more."""
         self.in_flight -= request.pop(HELD, 0)
 
-
 def is_connect(request: web.BaseRequest) -> bool:
     return request.raw_path.startswith(CONNECT)
-
 
 def error_response(path: str, error: IronflowError) -> web.Response:
     """The one place where an error becomes an answer; each SDK reads another member."""
@@ -1208,15 +1113,12 @@ def error_response(path: str, error: IronflowError) -> web.Response:
     text = _to_text.encode(body).encode(errors="replace")  # it may quote any header
     return web.Response(body=text, status=error.status, headers=headers)
 
-
 def error_body(error: IronflowError) -> dict[str, str]:
     return {"error": error.error or error.message, "code": error.code,
             "message": error.message}
 
-
 def answer(text: Json, status: int = 200) -> web.Response:
     return web.Response(body=text.encode(), status=status, headers=JSON_HEADERS)
-
 
 class Fields:
     """One JSON object of a request, or its query: a member under any of its spellings.
@@ -1294,12 +1196,10 @@ class Fields:
             raise InvalidInput(
                 f"{self.where}{names[0]} is no {example[2:]}: {error}") from None
 
-
 def kind_of(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean",
              int: "a number", float: "a number", type(None): "missing or null"}
     return kinds.get(type(value), "something else")
-
 
 def is_empty(value: Any) -> bool:
     """Unset, in any of the ways in which the SDKs spell it."""
@@ -1307,13 +1207,11 @@ def is_empty(value: Any) -> bool:
         return all(map(is_empty, value.values() if isinstance(value, dict) else value))
     return value in (None, "", 0, False)
 
-
 # --- Health ---------------------------------------------------------------------------
 
 async def get_health(api: Api, request: web.BaseRequest) -> web.Response:
     now = to_rfc3339(api.clock.wall())
     return answer(dumps({"status": "ok", "timestamp": now, "version": __version__}))
-
 
 async def get_ready(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /ready: 503 while the last write failed; `journal` tells files apart."""
@@ -1322,13 +1220,11 @@ async def get_ready(api: Api, request: web.BaseRequest) -> web.Response:
             "warnings": [], "journal": api.journal.journal_id}
     return answer(dumps(body), 503 if issues else 200)
 
-
 async def get_capabilities(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/capabilities: only what is built."""
     needs_key = api.guard.api_key is not None and not api.guard.dev
     return answer(dumps({"transports": ["connectrpc"], "features": [],
                          "version": PROTOCOL_VERSION, "auth_required": needs_key}))
-
 
 async def get_info(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Info; the runtime stands where the SDKs look for Go's."""
@@ -1339,7 +1235,6 @@ async def get_info(api: Api, request: web.BaseRequest) -> web.Response:
         "functionCount": len(await read(Queries.functions)),
         "activeRuns": await read(Queries.active_runs),
         "connectedWorkers": len(await read(Queries.connected_workers))}))
-
 
 # --- Events ---------------------------------------------------------------------------
 
@@ -1359,7 +1254,6 @@ async def post_events(api: Api, request: web.BaseRequest) -> web.Response:
     done = await write(accept_events, events, size=sum(map(size_of, events)))
     return answer(join({"events": listed(map(accepted_to_rest, done))}))
 
-
 async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Trigger and Emit, PubSubService/Emit: one event."""
     body = Fields(await api.read_json(request))
@@ -1368,7 +1262,6 @@ async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
     rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
     accepted = await api.journal.write(rule, event, size=size_of(event))
     return answer(accepted_to_connect(accepted))
-
 
 async def trigger_batch(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerBatch: each event is judged alone and has its answer."""
@@ -1389,7 +1282,6 @@ async def trigger_batch(api: Api, request: web.BaseRequest) -> web.Response:
 
     results = await asyncio.gather(*[accept(i, item) for i, item in enumerate(items)])
     return answer(join({"results": listed(results)}))
-
 
 def read_event(body: Fields, name_member: str, limits: Limits, run_id: str | None,
                check: Callable[[str], str] = check_event_name,
@@ -1417,12 +1309,10 @@ def read_event(body: Fields, name_member: str, limits: Limits, run_id: str | Non
             error.message = f"{body.where[:-1]}: {error.message}"
         raise
 
-
 def size_of(event: NewEvent) -> int:
     """Bytes of its name, data and metadata."""
     texts = (event.name, event.data, event.metadata or "")
     return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-
 
 def emitted_by(request: web.BaseRequest) -> str | None:
     """The run inside which a call was made; the SDKs' handlers say so."""
@@ -1432,16 +1322,13 @@ def emitted_by(request: web.BaseRequest) -> str | None:
             "X-Ironflow-Run-ID is no run id: send the run's id, or leave it out")
     return run_id
 
-
 def accepted_to_rest(accepted: Accepted) -> Json:
     event_id, run_ids = dumps(accepted.event_id), dumps(accepted.run_ids)
     return join({"event_id": event_id, "id": event_id, "run_ids": run_ids,
                  "eventId": event_id, "runIds": run_ids})
 
-
 def accepted_to_connect(accepted: Accepted) -> Json:
     return dumps({"runIds": accepted.run_ids, "eventId": accepted.event_id})
-
 
 async def list_events(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/events: newest first; `cursor` goes to older pages, `before` back."""
@@ -1464,13 +1351,11 @@ async def list_events(api: Api, request: web.BaseRequest) -> web.Response:
         "has_prev": before is not None, "prev_cursor": str(before or ""),
         "has_next": after is not None, "next_cursor": str(after or "")})))
 
-
 def filters(asks: Fields, *names: str, **more: str) -> dict[str, Any]:
     """Those of a list's filters that are set; `since` and `until` are instants."""
     texts = more | {name: asks.text(camel(name)) for name in names}
     found = texts | {name: asks.instant(name) for name in ("since", "until")}
     return {name: value for name, value in found.items() if value not in ("", None)}
-
 
 async def list_event_names(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/events/names, in the order of names: those of the newest events."""
@@ -1481,26 +1366,21 @@ async def list_event_names(api: Api, request: web.BaseRequest) -> web.Response:
         "names": [{"name": name, "count": count} for name, count, _ in rows if count],
         "scanned": scanned, "scan_cap": SCAN_ROWS, "truncated": scanned == SCAN_ROWS}))
 
-
 async def get_event(api: Api, request: web.BaseRequest) -> web.Response:
     event_id = request[GIVEN]["event_id"]
     return answer(event_to_rest(await api.journal.read(known, Event, event_id)))
 
-
 # What a worker is told of an event, and what everybody else is told too.
 EVENT = "id=event_id timestamp=at name data version metadata source idempotency_key"
-
 
 def event_to_rest(event: Event) -> Json:
     """An event for readers: it started what it starts when it was recorded."""
     return join(members(event, f"{EVENT} created_at=at run_id=subject")
                 | {"processed": "true"})
 
-
 # --- Calls that wait ------------------------------------------------------------------
 
 DEFAULT_WAIT_MS = 30_000
-
 
 async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerSync: an event, and how the runs that it started ended."""
@@ -1511,7 +1391,6 @@ async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
     results = await wait_for_ends(api, request, accepted.run_ids, wait_s)
     return answer(join({"eventId": dumps(accepted.event_id),
                         "results": listed(results)}))
-
 
 async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/InvokeFunction, and InvokeFunctionSync, which waits."""
@@ -1530,7 +1409,6 @@ async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
     ids = as_texts({"run_id": found[0], "event_id": accepted.event_id})
     return answer(join(ids | in_camel(ids)))
 
-
 def patience(request: web.BaseRequest, body: Fields) -> float:
     """Seconds that a caller waits; it is answered before it gives up by itself."""
     wait_ms = body.whole("timeoutMs", high=MAX_INT32) or DEFAULT_WAIT_MS
@@ -1538,7 +1416,6 @@ def patience(request: web.BaseRequest, body: Fields) -> float:
     if re.fullmatch("[0-9]{1,10}", deadline):
         wait_ms = min(wait_ms, int(deadline) * 9 // 10)
     return wait_ms / 1000
-
 
 async def wait_for_ends(api: Api, request: web.BaseRequest, run_ids: list[str],
                         wait_s: float) -> list[Json]:
@@ -1555,7 +1432,6 @@ async def wait_for_ends(api: Api, request: web.BaseRequest, run_ids: list[str],
             runs = await api.journal.read(Queries.runs_by_id, run_ids)
     return [result_to_connect(request, run, api.clock.wall()) for run in runs]
 
-
 def result_to_connect(request: web.BaseRequest, run: Run, now: float) -> Json:
     """A run's end, for who waited; `waitTimedOut`, if there was none in time."""
     took_s = (run.ended_at or now) - run.created_at
@@ -1563,7 +1439,6 @@ def result_to_connect(request: web.BaseRequest, run: Run, now: float) -> Json:
     return to_connect(request, run, found | {
         "duration_ms": str(max(0, round(took_s * 1000))),
         "wait_timed_out": dumps(run.status not in TERMINAL)})
-
 
 # --- Topics ---------------------------------------------------------------------------
 
@@ -1577,14 +1452,12 @@ async def publish_data(api: Api, request: web.BaseRequest) -> web.Response:
         found |= {"event_id": f"seq_{seq}", "sequence": seq}
     return answer(dumps(found))
 
-
 async def list_topics(api: Api, request: web.BaseRequest) -> web.Response:
     topics = await api.journal.read(Queries.topics)
     return answer(join({"topics": listed(
         join(in_camel(members(topic, "name first_message_at last_message_at"))
              | {"messageCount": f'"{topic.message_count}"', "consumerCount": "0"})
         for topic in topics)}))
-
 
 async def get_topic_stats(api: Api, request: web.BaseRequest) -> web.Response:
     """GetTopicStats {topic}: zeros for one that nobody published on."""
@@ -1595,12 +1468,10 @@ async def get_topic_stats(api: Api, request: web.BaseRequest) -> web.Response:
         "name": name, "messageCount": str(topic.message_count), "consumerCount": 0,
         "lag": "0", "firstSeq": str(topic.first_seq), "lastSeq": str(topic.last_seq)}))
 
-
 # --- Functions and workers ------------------------------------------------------------
 
 NOT_YET = ("concurrency", "debounce", "throttle", "cancelOn", "actorKey",
            "circuitBreaker", "secrets", "endpointUrl")
-
 
 async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/RegisterFunction: an upsert; the same again changes nothing."""
@@ -1608,7 +1479,6 @@ async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     function, created = await api.journal.write(register_function, new)
     return answer(join({"function": function_to_connect(function),
                         "created": dumps(created)}))
-
 
 def read_function(body: Fields) -> NewFunction:
     """A registration under any SDK's spelling. Nothing is silently ignored."""
@@ -1629,13 +1499,11 @@ def read_function(body: Fields) -> NewFunction:
     }
     return NewFunction(function_id, dumps(config), retry.to_text(), events)
 
-
 def refuse_not_yet(body: Fields, names: Iterable[str], where: str) -> None:
     for name in names:
         if not is_empty(body.get(name)):
             raise InvalidInput(f"{where}{name} is not supported by this server yet: "
                                "leave it out")
-
 
 def read_trigger(item: Fields) -> str:
     refuse_not_yet(item, ("cron", "expression"), item.where)
@@ -1644,7 +1512,6 @@ def read_trigger(item: Fields) -> str:
         raise InvalidInput(f"{item.where}event is empty: name the event that starts"
                            " the function")
     return check_trigger(event)
-
 
 def read_retry(body: Fields) -> Retry:
     """The policy; a member that is unset or zero, as Go sends it, is the default."""
@@ -1662,7 +1529,6 @@ def read_retry(body: Fields) -> Retry:
             f"retry.backoffFactor is {factor}: send more than 0, up to 1000")
     return retry
 
-
 def read_mode(body: Fields) -> str:
     """Push without an endpoint is what Go sends for all: a worker may take it."""
     mode = body.get("preferredMode", "mode")
@@ -1671,14 +1537,12 @@ def read_mode(body: Fields) -> str:
         raise InvalidInput(f"preferredMode is {str(mode)[:40]!r}: send pull or push")
     return f"EXECUTION_MODE_{(word or 'pull').upper()}"
 
-
 ENUMS = {  # the words that stand for 1, 2, 3 ... in the SDKs' messages
     "execution_mode": ["push", "pull"],
     "function_status": ["active", "paused", "archived"],
     "run_status": ["pending", "running", "completed", "failed", "cancelled", "paused",
                    "waiting_for_capacity", "waiting"],
 }
-
 
 def read_enum(value: Any, enum: str) -> str:
     """The word for a value in any spelling, RUN_STATUS_FAILED, FAILED, failed or 4;
@@ -1688,12 +1552,10 @@ def read_enum(value: Any, enum: str) -> str:
         return words[int(word) - 1]
     return word if word in words else ""
 
-
 def function_to_connect(function: Function) -> Json:
     found = in_camel(members(function, "version created_at updated_at"))
     return join(found | as_texts(json.loads(function.config)) | {
         "status": f'"FUNCTION_STATUS_{function.status.upper()}"'})
-
 
 async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
     """ListFunctions, GET /api/v1/functions: in the order of ids, a thousand a page."""
@@ -1713,12 +1575,10 @@ async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
     cursor = page[-1].function_id if more and page else ""
     return answer_list(request, "functions", rows, cursor, len(found))
 
-
 async def get_function(api: Api, request: web.BaseRequest) -> web.Response:
     function_id = (await asked(api, request)).text("functionId", "id")
     function = await api.journal.read(known, Function, function_id)
     return answer((await functions_to_wire(api, request, [function]))[0])
-
 
 async def post_status(api: Api, request: web.BaseRequest) -> web.Response:
     """UpdateFunctionStatus {id, status}: active, paused or archived."""
@@ -1730,12 +1590,10 @@ async def post_status(api: Api, request: web.BaseRequest) -> web.Response:
     function = await api.journal.write(set_status, function_id, word)
     return answer((await functions_to_wire(api, request, [function]))[0])
 
-
 async def remove_function(api: Api, request: web.BaseRequest) -> web.Response:
     function_id = (await asked(api, request)).text("functionId", "id")
     await api.journal.write(delete_function, function_id)
     return answer("{}")
-
 
 async def functions_to_wire(api: Api, request: web.BaseRequest,
                             functions: list[Function]) -> list[Json]:
@@ -1746,7 +1604,6 @@ async def functions_to_wire(api: Api, request: web.BaseRequest,
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
     return [dumps(function_to_rest(each) | {"workers": carried[each.function_id]})
             for each in functions]
-
 
 def function_to_rest(function: Function) -> dict[str, Any]:
     """The union of the two published row shapes (docs, JS 0.29)."""
@@ -1763,7 +1620,6 @@ def function_to_rest(function: Function) -> dict[str, Any]:
         "updated_at": to_rfc3339(function.updated_at),
     }
 
-
 async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/workers: those connected now, with the runs they hold."""
     held = await api.journal.read(Queries.held_runs)
@@ -1776,7 +1632,6 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
         for worker in await api.journal.read(Queries.connected_workers)]
     return answer(join({"workers": listed(workers), "count": str(len(workers))}))
 
-
 # --- Runs -----------------------------------------------------------------------------
 # Each call has a REST and a Connect form; `asked` reads both, `.._to_wire` writes both.
 
@@ -1788,11 +1643,9 @@ async def asked(api: Api, request: web.BaseRequest) -> Fields:
     query = {name: text for name, text in request.query.items() if text}
     return Fields({**Fields(body).all, **query, **path})
 
-
 async def get_run(api: Api, request: web.BaseRequest) -> web.Response:
     run_id = (await asked(api, request)).text("runId", "id")
     return answer(run_to_wire(request, *await api.journal.read(run_and_input, run_id)))
-
 
 async def cancel(api: Api, request: web.BaseRequest) -> web.Response:
     """CancelRun {id, reason}, POST /api/v1/runs/{id}/cancel; the run as it is then."""
@@ -1801,11 +1654,9 @@ async def cancel(api: Api, request: web.BaseRequest) -> web.Response:
     await api.journal.write(cancel_run, run_id, asks.text("reason"))
     return answer(run_to_wire(request, *await api.journal.read(run_and_input, run_id)))
 
-
 def run_and_input(journal: Queries, run_id: str) -> tuple[Run, Json]:
     run = known(journal, Run, run_id)
     return run, journal.input_of(run)
-
 
 async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
     """ListRuns, GET /api/v1/runs: newest first, 50 a page; the cursor is a run's id."""
@@ -1822,7 +1673,6 @@ async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
     rows = [run_to_wire(request, *each) for each in page.rows]
     return answer_list(request, "runs", rows, page.cursor, page.total)
 
-
 def answer_list(request: web.BaseRequest, what: str, rows: list[Json],
                 cursor: str | None, total: int) -> web.Response:
     found: dict[str, Json | None] = {
@@ -1831,7 +1681,6 @@ def answer_list(request: web.BaseRequest, what: str, rows: list[Json],
     if is_connect(request):
         return answer(join(in_camel(found)))
     return answer(join(found | {"count": str(len(rows))}))
-
 
 def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
     """A run in the caller's shape: REST in snake_case, Connect in camelCase."""
@@ -1843,7 +1692,6 @@ def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
         return join(found)
     return to_connect(request, run, found | {"execution_mode": '"EXECUTION_MODE_PULL"'})
 
-
 def to_connect(request: web.BaseRequest, run: Run, found: dict[str, Json | None]
                ) -> Json:
     """In Connect JSON Go reads RUN_STATUS_COMPLETED, everybody else `completed`."""
@@ -1854,7 +1702,6 @@ def to_connect(request: web.BaseRequest, run: Run, found: dict[str, Json | None]
             found[f"{name}_value"] = value
     return join(in_camel(found))
 
-
 async def list_steps(api: Api, request: web.BaseRequest) -> web.Response:
     """GetRunSteps {run_id}, GET /api/v1/runs/{id}/steps: all of them, in sequence."""
     run_id = (await asked(api, request)).text("runId", "id")
@@ -1862,7 +1709,6 @@ async def list_steps(api: Api, request: web.BaseRequest) -> web.Response:
     steps = await api.journal.read(Queries.steps, run_id)
     return answer(join({"steps": listed(step_to_wire(request, step) for step in steps),
                         "count": str(len(steps))}))
-
 
 def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
     found = members(step, "run_id step_id name step_type=type sequence status output"
@@ -1877,7 +1723,6 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
         found["output_value"] = found.pop("output")
     return join(in_camel(found))
 
-
 # ======================================================================================
 # 7. The engine
 # ======================================================================================
@@ -1885,7 +1730,6 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
 # They know no SQL, no HTTP, no clock, and never wait. A rule looks before it writes:
 # one that refuses has changed nothing, so its neighbours in the same commit need not
 # notice. What a rule changes, a row of `journal` says in the same transaction.
-
 
 def accept_event(tx: Transaction, event: NewEvent, now: float, started_by:
                  Callable[[Transaction, str], list[Function]] | None = None
@@ -1902,16 +1746,13 @@ def accept_event(tx: Transaction, event: NewEvent, now: float, started_by:
     kept = tx.append_event(event, event_id, now)
     return Accepted(event_id, [start_run(tx, f, kept, now) for f in functions])
 
-
 def accept_call(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """As `accept_event`; if it triggers nothing, its name may be a function's id."""
     return accept_event(tx, event, now, triggered_or_named)
 
-
 def triggered_or_named(tx: Transaction, name: str) -> list[Function]:
     named = tx.find(Function, function_id=name, status="active")
     return tx.functions_triggered_by(name) or ([named] if named else [])
-
 
 def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """Start a run of the function that the event is named after, and of no other.
@@ -1920,14 +1761,12 @@ def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """
     return accept_event(tx, event, now, the_named)
 
-
 def the_named(tx: Transaction, function_id: str) -> list[Function]:
     function = known(tx, Function, function_id)
     if function.status != "active":
         raise FailedPrecondition(f"function {function_id!r} is {function.status}: set "
                                  "its status to active to start runs of it")
     return [function]
-
 
 def publish(tx: Transaction, event: NewEvent, now: float) -> tuple[int, bool]:
     """Record data for a topic; its `seq`, and whether it was there before.
@@ -1936,7 +1775,6 @@ def publish(tx: Transaction, event: NewEvent, now: float) -> tuple[int, bool]:
     """
     first = find_original(tx, event, {})
     return (first or tx.append_event(event, None, now)).seq, first is not None
-
 
 def accept_events(tx: Transaction, events: list[NewEvent],
                   now: float) -> list[Accepted]:
@@ -1951,7 +1789,6 @@ def accept_events(tx: Transaction, events: list[NewEvent],
         except AlreadyExists as error:
             raise AlreadyExists(f"events[{i}]: {error.message}") from None
     return [accept_event(tx, event, now) for event in events]
-
 
 def find_original(tx: Transaction, event: NewEvent,
                   names: dict[str, str]) -> Event | None:
@@ -1968,12 +1805,10 @@ def find_original(tx: Transaction, event: NewEvent,
                             f"key for {what_it_is(event)}")
     return first
 
-
 def what_it_is(event: NewEvent) -> str:
     """In words; what has the same words and the same key is the same."""
     kind = "an invocation of" if event.source == "invoke" else f"the {event.kind}"
     return f"{kind} {event.name!r}"
-
 
 def start_run(tx: Transaction, function: Function, event: Event, now: float) -> str:
     """A run of one function for one event, due at once; its id."""
@@ -1982,7 +1817,6 @@ def start_run(tx: Transaction, function: Function, event: Event, now: float) -> 
     tx.append("run", "created", run_id,
               {"status": "waiting_for_capacity", "attempt": 1}, now)
     return run_id
-
 
 def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     """Store a run as a rule of chapter 5 made it; a change of status leaves its row."""
@@ -2000,7 +1834,6 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     tx.append("run", verb, new.run_id, change, now)
     return new
 
-
 def known(tx: Queries, row: type[T], row_id: str) -> T:
     """The event, function, run or worker with this id. Raises NotFound."""
     noun = row.__name__.lower()
@@ -2009,7 +1842,6 @@ def known(tx: Queries, row: type[T], row_id: str) -> T:
             "not found" if row is not Worker
             else "never registered here: register it first"))
     return found
-
 
 # --- Functions and workers ------------------------------------------------------------
 
@@ -2030,13 +1862,11 @@ def register_function(tx: Transaction, new: NewFunction,
     say_of_function(tx, "updated" if old else "registered", function, now)
     return function, old is None
 
-
 def say_of_function(tx: Transaction, verb: str, function: Function,
                     now: float) -> None:
     change = {"id": function.function_id, "version": function.version,
               "status": function.status}
     tx.append("function", verb, function.function_id, change, now)
-
 
 def set_status(tx: Transaction, function_id: str, status: str, now: float) -> Function:
     """Only an active function starts runs; those that exist go on. Raises NotFound."""
@@ -2048,13 +1878,11 @@ def set_status(tx: Transaction, function_id: str, status: str, now: float) -> Fu
     say_of_function(tx, "updated", function, now)
     return function
 
-
 def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
     function = known(tx, Function, function_id)
     tx.delete_function(function_id)
     say_of_function(tx, "deleted", function, now)
-
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
     """Remember a worker for good: one that ever registered is never told 404 again."""
@@ -2065,7 +1893,6 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
     if old is None or not old.connected:
         tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
 
-
 def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) -> None:
     """A worker was heard of again, or not for too long. Raises NotFound if unknown."""
     worker = known(tx, Worker, worker_id)
@@ -2073,7 +1900,6 @@ def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) ->
         tx.save(replace(worker, connected=int(connected)))
         verb = "connected" if connected else "disconnected"
         tx.append("worker", verb, worker_id, {"status": verb}, now)
-
 
 # --- Offers: who would take work now --------------------------------------------------
 # Nothing polls the database. A held poll is an offer, and as the last act of each batch
@@ -2099,7 +1925,6 @@ class Offer:
     jobs: list[Job] = field(default_factory=list)
     error: IronflowError | None = None
     state: Literal["open", "taken", "over"] = "open"
-
 
 class Offers:
     """All that stand, by function, oldest first. The writer alone looks at those."""
@@ -2180,7 +2005,6 @@ class Offers:
             offer.jobs, offer.error, offer.state = [], None, "open"
             self.add(offer)
 
-
 def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
                     limits: Limits, now: float) -> None:
     """Lease due runs of `functions` to the offers that stand, the longest due first."""
@@ -2196,7 +2020,6 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(held, event, tx.steps(run.run_id, "completed"),
                               tx.next_sequence(run.run_id)))
-
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -2232,10 +2055,8 @@ def report(tx: Transaction, job_id: str, said: Report, limits: Limits,
         held = ended_in_failure(settled(held, how), failure(*why.args), now)
     become(tx, run, held, now)
 
-
 class Unkept(Exception):
     """A code, and a sentence: why this report ends its run in failure."""
-
 
 def record_steps(tx: Transaction, run: Run, said: Report, limits: Limits,
                  now: float) -> int:
@@ -2261,7 +2082,6 @@ def record_steps(tx: Transaction, run: Run, said: Report, limits: Limits,
             created_at=old.created_at if old else now, updated_at=now))
     return fresh
 
-
 def keep_step(tx: Transaction, old: Step | None, step: Step) -> None:
     """Store a step; subscribers hear `created` once, then how it ended."""
     tx.save(step)
@@ -2274,7 +2094,6 @@ def keep_step(tx: Transaction, old: Step | None, step: Step) -> None:
     if step.status in ("completed", "failed"):
         tx.append("step", step.status, run_id, change, at, step_id)
 
-
 def check_output(what: str, output: Json | None, limits: Limits) -> None:
     if (size := len((output or "").encode())) > (limit := limits.step_bytes):
         raise Unkept("STEP_OUTPUT_TOO_LARGE", (
@@ -2282,13 +2101,11 @@ def check_output(what: str, output: Json | None, limits: Limits) -> None:
             "elsewhere and return where they are, or start the server with a larger "
             "--max-step-bytes"))
 
-
 def check_room(sequence: int, name: str, limits: Limits) -> None:
     if sequence >= limits.steps:
         raise Unkept("TOO_MANY_STEPS", (
             f"step {name!r} is one more than the {limits.steps} that a run may have: "
             "split the work, or start the server with a larger --max-steps"))
-
 
 def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) -> Run:
     """What becomes of a run whose worker let go of it. Raises Unkept."""
@@ -2303,7 +2120,6 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
     raise Unkept("UNSUPPORTED_YIELD", (
         f"step {said.yielded.name!r} yielded {said.yielded.kind!r}, which is not "
         "supported by this server yet: the run ends here"))
-
 
 def fall_asleep(tx: Transaction, run: Run, wish: Yield, limits: Limits,
                 now: float) -> Run:
@@ -2329,13 +2145,11 @@ def fall_asleep(tx: Transaction, run: Run, wish: Yield, limits: Limits,
     end_sleeps(tx, run, now)
     return asleep(run, until, now)
 
-
 def end_sleeps(tx: Transaction, run: Run, now: float) -> None:
     for step in tx.steps(run.run_id, "sleeping"):
         if (step.sleep_until or now) <= now:
             keep_step(tx, step, replace(step, status="completed", output="null",
                                         ended_at=now, updated_at=now))
-
 
 # --- Time, and people -----------------------------------------------------------------
 
@@ -2355,7 +2169,6 @@ def heartbeat(tx: Transaction, worker_id: str, job_ids: list[str], limits: Limit
         if fence in (None, run.fence) and not young:
             become(tx, run, renewed(run, limits.lease_s, now), now)
 
-
 def give_back(tx: Transaction, run_id: str, fence: int, sent: bool, limits: Limits,
               now: float) -> None:
     """The worker was seen to vanish: the run is due again at once.
@@ -2368,7 +2181,6 @@ def give_back(tx: Transaction, run_id: str, fence: int, sent: bool, limits: Limi
     if not (sent and run.acked):
         become(tx, run, lease_ended(run, limits.lost_leases, now), now)
 
-
 def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     """Do what is due at `now`; the instant at which to come back."""
     for run in tx.overdue("running", now):
@@ -2377,7 +2189,6 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
         end_sleeps(tx, run, now)
         become(tx, run, queued(run, now), now)
     return tx.next_instant()
-
 
 def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
     """Each lease starts anew: the server was away, its workers were not.
@@ -2388,7 +2199,6 @@ def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
     tx.renew_leases(now + limits.lease_s, acked=True)
     tx.renew_leases(now + limits.reservation_s, acked=False)
     return tx.next_instant()
-
 
 def cancel_run(tx: Transaction, run_id: str, reason: str, now: float) -> Run:
     """End a live run; a cancelled one is answered as it is.
@@ -2403,7 +2213,6 @@ def cancel_run(tx: Transaction, run_id: str, reason: str, now: float) -> Run:
                                  "be cancelled")
     return become(tx, run, cancelled(run, reason, now), now)
 
-
 def forget_old(tx: Transaction, retain_s: float, after: int, now: float) -> int | None:
     """Delete a few rows older than that, from `after` on; where to go on, or None.
 
@@ -2413,7 +2222,6 @@ def forget_old(tx: Transaction, retain_s: float, after: int, now: float) -> int 
     if tx.delete_ended_runs(now - retain_s):
         return after
     return tx.delete_rows(now - retain_s, after)
-
 
 # ======================================================================================
 # 8. The journal
@@ -2578,13 +2386,11 @@ JOURNAL_ROW = ("seq", "at", "kind", "name", "subject", "step", "data", "event_id
 RUN_ROW = ("run_id", "function_id", "function_version", "event_seq", "event_id",
            "event_name", "retry", "status", "created_at", "due_at", "updated_at")
 
-
 @lru_cache(maxsize=64)
 def columns(row: Any, form: str = "{}", after: str = "") -> str:
     """The columns of a row, each in a form, from the one after `after` on."""
     names = column_names(row)
     return ", ".join(map(form.format, names[names.index(after) + 1 if after else 0 :]))
-
 
 @lru_cache(maxsize=64)
 def select(row: Any, *keys: str) -> str:
@@ -2593,19 +2399,16 @@ def select(row: Any, *keys: str) -> str:
     tests = " AND ".join(f"{key} = :{key}" for key in keys)
     return f"SELECT {columns(row)} FROM {table} WHERE {tests}"
 
-
 @lru_cache(maxsize=4 * ROWS_AT_ONCE)
 def insert(table: str, names: tuple[str, ...], count: int = 1) -> str:
     marks = ", ".join([f"({', '.join('?' * len(names))})"] * count)
     return f"INSERT INTO {table} ({', '.join(names)}) VALUES {marks}"
-
 
 def with_ids(wanted: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Instants as the ids that are made then; `until` is included."""
     later_s = {"since": 0.0, "until": 0.001}
     return wanted | {name: Ids.first(prefix, wanted[name] + later_s[name])
                      for name in wanted.keys() & later_s.keys()}
-
 
 class Queries:
     """What can be asked of the file. Each fetches all and closes its cursor at once."""
@@ -2802,7 +2605,6 @@ class Queries:
                 data = step_message(step, name, json.loads(data))
             found.append(Message(seq, at, topic, event_id or f"seq_{seq}", data))
         return found
-
 
 class Transaction(Queries):
     """The verbs of one open transaction: the journal's contents page.
@@ -3028,7 +2830,6 @@ class Transaction(Queries):
             """, {"after": after, "last": old[-1] if old else 0, "before": before})
         return rows[-1][0] if rows and rows[-1][1] < before else None
 
-
 # --- What subscribers are told --------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
@@ -3039,7 +2840,6 @@ class Message:
     topic: str
     event_id: str
     data: Json
-
 
 def run_message(run: Run, data: Json, verb: str, change: dict[str, Any],
                 at: float) -> Json:
@@ -3052,7 +2852,6 @@ def run_message(run: Run, data: Json, verb: str, change: dict[str, Any],
         "input": data, "updatedAt": stamp(at),
         "endedAt": stamp(at) if verb in TERMINAL else None})
 
-
 def step_message(step: Step, verb: str, change: dict[str, Any]) -> Json:
     """The step object as it was when the row was written."""
     names = "id=step_id step_id run_id name type sequence started_at"
@@ -3060,12 +2859,10 @@ def step_message(step: Step, verb: str, change: dict[str, Any]) -> Json:
     names += " output" if verb == "completed" else ""
     return join(in_camel(members(step, names)) | as_texts(change))
 
-
 # --- The file, in one thread ----------------------------------------------------------
 
 OUR_MISTAKES = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError,
                 sqlite3.InterfaceError, sqlite3.NotSupportedError)
-
 
 @dataclass(slots=True, eq=False)
 class Wish:
@@ -3076,7 +2873,6 @@ class Wish:
     result: Any = None
     error: BaseException | None = None
     future: Future | None = None
-
 
 class JournalFile:
     """The SQLite file, used from one thread at a time.
@@ -3211,7 +3007,6 @@ class JournalFile:
         """Roll back what is open; the last connection folds the log into the file."""
         self._db.close()
 
-
 def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Connection:
     """A connection with autocommit: BEGIN and COMMIT are written out."""
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
@@ -3231,7 +3026,6 @@ def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Conne
             db.close()
         raise StartError(f"cannot open {path}: {error}") from None
 
-
 def check_owner(db: sqlite3.Connection, path: Path) -> int:
     """The file's version. Before anything is changed: it may be somebody else's."""
     (owner,) = db.execute("PRAGMA application_id").fetchone()
@@ -3245,7 +3039,6 @@ def check_owner(db: sqlite3.Connection, path: Path) -> int:
             f"reads up to {len(MIGRATIONS)}): start it with the newer program")
     return int(version)
 
-
 def prepare_to_write(db: sqlite3.Connection, path: Path) -> None:
     """Each of these buys something. Raises StartError if the log cannot be had."""
     (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -3258,7 +3051,6 @@ def prepare_to_write(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA foreign_keys = ON")
     db.execute("PRAGMA wal_autocheckpoint = 0")  # done by the writer, after the answers
 
-
 def trouble(error: BaseException, path: Path) -> IronflowError | None:
     """What callers hear when a batch failed as a whole; None if all is lost."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary result code
@@ -3268,7 +3060,6 @@ def trouble(error: BaseException, path: Path) -> IronflowError | None:
         return Unavailable(f"another program has held the write lock of {path} for "
                            f"{FOREIGN_LOCK_S} s: end its transaction, then try again")
     return None
-
 
 def backup(db: Path, target: Path) -> None:
     """A copy of a journal, consistent also while a server writes to it.
@@ -3293,7 +3084,6 @@ def backup(db: Path, target: Path) -> None:
     finally:
         part.unlink(missing_ok=True)
 
-
 # --- The writer thread ----------------------------------------------------------------
 
 def lock(path: Path) -> int:
@@ -3314,7 +3104,6 @@ def lock(path: Path) -> int:
         raise StartError(f"another ironflow serves {path}: stop it first, or name "
                          "another file (--db)") from None
     return fd
-
 
 class Journal:
     """The file behind a writer thread: the API's only way to the disk.
@@ -3530,7 +3319,6 @@ class Journal:
         self._file.close()
         os.close(self._lock)
 
-
 def settle_future(future: Future | None, got: Any) -> None:
     """Give who waits what came; an exception is raised there. Nobody waits: nothing."""
     if future is None or future.done():
@@ -3540,7 +3328,6 @@ def settle_future(future: Future | None, got: Any) -> None:
     else:
         future.set_result(got)
 
-
 # ======================================================================================
 # 10. The way out: pull
 # ======================================================================================
@@ -3548,7 +3335,6 @@ def settle_future(future: Future | None, got: Any) -> None:
 # held poll. It acks a job, does it, reports its steps on the way and its end. The order
 # of calls and the bodies are those of the SDKs' workers. Whatever a worker may be told
 # twice, or never hears because it died, is the engine's to decide; here are sockets.
-
 
 @dataclass(slots=True, eq=False)
 class PullDesk:
@@ -3675,7 +3461,6 @@ class PullDesk:
         if self.chores:
             await asyncio.wait(self.chores, timeout=STOP_S)
 
-
 def worker_of(request: web.BaseRequest) -> str:
     """The worker's id, client-made: in every path, and taken as it is."""
     worker_id: str = request[GIVEN]["worker_id"]
@@ -3683,7 +3468,6 @@ def worker_of(request: web.BaseRequest) -> str:
         raise InvalidInput("worker id: send up to 255 characters, no control "
                            "characters")
     return worker_id
-
 
 async def post_worker(api: Api, request: web.BaseRequest) -> web.Response:
     """Register a worker, again as often as it likes; the newest word counts."""
@@ -3699,7 +3483,6 @@ async def post_worker(api: Api, request: web.BaseRequest) -> web.Response:
     await api.desk.heard_of(worker_id)
     return answer('{"status":"registered"}')
 
-
 async def post_heartbeat(api: Api, request: web.BaseRequest) -> web.Response:
     """Renew the leases of the jobs that are listed: Python drops one to let it end."""
     body = Fields(await api.read_json(request))
@@ -3708,7 +3491,6 @@ async def post_heartbeat(api: Api, request: web.BaseRequest) -> web.Response:
     if job_ids := [job.text("jobId") for job in body.objects("jobs")]:
         await api.journal.write(heartbeat, worker_id, job_ids, api.limits)
     return answer('{"status":"ok"}')
-
 
 async def poll_jobs(api: Api, request: web.BaseRequest) -> web.Response:
     """GET .../jobs?available=N[&wait=S][&acked=true]: N jobs at most, or 204 for none.
@@ -3732,7 +3514,6 @@ async def poll_jobs(api: Api, request: web.BaseRequest) -> web.Response:
     held = {"Ironflow-Poll-Wait": str(wait_s)} if slots and wait_s else {}
     return web.Response(status=204, headers=held)
 
-
 def job_to_json(job: Job) -> Json:
     """An assignment, by the strictest SDK's rules: absent, never null (Python 0.53)."""
     steps = [join(members(step, "step_id name status")
@@ -3744,12 +3525,10 @@ def job_to_json(job: Job) -> Json:
         "event": join(members(job.event, EVENT)), "completed_steps": listed(steps),
         "step_sequence_base": str(job.next_sequence)})
 
-
 async def put_ack(api: Api, request: web.BaseRequest) -> web.Response:
     said = read_report(Fields(await api.read_json(request)), "ack")
     await api.journal.write(report, request[GIVEN]["job_id"], said, api.limits)
     return answer('{"status":"ok"}')
-
 
 async def put_update(api: Api, request: web.BaseRequest) -> web.Response:
     """Progress, or the end of a run's execution: completed, failed, yielded."""
@@ -3763,7 +3542,6 @@ async def put_update(api: Api, request: web.BaseRequest) -> web.Response:
         api.desk.job_ended(request[GIVEN]["worker_id"])
     await api.journal.write(report, job_id, said, api.limits, size=len(body))
     return answer('{"status":"ok"}')
-
 
 def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
     """What to make of a final report that cannot be kept: the run fails, and says why.
@@ -3779,7 +3557,6 @@ def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
     error = {"message": message, "code": "INVALID_REPORT"}
     return Report("failed", fence, None, error=error)
 
-
 def status_in(body: bytes, wrong: IronflowError) -> Any:
     """The status of an unreadable report, for whose JSON a laxer reader may do."""
     if isinstance(wrong, TooLarge):
@@ -3788,7 +3565,6 @@ def status_in(body: bytes, wrong: IronflowError) -> Any:
         said = json.loads(body.decode(errors="replace"))
         return said.get("status") if isinstance(said, dict) else None
     return None
-
 
 async def put_updates(api: Api, request: web.BaseRequest) -> web.Response:
     """PUT .../jobs: many updates in one request, each judged alone, in order.
@@ -3803,7 +3579,6 @@ async def put_updates(api: Api, request: web.BaseRequest) -> web.Response:
     results = await asyncio.gather(*[take_update(api, item, size) for item in updates])
     return answer(join({"results": listed(results)}))
 
-
 async def take_update(api: Api, item: Fields, size: int) -> Json:
     try:
         job_id = item.text("jobId")
@@ -3815,7 +3590,6 @@ async def take_update(api: Api, item: Fields, size: int) -> Json:
     except IronflowError as error:
         return join({"status": str(error.status), "body": dumps(error_body(error))})
     return '{"status":200,"body":{"status":"ok"}}'
-
 
 def read_report(body: Fields, status: str | None = None) -> Report:
     """A worker's word on a job, as all three SDKs send it. Raises InvalidInput."""
@@ -3834,7 +3608,6 @@ def read_report(body: Fields, status: str | None = None) -> Report:
         error=read_error(body.get("error")) if said == "failed" else {},
         yielded=read_yield(body.inner("yield")) if said == "yielded" else None,
     )
-
 
 def read_step(body: Fields) -> ReportedStep:
     """A finished step. Go leaves out the times, JS the output of undefined."""
@@ -3855,7 +3628,6 @@ def read_step(body: Fields) -> ReportedStep:
         started_at=body.instant("startedAt"), ended_at=body.instant("endedAt"),
     )
 
-
 def read_error(value: Any) -> dict[str, Any]:
     """An error as reported: an object, a bare sentence, or nothing."""
     said = Fields(value if isinstance(value, dict) else {"message": value}, "error")
@@ -3869,7 +3641,6 @@ def read_error(value: Any) -> dict[str, Any]:
         error = always
     return error if after is None else error | {"retry_after_ms": max(0.0, after)}
 
-
 def read_yield(body: Fields) -> Yield:
     """Why the worker let go. What is not built yet is for the engine to refuse."""
     kind, step_id = body.text("type"), body.text("stepId")
@@ -3880,13 +3651,11 @@ def read_yield(body: Fields) -> Yield:
         raise InvalidInput("yield.until is missing: a sleep says when it ends")
     return Yield(kind, step_id, body.text("stepName") or step_name(step_id), until)
 
-
 def step_name(step_id: str) -> str:
     """The name inside `{scope}:{name}:{index}`, for people; ids stay opaque."""
     parts = re.split(r"(?<!\\):", step_id)
     name = parts[-2] if len(parts) >= 3 else step_id
     return name.replace("\\:", ":").replace("\\\\", "\\")
-
 
 # ======================================================================================
 # 12. The server
@@ -3899,7 +3668,6 @@ CLOCK_STEP_S = 1.0  # less than this is drift
 RETRY_S = 1.0  # between two tries of the timers to write
 SWEEP_EVERY_S, SWEEP_PAUSE_S = 3600.0, 0.05  # between sweeps; between parts of one
 STOP_S = 10.0  # how long requests in progress may take when stopping
-
 
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
@@ -3951,7 +3719,6 @@ class Timekeeper:
                 await asyncio.sleep(RETRY_S)
         self._next_at = min(self._next_at, instant)
 
-
 async def sweep(journal: Journal, retain_s: float) -> None:
     """Delete what is too old, a little at a time, so that no caller waits for it."""
     while True:
@@ -3961,7 +3728,6 @@ async def sweep(journal: Journal, retain_s: float) -> None:
                 after = await journal.write(forget_old, retain_s, after)
                 await asyncio.sleep(SWEEP_PAUSE_S)
         await asyncio.sleep(min(SWEEP_EVERY_S, retain_s / 10))
-
 
 @dataclass(kw_only=True)
 class Server:
@@ -4056,17 +3822,14 @@ class Server:
         """Answer who waits, take no more, commit what is queued, close the file."""
         await self._running.aclose()
 
-
 def is_our_mistake(record: logging.LogRecord) -> bool:
     """Whether to log it: a port scanner's broken HTTP, answered 400, is not ours."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, (HttpProcessingError, web.RequestPayloadError))
 
-
 async def end_task(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait({task})
-
 
 def listen(host: str | None, port: int, guard: Guard) -> list[socket.socket]:
     """Bound sockets: the host's, or without one both loopback addresses on one port."""
@@ -4088,7 +3851,6 @@ def listen(host: str | None, port: int, guard: Guard) -> list[socket.socket]:
                 raise  # the number is taken on ::1
     raise StartError("no port is free on both 127.0.0.1 and ::1: name one with --port")
 
-
 def bind(host: str, port: int) -> socket.socket:
     try:  # SO_REUSEADDR where it is harmless, and IPv6 without IPv4: by create_server
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
@@ -4103,7 +3865,6 @@ def bind(host: str, port: int) -> socket.socket:
                          " or choose another with --port (0 takes a free one)"
                          ) from error
 
-
 # ======================================================================================
 # 13. The command line
 # ======================================================================================
@@ -4114,7 +3875,6 @@ def bind(host: str, port: int) -> socket.socket:
 HOME = "http://localhost:9123"
 LOCAL = ("serve", "version", "backup")  # the others take --server and --json as well
 Deed: TypeAlias = "Callable[[argparse.Namespace], int | None]"  # None: status 0
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status. Without one: `serve`."""
@@ -4138,7 +3898,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head -1` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # as if by SIGPIPE, which Windows does not have
-
 
 def commands() -> dict[str, tuple[Deed, str, str, str]]:
     """Every command: its handler, its purpose, an example, its arguments."""
@@ -4174,7 +3933,6 @@ def commands() -> dict[str, tuple[Deed, str, str, str]]:
                  " last_heartbeat function_ids"),
             "list the workers that are connected", "", ""),
     }
-
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -4231,7 +3989,6 @@ def parser() -> argparse.ArgumentParser:
             type=within(1, 2**53), default=getattr(limits, name))
     return top
 
-
 def told(read: Callable[[str], Any], wanted: str = "") -> Callable[[str], Any]:
     """A type for argparse: what `read` refuses is a bad call that names the flag."""
     def given(text: str) -> Any:
@@ -4243,7 +4000,6 @@ def told(read: Callable[[str], Any], wanted: str = "") -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(why) from None
     return given
 
-
 def within(low: float, high: float, kind: Callable[[str], float] = int) -> Any:
     def read(text: str) -> float:
         if not low <= kind(text) <= high:
@@ -4251,12 +4007,10 @@ def within(low: float, high: float, kind: Callable[[str], float] = int) -> Any:
         return kind(text)
     return told(read, f"{low} to {high}")
 
-
 def log_level(text: str) -> str:
     if text.lower() not in ("debug", "info", "warning", "error"):
         raise ValueError(f"{text}: give debug, info, warning or error")
     return text.lower()
-
 
 def server_url(text: str) -> SplitResult:
     url = urlsplit(text)
@@ -4265,23 +4019,19 @@ def server_url(text: str) -> SplitResult:
         raise ValueError
     return url
 
-
 def json_of(name: str) -> Json:
     body = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     return dumps(parse_json(body))
 
-
 def pair(text: str) -> list[str]:
     key, value = text.split("=", 1)
     return [key, value]
-
 
 def moment(text: str) -> str:
     """RFC 3339, of a time with an offset or of a duration until now."""
     with contextlib.suppress(ValueError):
         return to_rfc3339(Clock().wall() - duration_s(text))
     return to_rfc3339(from_rfc3339(text))
-
 
 A_TIME = told(moment, "a time such as 2026-01-01T00:00:00Z, or how long ago, 1h30m")
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -4316,7 +4066,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--db": {"default": "ironflow.db", "type": Path, "metavar": "FILE"},
 }
 
-
 def serve(asked: argparse.Namespace) -> int:
     """Until SIGTERM or SIGINT. 0: a clean stop; 1: the disk failed; 2: cannot start."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s",
@@ -4342,14 +4091,12 @@ def serve(asked: argparse.Namespace) -> int:
         print(f"ironflow.py: {error}", file=sys.stderr)
         return 2
 
-
 async def serve_until_stopped(server: Server) -> int:
     stop: Future = stop_requested()
     async with server:
         print(f"ironflow is ready on {server.url}, journal {server.db}", flush=True)
         await asyncio.wait({stop, server.failed}, return_when=asyncio.FIRST_COMPLETED)
         return 1 if server.failed.done() else 0
-
 
 def stop_requested() -> Future:
     """Done at the first SIGTERM or SIGINT; a second one ends the process at once."""
@@ -4364,7 +4111,6 @@ def stop_requested() -> Future:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, first)
     return stop
-
 
 # --- Ask ------------------------------------------------------------------------------
 
@@ -4404,7 +4150,6 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = N
             raise IronflowError(trouble)
         time.sleep(delays_s.pop())
 
-
 def rest(door: str, names: str = "") -> Deed:
     """A handler that asks at a door, and shows the rows or the row that it is given."""
     method, path = door.split()
@@ -4426,13 +4171,11 @@ def rest(door: str, names: str = "") -> Deed:
             tell(f"there are more {what}: see --limit" if rows else f"no {what}")
     return ask_and_show
 
-
 def run_get(asked: argparse.Namespace) -> None:
     run = ask(asked, "GET", "/api/v1/runs/{id}", holds="status")
     steps = ask(asked, "GET", "/api/v1/runs/{id}/steps", holds="steps")["steps"]
     below = table(steps, "name status attempt started_at duration_ms result")
     show(asked, run | {"steps": steps}, [*sheet(run), *([""] if below else []), *below])
-
 
 def emit(asked: argparse.Namespace) -> int:
     """Hand in an event under a key; with --wait, show how each of its runs ended."""
@@ -4460,11 +4203,9 @@ def emit(asked: argparse.Namespace) -> int:
         tell("not all of its runs ended in time")
     return int(any(run["status"] != "completed" for run in runs))
 
-
 def copy_journal(asked: argparse.Namespace) -> None:
     backup(asked.db, asked.target)
     print(tame(f"{asked.target} is a copy of {asked.db}"))
-
 
 # --- Show -----------------------------------------------------------------------------
 # What a server says is a stranger's text: `tame` keeps it from steering the terminal.
@@ -4475,15 +4216,12 @@ COLOURS = {"completed": "32", "failed": "31", "cancelled": "33", "paused": "33",
 RESULTS = ("output", "output_value", "error", "sleep_until")
 TIMES = "timestamp|.*_(at|heartbeat)"
 
-
 def tell(sentence: str) -> None:
     print(f"ironflow.py: {tame(sentence)}", file=sys.stderr)
-
 
 def tame(text: str) -> str:
     """Control characters escaped as in JSON, so that JSON text still says the same."""
     return UNSAFE.sub(lambda found: json.dumps(found[0])[1:-1], text)
-
 
 def show(asked: argparse.Namespace, answer: dict[str, Any], lines: list[str]) -> None:
     """Lines for people, or the server's JSON, in whatever encoding stdout has."""
@@ -4491,17 +4229,14 @@ def show(asked: argparse.Namespace, answer: dict[str, Any], lines: list[str]) ->
     for line in [tame(_to_text.encode(answer))] if asked.json else lines:
         print(line.encode(encoding, "backslashreplace").decode(encoding))
 
-
 def sheet(row: dict[str, Any], names: str = "") -> list[str]:
     """What a row holds, a line each; what is unset is left out."""
     cells = {label(name): cell(row, name) for name in names.split() or ["id", *row]}
     width = max(map(len, cells))
     return [f"{name:{width}}  {paint(text)}" for name, text in cells.items() if text]
 
-
 def label(name: str) -> str:
     return tame(re.sub("_(at|ms)$", "", name).replace("_", " "))
-
 
 def table(rows: list[Any], columns: str) -> list[str]:
     """A header and a line for each row; no lines without rows."""
@@ -4523,7 +4258,6 @@ def table(rows: list[Any], columns: str) -> list[str]:
         lines.append(line if lines else paint(line, "1"))
     return lines
 
-
 def paint(text: str, colour: str = "") -> str:
     """A status in its colour, on a terminal whose owner wants it (no-color.org)."""
     colour = colour or COLOURS.get(text.rstrip(), "")
@@ -4531,7 +4265,6 @@ def paint(text: str, colour: str = "") -> str:
     if not colour or plain or not sys.stdout.isatty():
         return text
     return f"\x1b[{colour}m{text}\x1b[0m"
-
 
 def cell(row: dict[str, Any], name: str) -> str:
     """A member of a row as people read it; JSON where it has no form of its own."""
@@ -4549,7 +4282,6 @@ def cell(row: dict[str, Any], name: str) -> str:
         value = ", ".join(each if isinstance(each, str) else " ".join(each.values())
                           for each in value)
     return tame(value if isinstance(value, str) else _to_text.encode(value))
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -112,14 +112,11 @@ Duration = timedelta | int | float | str
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 LONGEST_S = 1000 * 365 * UNITS["d"]
 
-
 def now() -> datetime:
     return datetime.now(UTC)
 
-
 def new_name(prefix: str) -> str:
     return prefix + secrets.token_hex(10)
-
 
 def backoff() -> Iterator[float]:
     """Seconds to wait before each further try: about 0.1, 0.2, 0.4 ... 2, 2, 2.
@@ -131,11 +128,9 @@ def backoff() -> Iterator[float]:
         yield random.uniform(delay / 2, delay)
         delay = min(delay * 2, RETRY_MAX_S)
 
-
 def check(fine: object, sentence: str) -> None:
     if not fine:
         raise ValueError(sentence)
-
 
 def seconds(value: Duration, field: str) -> float:
     """A duration in seconds. Raises ValueError, naming `field`, for anything else."""
@@ -153,7 +148,6 @@ def seconds(value: Duration, field: str) -> float:
           f"or a timedelta, not negative and not over 1000 years; not {value!r}")
     return float(result)
 
-
 def instant(value: datetime | str, field: str) -> datetime:
     """A point in time, from an aware datetime or RFC 3339 text.
 
@@ -167,14 +161,11 @@ def instant(value: datetime | str, field: str) -> datetime:
     raise ValueError(f"{field} must be an aware datetime or RFC 3339 text with an "
                      f"offset, such as '2026-01-31T08:00:00Z'; not {value!r}")
 
-
 def rfc3339(when: datetime) -> str:
     return when.astimezone(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
 
-
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
                           separators=(",", ":")).encode
-
 
 def json_copy(value: Any, what: str, path: tuple[str | int, ...] = ()) -> Any:
     """The value as it would come back from JSON: tuples are lists, subclasses plain.
@@ -214,7 +205,6 @@ def json_copy(value: Any, what: str, path: tuple[str | int, ...] = ()) -> Any:
     where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
     raise NotJSON(f"{what} is not JSON{where and ' at '}{where}: {flaw}")
 
-
 @dataclass(frozen=True, slots=True)
 class Event:
     """What started the run: `ctx.event`. `data` is any JSON, `timestamp` is aware."""
@@ -233,7 +223,6 @@ class Event:
         known = {name: body[name] for name in cls.__slots__ if name in body}
         return cls(**{**known, "timestamp": instant(body["timestamp"], "timestamp")})
 
-
 @dataclass(frozen=True, slots=True)
 class RunInfo:
     """`ctx.run`. `attempt` counts from 1; a replay after a sleep is no new attempt."""
@@ -243,7 +232,6 @@ class RunInfo:
     attempt: int
     max_attempts: int = 0               # 0 and "": the server did not say
     on_exhausted: str = ""
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -269,7 +257,6 @@ class Job:
                    body["execution_seq"], body["lease_token"],
                    body.get("step_sequence_base", 0), received_at=now())
 
-
 class Row(dict[str, Any]):
     """One answer of the server: a dict as it came; its members are attributes too.
 
@@ -284,7 +271,6 @@ class Row(dict[str, Any]):
             return self.get(name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}: {sorted(self)}")
 
-
 class Run(Row):
     """A run as REST has it: id, function_id, event_id, event_name, status (lower case),
     attempt, max_attempts, input, output, error, worker_id, and as RFC 3339 text
@@ -293,7 +279,6 @@ class Run(Row):
     unset = ("input", "output", "error", "event_name", "worker_id", "started_at",
              "ended_at")
 
-
 class StepRow(Row):
     """A recorded step as REST has it: id (the row's), run_id, step_id, name,
     step_type, sequence, status, attempt, output, error, duration_ms, started_at,
@@ -301,13 +286,11 @@ class StepRow(Row):
 
     unset = "name", "input", "output", "error", "duration_ms", "started_at", "ended_at"
 
-
 class EventRow(Row):
     """An event as REST has it: the members of Event, created_at, and as run_id the run
     that emitted it."""
 
     unset = "metadata", "source", "idempotency_key", "run_id"
-
 
 class Emitted(Row):
     """What an accepted event became. `results` is there after emit_sync: run_id,
@@ -317,14 +300,12 @@ class Emitted(Row):
     run_ids: list[str]                  # the runs that it started, perhaps none
     results: list[Run]
 
-
 # ======================================================================================
 # 2. Errors
 # ======================================================================================
 # IronflowError is what this module raises, and what a handler may raise to be precise.
 # Any other exception in a handler is as good: it fails the attempt and is retried. Bad
 # arguments are ValueError or TypeError, as everywhere in Python.
-
 
 class IronflowError(Exception):
     """The server refused, could not be reached, or a step failed.
@@ -340,20 +321,17 @@ class IronflowError(Exception):
         self.status = self.status_code = status_code
         self.retryable, self.retry_after = retryable, retry_after
 
-
 class NonRetryableError(IronflowError):
     """Raise it in a handler or a step to fail the run for good."""
 
     def __init__(self, message: str, code: str = "NON_RETRYABLE") -> None:
         super().__init__(message, code=code)
 
-
 class NotJSON(NonRetryableError):
     """A value that should travel as JSON cannot; the message says where and why."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "SERIALIZATION_ERROR")
-
 
 class RetryAfterError(IronflowError):
     """Raise it in a handler or a step to be tried again after the given duration.
@@ -364,7 +342,6 @@ class RetryAfterError(IronflowError):
     def __init__(self, message: str, retry_after: Duration,
                  code: str = "RETRY_AFTER") -> None:
         super().__init__(message, 0, code, True, seconds(retry_after, "retry_after"))
-
 
 class StepError(IronflowError):
     """The function of a step raised; `__cause__` is what it raised.
@@ -379,14 +356,12 @@ class StepError(IronflowError):
         super().__init__(message, 0, "STEP_FAILED", retryable, retry_after)
         self.step_id = step_id
 
-
 class StepTimeoutError(IronflowError):
     """A step took longer than its timeout. Retryable."""
 
     def __init__(self, name: str, seconds: float) -> None:
         message = f"step {name!r} timed out after {seconds:g}s"
         super().__init__(message, 0, "STEP_TIMEOUT", True)
-
 
 class InvokeError(IronflowError):
     """An invoked function gave no output; `code` says why.
@@ -401,10 +376,8 @@ class InvokeError(IronflowError):
                          code=f"INVOKE_{status.upper() if how else 'TIMEOUT'}")
         self.function_id, self.run_id, self.cause = function_id, run_id, cause
 
-
 class WorkerAuthError(IronflowError):
     """The server refuses the worker's key (401, 403); a worker that hears it stops."""
-
 
 class _Unwind(BaseException):
     """Leaves a handler whose execution is over: it sleeps, or the job is not ours now.
@@ -413,13 +386,11 @@ class _Unwind(BaseException):
     the run is kept in the Execution: a handler that swallows this changes nothing.
     """
 
-
 def is_retryable(error: BaseException) -> bool:
     """Everything is, but a NonRetryableError and a step that failed with one."""
     if isinstance(error, StepError):
         return error.retryable
     return not isinstance(error, NonRetryableError)
-
 
 def decisive(error: BaseException) -> BaseException:
     """Of a group, as TaskGroup raises it, the member that decides: one for good."""
@@ -427,7 +398,6 @@ def decisive(error: BaseException) -> BaseException:
         return error
     leaves = [decisive(member) for member in error.exceptions]
     return next((leaf for leaf in leaves if not is_retryable(leaf)), leaves[0])
-
 
 def failure(error: BaseException) -> dict[str, Any]:
     """The `error` member of a failed report."""
@@ -440,15 +410,12 @@ def failure(error: BaseException) -> dict[str, Any]:
             body["retry_after_ms"] = round(error.retry_after * 1000)
     return body
 
-
 def message_of(error: BaseException) -> str:
     return sound_text(str(error)) or type(error).__name__
-
 
 def sound_text(text: str) -> str:
     """Text of any origin, short and clean enough for a report."""
     return text[:MAX_ERROR_TEXT].encode("utf-8", "replace").decode()
-
 
 # ======================================================================================
 # 3. The wire
@@ -456,7 +423,6 @@ def sound_text(text: str) -> str:
 # One keep-alive HTTP/1.1 connection. We write the request ourselves, head and body in
 # one send: http.client sends them apart, and the server wakes up twice. It reads the
 # answer for us, for that part is long. Nothing here follows redirects or asks proxies.
-
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -495,10 +461,8 @@ class Address:
                    parts.port or (443 if tls else 80), quote(parts.path.rstrip("/")),
                    "\r\n".join([*lines, ""]))
 
-
 NO_HEADERS = http.client.HTTPMessage()
 RUN_ID: ContextVar[str | None] = ContextVar("ironflow_run", default=None)
-
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -534,11 +498,9 @@ class Reply:
                              bool(body.get("retryable", self.transient)),
                              self.retry_after or None)
 
-
 def said(error: OSError) -> str:
     """What an OSError says, without its number."""
     return error.strerror or str(error) or type(error).__name__
-
 
 class Connection:
     """One connection to the server, opened when needed, kept for the next request.
@@ -621,7 +583,6 @@ class Connection:
         context = ssl.create_default_context()
         return context.wrap_socket(plain, server_hostname=address.host)
 
-
 def _body(status: int, content: bytes) -> Any:
     try:
         return json.loads(content) if content else None
@@ -629,7 +590,6 @@ def _body(status: int, content: bytes) -> Any:
         if status >= 300:                   # the page of a proxy
             return {"message": content[:200].decode("utf-8", "replace")}
         raise OSError("the answer is no JSON; is this an ironflow server?") from None
-
 
 # ======================================================================================
 # 4. The calls, and the two clients
@@ -648,7 +608,6 @@ When = datetime | str | None
 RPC, PUBSUB = "/ironflow.v1.IronflowService/", "/ironflow.v1.PubSubService/"
 COUNTS = {"message_count", "lag", "first_seq", "last_seq"}      # text in Connect JSON
 
-
 class Call(Protocol[P, SyncT, AsyncT]):
     """A call, as type checkers see it: what it returns depends on the client."""
 
@@ -656,7 +615,6 @@ class Call(Protocol[P, SyncT, AsyncT]):
     def __get__(self, client: Client, owner: Any) -> Callable[P, SyncT]: ...
     @overload
     def __get__(self, client: AsyncClient, owner: Any) -> Callable[P, AsyncT]: ...
-
 
 @overload
 def call(describe: Callable[Concatenate[Any, P], abc.Coroutine[Any, Any, T]]
@@ -672,7 +630,6 @@ def call(describe: Any) -> Any:
 
     return perform
 
-
 def played(steps: Any) -> Any:
     """What a coroutine that never suspends returns."""
     try:
@@ -681,12 +638,10 @@ def played(steps: Any) -> Any:
         return done.value
     raise AssertionError("a coroutine that must not suspend did")
 
-
 def keyed(what: str, key: str | None, **members: Any) -> dict[str, Any]:
     """A body in JSON, with the idempotency key or else a new one. Raises NotJSON."""
     members["idempotency_key"] = key or new_name("once-")
     return dict(json_copy(members, what))
-
 
 def new_event(name: str, data: Any = None, version: int = 1,
               metadata: Mapping[str, Any] | None = None,
@@ -697,7 +652,6 @@ def new_event(name: str, data: Any = None, version: int = 1,
     return keyed(f"event {name!r}", idempotency_key, name=name, data=data,
                  version=version, **more)
 
-
 def rest(*parts: str, **query: Any) -> str:
     """A path of the REST API. What is None in the query is left out."""
     given = {name: one for name, one in query.items() if one is not None}
@@ -706,12 +660,10 @@ def rest(*parts: str, **query: Any) -> str:
     path = "/".join(quote(part, safe="") for part in parts)
     return f"/api/v1/{path}?{urlencode(given)}".rstrip("?")
 
-
 def snake(body: Mapping[str, Any]) -> dict[str, Any]:
     """A Connect answer with the names and numbers that REST would have."""
     row = {re.sub("[A-Z]", r"_\g<0>", name).lower(): one for name, one in body.items()}
     return row | {name: int(row[name]) for name in COUNTS & row.keys()}
-
 
 class Calls:
     """The API. What blocks in Client is awaited in AsyncClient; what iterates there
@@ -1007,7 +959,6 @@ class Calls:
             raise
         self._idle.append(connection)
 
-
 class Client(Calls, contextlib.AbstractContextManager["Client"]):
     """The API, blocking. Safe to share between threads; a context manager."""
 
@@ -1028,7 +979,6 @@ class Client(Calls, contextlib.AbstractContextManager["Client"]):
 
     async def _pause(self, delay: float) -> None:
         time.sleep(delay)  # noqa: ASYNC251
-
 
 class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
     """The API for programs with an event loop; an async context manager.
@@ -1052,7 +1002,6 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
             with self._line() as line:
                 return await in_thread(lambda: line.request(*request), "a call")
 
-
 # ======================================================================================
 # 5. Functions
 # ======================================================================================
@@ -1064,7 +1013,6 @@ Handler = Callable[[Any], Any]
 RETRY_FIELDS = {"max_attempts": "maxAttempts", "initial_delay": "initialDelayMs",
                 "backoff_factor": "backoffFactor", "max_delay": "maxDelayMs",
                 "on_exhausted": "onExhausted"}
-
 
 class Function:
     """A handler and its registration. Call it with a context to test the handler."""
@@ -1085,7 +1033,6 @@ class Function:
 
     def __repr__(self) -> str:
         return f"<Function {self.id!r}>"
-
 
 def function(
     *, id: str, triggers: Sequence[Mapping[str, str]] = (), mode: str | None = None,
@@ -1135,7 +1082,6 @@ def function(
 
     return decorate
 
-
 def _trigger(trigger: Mapping[str, str], at: str) -> dict[str, str]:
     known = ("event", "expression", "cron")
     check(isinstance(trigger, Mapping) and ("event" in trigger or "cron" in trigger)
@@ -1143,7 +1089,6 @@ def _trigger(trigger: Mapping[str, str], at: str) -> dict[str, str]:
                   for key, value in trigger.items()),
           f"{at}: triggers must be like [{{'event': 'order.placed'}}], not {trigger!r}")
     return dict(trigger)
-
 
 def _retry(retry: Mapping[str, Any], at: str) -> dict[str, Any]:
     wire: dict[str, Any] = {}
@@ -1162,10 +1107,8 @@ def _retry(retry: Mapping[str, Any], at: str) -> dict[str, Any]:
         wire[RETRY_FIELDS[field]] = value
     return wire
 
-
 def _ms(value: Duration, field: str) -> int:
     return round(seconds(value, field) * 1000)
-
 
 # ======================================================================================
 # 6. Steps
@@ -1180,7 +1123,6 @@ def _ms(value: Duration, field: str) -> int:
 
 _STEP: ContextVar[str | None] = ContextVar("ironflow_step", default=None)
 
-
 @dataclass(frozen=True, slots=True)
 class Context:
     """The handler's one argument."""
@@ -1189,7 +1131,6 @@ class Context:
     run: RunInfo
     step: Step
     logger: logging.LoggerAdapter[logging.Logger]
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -1276,7 +1217,6 @@ class Step:
                 self._execution.fate = {"status": "yielded", "yield": pause}
                 raise _Unwind
 
-
 def step_row(step_id: str, name: str, begun: datetime, status: str, **more: Any) -> str:
     """The row of a step that has just ended, as JSON text.
 
@@ -1287,7 +1227,6 @@ def step_row(step_id: str, name: str, begun: datetime, status: str, **more: Any)
     return encode({"id": step_id, "name": name, "type": "invoke", "status": status,
                    **more, "started_at": rfc3339(begun), "ended_at": rfc3339(ended),
                    "duration_ms": took_ms})
-
 
 @dataclass(frozen=True)
 class Host:
@@ -1314,7 +1253,6 @@ class Host:
     async def wait(self, future: Future[T]) -> T:
         return await asyncio.wrap_future(future)
 
-
 class PlainHost(Host):
     """For plain handlers: blocks their thread, so that no coroutine here suspends."""
 
@@ -1334,7 +1272,6 @@ class PlainHost(Host):
     async def wait(self, future: Future[T]) -> T:
         return future.result()
 
-
 async def within(timeout: float | None, name: str, work: Any) -> Any:
     """Await the work of a step. A TimeoutError of its own is not taken for ours."""
     limit = asyncio.timeout(timeout)
@@ -1346,12 +1283,10 @@ async def within(timeout: float | None, name: str, work: Any) -> Any:
             raise
         raise StepTimeoutError(name, timeout) from None
 
-
 def from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., object],
                 *args: Any) -> None:
     with contextlib.suppress(RuntimeError):         # the loop is closed, nobody is left
         loop.call_soon_threadsafe(call, *args)
-
 
 async def in_thread(fn: Callable[[], T], name: str) -> T:
     """What `fn` returns or raises, from a daemon thread of its own.
@@ -1376,7 +1311,6 @@ async def in_thread(fn: Callable[[], T], name: str) -> T:
         raise error
     return value[0]
 
-
 # ======================================================================================
 # 7. An execution
 # ======================================================================================
@@ -1391,7 +1325,6 @@ async def in_thread(fn: Callable[[], T], name: str) -> T:
 #
 # Several threads touch it: the handler's, the loop's, and the link's, which brings the
 # server's verdicts. Its lock is never held while anything else is called.
-
 
 class Execution:
     """A job in hand. `send` takes an update as JSON text and promises the answer;
@@ -1567,18 +1500,15 @@ class Execution:
                        "execution_seq": self.job.execution_seq,
                        "lease_token": self.job.lease_token, **fields})
 
-
 def no_such_function(ctx: Context) -> None:
     raise NonRetryableError(f"this worker has no function {ctx.run.function_id!r}",
                             "FUNCTION_NOT_FOUND")
-
 
 class RunLogger(logging.LoggerAdapter[logging.Logger]):
     """`ctx.logger`: puts run and attempt before each line."""
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
         return f"[{(self.extra or {})['run']}] {msg}", kwargs
-
 
 def portion(texts: Sequence[str]) -> int:
     """How many of these fit into one request: at most 500, and 12 MB; at least one."""
@@ -1588,7 +1518,6 @@ def portion(texts: Sequence[str]) -> int:
         if count and size > MAX_REQUEST:
             return count
     return min(len(texts), MAX_UPDATES)
-
 
 # ======================================================================================
 # 8. The link
@@ -1607,17 +1536,14 @@ def portion(texts: Sequence[str]) -> int:
 REGISTER = ("/RegisterFunction", "/register")
 WORKER_STOPPED = Reply(499, {"code": "canceled", "message": "the worker has stopped"})
 
-
 class _Closed(Exception):
     """This thread's connection was closed, for the worker stops."""
-
 
 @dataclass(frozen=True, slots=True)
 class Update:
     execution: Execution
     text: str
     answer: Future[Reply]
-
 
 class Link:
     """Keeps `functions` registered, brings jobs to `begin`, and carries their reports.
@@ -1892,13 +1818,11 @@ class Link:
                 self._changed.notify_all()
                 log.warning("%s is back after %.1f s", self._url, away)
 
-
 # ======================================================================================
 # 9. The worker
 # ======================================================================================
 # Runs handlers. The link brings jobs; here each becomes a task that lives from the ack
 # to the report. `start` owns the link's threads and these tasks, and ends after them.
-
 
 class Worker:
     """Runs `functions` for a server, at most `max_concurrent_jobs` at a time.
@@ -2101,12 +2025,10 @@ class Worker:
         finally:
             self._link.release(execution)
 
-
 # ======================================================================================
 # 10. Without a server
 # ======================================================================================
 # An execution as a worker has it; but its updates end in a dict, and its answer is yes.
-
 
 def run_inline(function: Function, event: Any = None, *,
                steps: Mapping[str, Any] | None = None, attempts: int = 1) -> Run:
@@ -2165,7 +2087,6 @@ def run_inline(function: Function, event: Any = None, *,
     started_by = inline_event(event, function)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, play()).result()
-
 
 def inline_event(event: Any, function: Function) -> Event:
     if isinstance(event, Event):
