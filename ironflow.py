@@ -975,9 +975,10 @@ def condition(match: str, given: Json | None, trigger: Json) -> tuple[str, str |
 
 CRON = {"second": (0, 59), "minute": (0, 59), "hour": (0, 23), "day of month": (1, 31),
         "month": (1, 12), "day of week": (0, 7)}
-CRON_NAMES = {name: number for names in (
-    enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1),
-    enumerate("sun mon tue wed thu fri sat".split())) for number, name in names}
+CRON_NAMES = {  # three letters each
+    names[i : i + 3]: str(i // 3 + first) for first, names in (
+        (1, "janfebmaraprmayjunjulaugsepoctnovdec"), (0, "sunmontuewedthufrisat"))
+    for i in range(0, len(names), 3)}
 
 @lru_cache(maxsize=512)
 def cron_fields(expression: str) -> list[list[int]]:
@@ -1866,12 +1867,11 @@ async def functions_to_wire(api: Api, request: web.BaseRequest,
                 for each in functions]
     workers = await api.journal.read(Queries.connected_workers)
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
-    more = {"workers": lambda each: carried[each.function_id],
-            "missing_secrets": api.desk.offers.secrets.missing,
-            "next_run": lambda each: next_run.get(each.function_id)}
-    return [dumps(function_to_rest(each) | {
-        name: value for name, get in more.items() if (value := get(each)) or value == 0})
+    rows = [function_to_rest(each) | {
+        "workers": carried[each.function_id], "next_run": next_run.get(each.function_id),
+        "missing_secrets": api.desk.offers.secrets.missing(each) or None}
         for each in functions]
+    return [join(as_texts(row)) for row in rows]
 
 def function_to_rest(function: Function) -> dict[str, Any]:
     """The union of the two published row shapes (docs, JS 0.29)."""
