@@ -973,40 +973,42 @@ def condition(match: str, given: Json | None, trigger: Json) -> tuple[str, str |
 
 # --- Cron -----------------------------------------------------------------------------
 
-CRON = {"second": (0, 59), "minute": (0, 59), "hour": (0, 23), "day of month": (1, 31),
-        "month": (1, 12), "day of week": (0, 7)}
-CRON_NAMES = {  # three letters each
-    names[i : i + 3]: str(i // 3 + first) for first, names in (
-        (1, "janfebmaraprmayjunjulaugsepoctnovdec"), (0, "sunmontuewedthufrisat"))
-    for i in range(0, len(names), 3)}
+CRON = (("second", 0, 59, ""), ("minute", 0, 59, ""), ("hour", 0, 23, ""),
+        ("day of month", 1, 31, ""),
+        ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+        ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
 
 @lru_cache(maxsize=512)
 def cron_fields(expression: str) -> list[list[int]]:
     """The values of each of the six fields, in order. Raises InvalidInput."""
     texts = expression.lower().split()
+    where = f"cron {expression[:80]!r}"
     if len(texts) not in (5, 6):
-        raise InvalidInput(f"cron {expression[:80]!r} has {len(texts)} fields: send 5, "
-                           "or 6 with seconds first, such as */5 * * * *")
+        raise InvalidInput(f"{where} has {len(texts)} fields: send 5, or 6 with seconds"
+                           " first, such as */5 * * * *")
     found = []
-    for (what, (low, high)), text in zip(
-            CRON.items(), ["0", *texts][-6:], strict=True):
-        values: set[int] = set()
-        for part in text.split(","):
-            span, slash, step = part.partition("/")
-            first, dash, last = span.partition("-")
-            ends = [CRON_NAMES.get(each, each) if what in ("month", "day of week")
-                    else each for each in (first, last if dash else first)]
-            if span == "*" or (slash and not dash):
-                ends = [low if span == "*" else ends[0], high]
-            if not all(re.fullmatch("[0-9]{1,4}", str(end)) for end in (
-                    *ends, step if slash else 1)) or not (
-                    low <= int(ends[0]) <= int(ends[1]) <= high) or step in ("0", "00"):
-                raise InvalidInput(f"cron {expression[:80]!r}: {part[:40]!r} is no "
-                                   f"{what}: send {low} to {high}, *, a-b, a,b or */n")
-            values |= {*range(int(ends[0]), int(ends[1]) + 1, int(step or 1))}
-        found.append(sorted(values))
+    for (what, low, high, names), text in zip(CRON, ["0", *texts][-6:], strict=True):
+        try:
+            ranges = [cron_range(part, low, high, names.split())
+                      for part in text.split(",")]
+        except ValueError:
+            raise InvalidInput(f"{where}: {text[:40]!r} is no {what}: send {low} to "
+                               f"{high}, *, a-b, a,b or */n") from None
+        found.append(sorted({value for each in ranges for value in each}))
     found[5] = sorted({day % 7 for day in found[5]})  # Sunday is 0 and 7
     return found
+
+def cron_range(part: str, low: int, high: int, names: list[str]) -> range:
+    """The values of *, 5, 1-5, */2, 1-5/2 or 5/2 (from 5 on). Raises ValueError."""
+    numbers = re.sub("[a-z]+", lambda word: str(names.index(word[0]) + low), part)
+    if not (found := re.fullmatch(r"(\*|([0-9]+)(-[0-9]+)?)(/[0-9]+)?", numbers)):
+        raise ValueError
+    _, first, last, step = found.groups()
+    begin = int(first or low)
+    end = int(last[1:]) if last else high if step or not first else begin
+    if not low <= begin <= end <= high:
+        raise ValueError
+    return range(begin, end + 1, int(step[1:]) if step else 1)
 
 def next_tick(expression: str, after: float) -> float:
     """The first instant after `after`, in Unix seconds, that a cron expression names.
