@@ -1677,7 +1677,6 @@ async def get_topic_stats(api: Api, request: web.BaseRequest) -> web.Response:
 # --- Functions and workers ------------------------------------------------------------
 
 NOT_YET = ("circuitBreaker", "endpointUrl")
-MIN_DEBOUNCE_MS = 1000
 
 async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/RegisterFunction: an upsert; the same again changes nothing."""
@@ -1685,7 +1684,7 @@ async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     function, created = await api.journal.write(register_function, new)
     warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which "
                 "the server does not have: its runs wait until --secrets-file has it"
-                for name in api.desk.offers.secrets.missing(function)]
+                for name in api.desk.offers.secrets.of(function)[1]]
     for warning in warnings:
         log.warning("%s", warning)
     return answer(join({
@@ -1715,33 +1714,28 @@ def read_function(body: Fields) -> NewFunction:
 def read_bounds(body: Fields) -> dict[str, Any]:
     """What a function asks of its runs beside retries; what is unset is left out."""
     found: dict[str, Any] = {}
-    for name, numbers in {"concurrency": ["limit"], "throttle": ["limit", "periodMs"],
-                          "debounce": ["periodMs", "maxWaitMs"]}.items():
-        said = body.inner(name)
-        if not is_empty(said.all):
-            found[name] = {each: said.whole(each, low=1, high=MAX_INT32,
-                                            default=-(each != "maxWaitMs"))
-                           for each in numbers} | {"key": read_path(said, "key")}
-            found[name] = {each: one for each, one in found[name].items() if one}
-            if -1 in found[name].values():
-                raise InvalidInput(f"{name}: send {' and '.join(numbers[:2])}")
-    if "debounce" in found:
-        shortest = max(found["debounce"]["periodMs"], MIN_DEBOUNCE_MS)
-        found["debounce"]["periodMs"] = shortest
-    cancel_on = []
-    for item in body.objects("cancelOn"):
-        event, match = check_trigger(item.text("event")), item.text("match")
-        if not event:
-            raise InvalidInput(f"{item.where}event is empty: name the event that "
-                               "cancels runs")
-        condition(match, None, "null")
-        cancel_on.append({"event": event, "match": match})
-    names = body.items("secrets")
-    if not all(isinstance(name, str) and name for name in names):
+    for name, needed, more in (("concurrency", "limit", ""), (
+            "throttle", "limit periodMs", ""), ("debounce", "periodMs", "maxWaitMs")):
+        if is_empty((said := body.inner(name)).all):
+            continue
+        numbers = {each: said.whole(each, high=MAX_INT32)
+                   for each in f"{needed} {more}".split()}
+        if not all(map(numbers.get, needed.split())):
+            raise InvalidInput(f"{name}: send {needed.replace(' ', ' and ')}, from 1")
+        members = numbers | {"key": read_path(said, "key")}
+        found[name] = {each: value for each, value in members.items() if value}
+    cancel_on = [{"event": check_trigger(item.text("event")),
+                  "match": item.text("match")} for item in body.objects("cancelOn")]
+    for each in cancel_on:
+        if not each["event"]:
+            raise InvalidInput("cancelOn: name the event that cancels runs")
+        condition(each["match"], None, "null")
+    secrets = body.items("secrets")
+    if not all(isinstance(name, str) and name for name in secrets):
         raise InvalidInput("secrets: send a list of names")
-    more = {"actorKey": read_path(body, "actorKey"), "cancelOn": cancel_on,
-            "secrets": list(dict.fromkeys(names))}
-    return found | {name: value for name, value in more.items() if value}
+    others = {"actorKey": read_path(body, "actorKey"), "cancelOn": cancel_on,
+              "secrets": list(dict.fromkeys(secrets))}
+    return found | {name: value for name, value in others.items() if value}
 
 def read_path(body: Fields, name: str) -> str:
     """A path into an event's data, such as customer.id."""
@@ -1871,7 +1865,7 @@ async def functions_to_wire(api: Api, request: web.BaseRequest,
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
     rows = [function_to_rest(each) | {
         "workers": carried[each.function_id], "next_run": next_run.get(each.function_id),
-        "missing_secrets": api.desk.offers.secrets.missing(each) or None}
+        "missing_secrets": api.desk.offers.secrets.of(each)[1] or None}
         for each in functions]
     return [join(as_texts(row)) for row in rows]
 
@@ -2143,9 +2137,9 @@ def debounce(tx: Transaction, function: Function, event: Event, now: float) -> N
         return
     key = value_at(quiet.get("key"), event.data) or ""
     old = tx.find(Timer, kind="debounce", function_id=function.function_id, key=key)
-    first_at, due_at = (old and old.first_at) or now, now + quiet["periodMs"] / 1000
-    if "maxWaitMs" in quiet:
-        due_at = min(due_at, first_at + quiet["maxWaitMs"] / 1000)
+    first_at = (old and old.first_at) or now
+    due_at = min(now + max(quiet["periodMs"] / 1000, MIN_DEBOUNCE_S),
+                 first_at + quiet.get("maxWaitMs", math.inf) / 1000)
     tx.save(Timer("debounce", function.function_id, key, "", due_at, event.seq,
                   first_at))
 
@@ -2396,12 +2390,11 @@ class Offers:
 def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
                     limits: Limits, now: float) -> None:
     """Lease due runs of `functions` to the offers that stand, the longest due first."""
-    room, due, secrets = offers.room(functions), [], {}
+    room, due, secrets = offers.room(functions), [], dict[str, dict[str, str]]()
     for function_id in functions:
         function = tx.find(Function, function_id=function_id)
-        names = function.asks.get("secrets", ()) if function else ()
-        secrets[function_id] = offers.secrets.of(names)
-        if secrets[function_id] is not None:  # else its runs wait for the file
+        secrets[function_id], missing = offers.secrets.of(function)
+        if not missing:  # else its runs wait for the file
             workers = [offer.worker_id for offer in offers.standing(function_id)]
             due.append(tx.due_runs(function_id, workers, room))
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
@@ -2417,7 +2410,7 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(
             held, event, tx.done_steps(run.run_id, offer.knows_failures),
-            tx.next_sequence(run.run_id), secrets[run.function_id] or {}))
+            tx.next_sequence(run.run_id), secrets[run.function_id]))
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -2534,6 +2527,7 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
 
 PENDING = ("sleeping", "waiting")
 SLICE = 1_000  # events looked at in one statement
+MIN_DEBOUNCE_S = 1.0
 
 def begin_step(tx: Transaction, run: Run, wish: Yield, limits: Limits,
                now: float) -> Step:
@@ -4514,53 +4508,49 @@ class Secrets:
     """What `--secrets-file` holds: a JSON object of texts, or lines NAME=VALUE.
 
     Read anew when the file changes; one that cannot be read leaves what was there.
-    Values go into assignments, and nowhere else.
+    Values go into assignments, and nowhere else. Raises StartError.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self._path, self._values = path, dict[str, str]()
-        self._seen: Any = None  # when the file was last written, and its size
+        self._seen = (0, 0)  # when the file was written, and its size
         self.wanting = False  # somebody waits for one that is not there
-        if path is not None:
-            self._read(path)
+        self._read()
 
-    def of(self, names: Iterable[str]) -> dict[str, str] | None:
-        """Their values; None if one is not there."""
-        if not names:
-            return {}
+    def of(self, function: Function | None) -> tuple[dict[str, str], list[str]]:
+        """Of the secrets it asks for, the values, and the names of those not there."""
+        if not (names := function.asks.get("secrets", []) if function else []):
+            return {}, []
         self.refresh()
-        found = {name: self._values[name] for name in names if name in self._values}
-        self.wanting |= len(found) < len(set(names))
-        return found if len(found) == len(set(names)) else None
-
-    def missing(self, function: Function) -> list[str]:
-        self.refresh()
-        return [name for name in function.asks.get("secrets", ())
-                if name not in self._values]
+        values = self._values
+        missing = [name for name in names if name not in values]
+        self.wanting |= bool(missing)
+        return {name: values[name] for name in names if name in values}, missing
 
     def refresh(self) -> bool:
         """Whether the file has changed."""
         try:
-            return self._path is not None and self._read(self._path)
+            return self._read()
         except StartError as error:
             log.error("%s; the secrets read before stay", error)
             return False
 
-    def _read(self, path: Path) -> bool:
+    def _read(self) -> bool:
+        if (path := self._path) is None:
+            return False
         try:
-            about = path.stat()
-            seen, self._seen = self._seen, (about.st_mtime_ns, about.st_size)
+            about, seen = path.stat(), self._seen
+            self._seen = (about.st_mtime_ns, about.st_size)
             if seen == self._seen:
                 return False
             if os.name == "posix" and about.st_mode & 0o077:
                 raise StartError(f"{path} can be read by others: chmod 600 {path}")
             text = path.read_text()
             if text.lstrip().startswith("{"):
-                found = parse_json(text.encode())
+                found = Fields(parse_json(text.encode())).all
             else:
-                lines = [line.strip() for line in text.splitlines()]
-                found = dict(line.split("=", 1) for line in lines
-                             if line and not line.startswith("#"))
+                lines = filter(None, map(str.strip, text.splitlines()))
+                found = dict(line.split("=", 1) for line in lines if line[0] != "#")
             if not all(isinstance(value, str) for value in found.values()):
                 raise ValueError
         except OSError as error:
@@ -4568,7 +4558,7 @@ class Secrets:
         except (ValueError, IronflowError):  # which may quote a secret
             raise StartError(f"{path} is neither a JSON object of texts nor lines "
                              "NAME=VALUE") from None
-        self._values, self.wanting = found, False
+        self._values, self.wanting = dict(found), False
         return True
 
 class Timekeeper:
