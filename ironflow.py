@@ -2862,7 +2862,7 @@ class JournalFile:
     def __init__(self, path: Path, ids: Ids, environment: str = "default",
                  cache_mb: int = 16, now: float = 0.0,
                  offers: Offers | None = None) -> None:
-        self.path, self.offers = path, offers
+        self.path, self.offers = path, offers or Offers(Limits())
         self._db = connect(path, cache_mb)
         try:
             version = check_owner(self._db, path)
@@ -2907,8 +2907,7 @@ class JournalFile:
             self.rollback()
             self.tx.begin()
             self._execute_apart(batch, now)
-        if self.offers is not None:
-            self.offers.hand_out(self.tx, now)
+        self.offers.hand_out(self.tx, now)
         self.tx.flush()
 
     def _execute_together(self, batch: list[Wish], now: float) -> bool:
@@ -2952,12 +2951,7 @@ class JournalFile:
         if self._db.in_transaction:  # SQLite may have rolled back by itself
             self._db.execute("ROLLBACK")
         self.tx.forget()
-        if self.offers is not None:
-            self.offers.rolled_back()
-
-    @property
-    def changes(self) -> int:
-        return self._db.total_changes
+        self.offers.rolled_back()
 
     def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"]) -> bool:
         """Move the log into the file; False if a reader is in the way of TRUNCATE."""
@@ -3098,25 +3092,23 @@ class Journal:
                  on_failure: Callable[[BaseException], None]) -> None:
         self.path = path = path.resolve()
         self.last_trouble: str | None = None
-        self._clock, self._offers = clock, offers
-        self._on_alarm, self._on_failure = on_alarm, on_failure
+        self._clock, self._on_alarm, self._on_failure = clock, on_alarm, on_failure
         self._loop = asyncio.get_running_loop()
-        self._lock = lock(path)
-        try:
-            now = clock.wall()
-            self._file = JournalFile(path, ids, environment, cache_mb, now, offers)
-            self.journal_id = self._file.tx.meta("journal_id") or ""
-            self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
-            self._way_in = threading.Lock()  # to the readers
+        self._way_in = threading.Lock()  # to the readers
+        self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        with contextlib.ExitStack() as opened:
+            opened.callback(os.close, lock(path))
+            self._file = JournalFile(path, ids, environment, cache_mb, clock.wall(),
+                                     offers)
+            opened.callback(self._file.close)
             for _ in range(READERS):
-                self._readers.put(connect(path, cache_mb, read_only=True))
-        except BaseException:
-            os.close(self._lock)
-            raise
+                self._readers.put(reader := connect(path, cache_mb, read_only=True))
+                opened.callback(reader.close)
+            self.journal_id = self._file.tx.meta("journal_id") or ""
+            self._opened = opened.pop_all()
         self._gathered: list[Wish] = []
         self._queue: queue.SimpleQueue[list[Wish] | None] = queue.SimpleQueue()
-        self._queued_bytes = 0
-        self._open = True
+        self._queued_bytes, self._open = 0, True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
         self._warn_at = -math.inf  # the next time that a long log is worth a word
         self._ends: WeakValueDictionary[str, Future] = WeakValueDictionary()
@@ -3201,28 +3193,25 @@ class Journal:
         return batch or None
 
     def _commit(self, batch: list[Wish]) -> None:
-        before, failure = self._file.changes, None
+        file, tx, failure = self._file, self._file.tx, None
+        before = tx.written
         try:
-            self._file.execute(batch, self._clock.wall())
-            self._file.commit()
+            file.execute(batch, self._clock.wall())
+            file.commit()
         except Exception as error:
-            self._file.rollback()
-            failure = trouble(error, self.path)
-            if failure is None:
+            file.rollback()
+            if (failure := trouble(error, self.path)) is None:
                 raise
             log.error("%s", failure)
-        changes = self._file.changes - before
-        if failure or changes:
+        if failure or tx.written != before:
             self.last_trouble = str(failure) if failure else None
+            written = (tx.written - before) * KIB
+            self._unfolded += written + sum(wish.size for wish in batch)
         else:  # a batch that wrote nothing tells nothing of the disk
             self._see_whether_it_is_over()
-        filled = [] if failure else self._offers.committed()
-        tx = self._file.tx
         alarm, ended = (math.inf, []) if failure else (tx.alarm, tx.ended)
-        self._loop.call_soon_threadsafe(self._answer, batch, filled, alarm, ended,
-                                        failure)
-        if changes:
-            self._unfolded += changes * KIB + sum(wish.size for wish in batch)
+        self._loop.call_soon_threadsafe(
+            self._answer, batch, file.offers.committed(), alarm, ended, failure)
 
     def _see_whether_it_is_over(self) -> None:
         """By a write of our own: callers may wait until /ready says so."""
@@ -3283,10 +3272,7 @@ class Journal:
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         self._pool.shutdown()
-        while not self._readers.empty():
-            self._readers.get().close()
-        self._file.close()
-        os.close(self._lock)
+        self._opened.close()
 
 def settle_future(future: Future | None, got: Any) -> None:
     """Give who waits what came; an exception is raised there. Nobody waits: nothing."""
