@@ -853,9 +853,7 @@ CORS_HEADERS = {
     " X-Ironflow-Run-ID, If-Match, If-None-Match, Connect-Protocol-Version,"
     " Connect-Timeout-Ms",
     "Access-Control-Expose-Headers": "ETag, Ironflow-Poll-Wait",
-    "Access-Control-Max-Age": "7200",
-    "Vary": "Origin",
-}
+    "Access-Control-Max-Age": "7200", "Vary": "Origin"}
 BINARY = re.compile("application/(connect[+])?proto")
 GO = re.compile("Go-http-client/|connect-go/")
 # What a request's path has for {names}; its bytes that `Api.in_flight` counts.
@@ -1121,14 +1119,11 @@ class Fields:
         return None
 
     def _typed(self, names: tuple[str, ...], kind: Any, wanted: str, default: T) -> T:
-        value = self.get(*names)
-        if value is None:
-            return default
+        value: T | None = self.get(*names)
         disguised = isinstance(value, bool) and kind is not bool  # an int, to Python
-        if disguised or not isinstance(value, kind):
+        if value is not None and (disguised or not isinstance(value, kind)):
             raise self._wrong(names, kind_of(value), wanted)
-        found: T = value
-        return found
+        return default if value is None else value
 
     def _wrong(self, names: tuple[str, ...], found: str, wanted: str) -> InvalidInput:
         return InvalidInput(f"{self.where}{names[0]} is {found}: send {wanted}")
@@ -1142,8 +1137,7 @@ class Fields:
     def items(self, name: str, most: int = MAX_INT32) -> list[Any]:
         found = self._typed((name,), list, "a list", list[Any]())
         if len(found) > most:
-            raise InvalidInput(
-                f"{len(found)} {name} in one request: send up to {most}")
+            raise InvalidInput(f"{len(found)} {name} in one request: send up to {most}")
         return found
 
     def objects(self, name: str, most: int = MAX_INT32) -> list[Fields]:
@@ -1244,8 +1238,7 @@ async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     # the browser's invoke(id) comes by Trigger
     rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
-    return answer(accepted_to_connect(
-        await hand_in(api, run_id, rule, body, "event")))
+    return answer(accepted_to_connect(await hand_in(api, run_id, rule, body, "event")))
 
 async def trigger_batch(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerBatch: each event is judged alone and has its answer."""
@@ -1264,8 +1257,7 @@ async def trigger_batch(api: Api, request: web.BaseRequest) -> web.Response:
     return answer(join({"results": listed(results)}))
 
 def read_event(body: Fields, name_member: str, limits: Limits, run_id: str | None,
-               check: Callable[[str], str] = check_event_name,
-               **more: str) -> NewEvent:
+               check: Callable[[str], str] = check_event_name, **more: str) -> NewEvent:
     """An event as the SDKs spell it; an error says where in an array it is."""
     try:
         name = check(body.text(name_member))
@@ -2987,9 +2979,8 @@ def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Conne
     uri = f"{path.as_uri()}?mode={'ro' if read_only else 'rwc'}"
     db: sqlite3.Connection | None = None
     try:
-        db = sqlite3.connect(uri, timeout=FOREIGN_LOCK_S, uri=True,
-                             isolation_level=None, check_same_thread=False,
-                             cached_statements=256)
+        db = sqlite3.connect(uri, FOREIGN_LOCK_S, isolation_level=None, uri=True,
+                             check_same_thread=False, cached_statements=256)
         db.execute(f"PRAGMA cache_size = {-cache_mb * KIB}")
         return db
     except sqlite3.Error as error:
