@@ -131,6 +131,7 @@ class Limits:
 EVENTS_PER_REQUEST = 1_000
 STEPS_PER_REPORT = 500  # no SDK sends more
 UPDATES_PER_REQUEST = 500
+YIELDS = ("sleep", "wait_for_event", "invoke_function", "invoke_function_async")
 MAX_NESTING = 200
 MAX_KEY_BYTES = 255  # of an idempotency key, as in the SDKs
 MAX_ERROR_TEXT = 64 * KIB  # of an error message that a run keeps
@@ -165,7 +166,7 @@ class NewEvent:
     version: int = 1
     metadata: Json | None = None
     idempotency_key: str | None = None
-    source: str = "api"  # or invoke
+    source: str = "api"  # or invoke, cron
     subject: str | None = None  # the run inside which it was emitted
     kind: str = "event"  # or topic
 
@@ -213,7 +214,15 @@ class NewFunction:
     function_id: str
     config: Json
     retry: Json
-    events: list[str]  # names and patterns of its triggers
+    triggers: list[Trigger]
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """What starts a function: an event's name or pattern, perhaps a CEL test of it,
+    perhaps a cron expression whose ticks emit it."""
+    event: str
+    expression: str = ""
+    cron: str = ""
 
 @dataclass(frozen=True, slots=True)
 class Function:
@@ -225,6 +234,15 @@ class Function:
     version: int
     created_at: Instant
     updated_at: Instant
+
+    @property
+    def asks(self) -> dict[str, Any]:
+        """Its registration: what it asks of its runs, as the wire has it."""
+        return registration(self.config)
+
+@lru_cache(maxsize=512)
+def registration(config: Json) -> dict[str, Any]:
+    return dict(json.loads(config))
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -242,6 +260,11 @@ class Run:
     event_id: str
     event_name: str
     retry: Json
+    parent_run_id: str | None  # of an invoked run
+    parent_step_id: str | None
+    lane: str | None  # the value of its function's concurrency key,
+    gate: str | None  # throttle key,
+    actor_id: str | None  # and actor key; None: no such bound
     created_at: Instant
     status: RunStatus
     attempt: int  # from 1; grows when a try fails, not on a replay
@@ -251,9 +274,12 @@ class Run:
     worker_id: str | None
     acked: int  # 1 once the holder of the lease was heard of
     due_at: Instant | None  # when queued: since; when waiting: until
+    held: int  # 1 while queued, but one of its bounds has no room yet
     lost_leases: int  # that ended in a row without a newly recorded step
     settled_fence: int | None  # the last lease that reported an end ...
     settled_as: str | None  # ... and how: completed, failed, yielded
+    woken_fence: int | None  # the lease during or before which a wait last ended ...
+    woken_seq: int | None  # ... and where in the journal that was
     output: Json | None
     error: Json | None
     started_at: Instant | None
@@ -263,6 +289,13 @@ class Run:
     @property
     def policy(self) -> Retry:
         return Retry.from_text(self.retry)
+
+    @property
+    def bounds(self) -> dict[str, str]:
+        """By column, what it shares a bound with others by; a gate is passed once."""
+        found = {"lane": self.lane, "actor_id": self.actor_id,
+                 "gate": self.gate if self.started_at is None else None}
+        return {column: value for column, value in found.items() if value is not None}
 
     @property
     def job_id(self) -> str:
@@ -281,7 +314,7 @@ class ReportedStep:
     """A step as a worker reports it: run to its end, one way or the other."""
     step_id: str  # the SDK's: opaque, compared and returned verbatim
     name: str
-    type: str  # invoke, compensate, sleep
+    type: str  # invoke, compensate, sleep, wait_for_event, invoke_function
     status: StepStatus
     output: Json | None
     error: Json | None
@@ -299,14 +332,46 @@ class Step(ReportedStep):
     created_at: Instant
     updated_at: Instant
     sleep_until: Instant | None = None
+    wait_event_name: str | None = None
+    wait_timeout: Instant | None = None  # of a wait, and of an invoke
+    child_run_id: str | None = None
+    input: Json | None = None  # what a wait has to show to people
+
+    @property
+    def deadline(self) -> float:
+        """When it ends by itself, while it is pending."""
+        return self.sleep_until or self.wait_timeout or 0.0
 
 @dataclass(frozen=True, slots=True)
 class Yield:
     """Why a worker let go of a run before its end."""
-    kind: str
+    kind: str  # sleep, wait_for_event, invoke_function, invoke_function_async
     step_id: str
     name: str
-    until: float | None = None  # of a sleep
+    until: float = 0.0  # of a sleep
+    timeout_s: float = 0.0  # of a wait or an invoke
+    target: str = ""  # the event's name or pattern; the function's id
+    match: str = ""  # "": any event
+    match_value: Json | None = None
+    input: Json | None = None  # of a function; a wait's payload
+    seen: int = 0  # up to this `seq` there was no answer to the wait
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """Something that a function has to come at an instant.
+
+    A `tick`: `key` is the cron expression, `event` what it emits. A `debounce`: `key`
+    is the value, `seq` the event that starts a run when there was silence. A `gate`:
+    the throttle's next start of those with the value `key`.
+    """
+
+    kind: Literal["tick", "debounce", "gate"]
+    function_id: str
+    key: str
+    event: str
+    due_at: Instant
+    seq: int | None = None
+    first_at: Instant | None = None  # of a debounce
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -318,7 +383,7 @@ class Report:
     step_offset: int | None = None
     output: Json = "null"
     error: dict[str, Any] = field(default_factory=dict)
-    yielded: Yield | None = None
+    yields: list[Yield] = field(default_factory=list)
 
 @dataclass(frozen=True, slots=True)
 class Worker:
@@ -337,8 +402,9 @@ class Job:
     """A leased run with all that a worker needs to carry it on."""
     run: Run
     event: Event
-    completed: list[Step]
+    steps: list[Step]  # those that a replay finds done
     next_sequence: int
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
 @dataclass(frozen=True, slots=True)
 class Topic:
@@ -812,22 +878,162 @@ def ended_in_failure(run: Run, error: Json, now: float) -> Run:
     return replace(unleased(run), status="failed", error=error, due_at=None,
                    ended_at=now)
 
-def asleep(run: Run, until: float, now: float) -> Run:
-    """Let go until an instant; a holder that yields what is past is due at once."""
-    run = settled(run, "yielded")
-    if until <= now:
-        return queued(run, now)
+def waiting(run: Run, until: float) -> Run:
+    """Let go, until something that it waits for ends, or an instant at the latest."""
     return replace(run, status="waiting", due_at=until)
 
 def queued(run: Run, now: float) -> Run:
-    """Due: the next worker that asks gets it, those queued before it first."""
-    return replace(run, status="waiting_for_capacity", due_at=now)
+    """Due: the next worker that asks gets it, those queued before it first.
+
+    One that has bounds stands in line first, if it does not have its place already.
+    """
+    held = int(bool(run.bounds) and run.status != "running")
+    return replace(run, status="waiting_for_capacity", due_at=now, held=held)
 
 def cancelled(run: Run, reason: str, now: float) -> Run:
     """Over, from any live status; the fence moves, so that its holder hears of it."""
     message = "the run was cancelled" + (f": {reason}" if reason else "")
     return replace(unleased(run), status="cancelled", fence=run.fence + 1, due_at=None,
                    error=failure("CANCELLED", message), ended_at=now)
+
+# --- What an event must show ----------------------------------------------------------
+# Tests are paths (orderId, data.orderId, event.data.orderId and $.data.orderId are one
+# place), or CEL, for which the extra `cel` is needed. Values are compared as text, so
+# that 7, 7.0 and "7" are the same, whichever language wrote them.
+
+PATH = re.compile(r"[^\s=!<>&|()\[\]'\"+*?,]+")
+EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|[\w.-]+)")
+
+def value_at(path: str | None, data: Json) -> str | None:
+    """The value at a path into an event's data, as text; None if there is none."""
+    if not path:
+        return None
+    value = parsed(data)
+    for key in re.sub(r"^(\$\.)?(event\.)?(data\.)?", "", path).split("."):
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return as_text(value)
+
+@lru_cache(maxsize=8)
+def parsed(data: Json) -> Any:
+    return json.loads(data)
+
+def as_text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+@lru_cache(maxsize=1024)
+def compiled(expression: str) -> Any:
+    """A CEL program. Raises InvalidInput: where it is wrong, or which extra to add."""
+    try:
+        import cel
+        return cel.compile(expression)
+    except ModuleNotFoundError:
+        raise InvalidInput(
+            f"{expression[:80]!r} is CEL, which needs the extra `cel`: run `pip install "
+            "common-expression-language`, then start the server again") from None
+    except ValueError as error:
+        raise InvalidInput(f"{expression[:80]!r} is no CEL: {error}") from None
+
+def holds(expression: str, event: NewEvent) -> bool:
+    """Whether an event passes; one without what the expression looks at does not."""
+    data, metadata = parsed(event.data), json.loads(event.metadata or "{}")
+    about = {"name": event.name, "version": event.version, "data": data,
+             "metadata": metadata, "source": event.source}
+    try:
+        return compiled(expression).execute(about | {"event": about}) is True
+    except InvalidInput as error:  # the extra was there when this was registered
+        log.warning("%s", error)
+    except BaseException as error:  # a panic of the library is not an Exception
+        log.debug("%s: %r", expression, error)
+    return False
+
+def observed(test: str, event: NewEvent) -> str | None:
+    """What an event shows to a test."""
+    if not test or PATH.fullmatch(test):
+        return value_at(test, event.data) if test else ""
+    return "true" if holds(test, event) else None
+
+def condition(match: str, given: Json | None, trigger: Json) -> tuple[str, str | None]:
+    """A test, and what an event must show to it; None: what none can show.
+
+    A bare path asks for the value that the run's own trigger has there (JS, Go), `path
+    == "literal"` and a path with `given` for that one (Python). Raises InvalidInput.
+    """
+    if not match or given is not None:
+        return match, as_text(json.loads(given)) if match and given else ""
+    if found := EQUALS.fullmatch(match):
+        literal = found[2]
+        return found[1], (literal[1:-1] if literal[0] in "'\"" else literal)
+    if PATH.fullmatch(match):
+        return match, value_at(match, trigger)
+    compiled(match)
+    return match, "true"
+
+# --- Cron -----------------------------------------------------------------------------
+
+CRON = (("second", 0, 59, ""), ("minute", 0, 59, ""), ("hour", 0, 23, ""),
+        ("day of month", 1, 31, ""),
+        ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+        ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
+
+@lru_cache(maxsize=512)
+def cron_fields(expression: str) -> list[list[int]]:
+    """The values of each of the six fields, in order. Raises InvalidInput."""
+    texts = expression.lower().split()
+    where = f"cron {expression[:80]!r}"
+    if len(texts) not in (5, 6):
+        raise InvalidInput(f"{where} has {len(texts)} fields: send 5, or 6 with seconds"
+                           " first, such as */5 * * * *")
+    found = []
+    for (what, low, high, names), text in zip(CRON, ["0", *texts][-6:], strict=True):
+        try:
+            ranges = [cron_range(part, low, high, names.split())
+                      for part in text.split(",")]
+        except ValueError:
+            raise InvalidInput(f"{where}: {text[:40]!r} is no {what}: send {low} to "
+                               f"{high}, *, a-b, a,b or */n") from None
+        found.append(sorted({value for each in ranges for value in each}))
+    found[5] = sorted({day % 7 for day in found[5]})  # Sunday is 0 and 7
+    return found
+
+def cron_range(part: str, low: int, high: int, names: list[str]) -> range:
+    """The values of *, 5, 1-5, */2, 1-5/2 or 5/2 (from 5 on). Raises ValueError."""
+    numbers = re.sub("[a-z]+", lambda word: str(names.index(word[0]) + low), part)
+    if not (found := re.fullmatch(r"(\*|([0-9]+)(-[0-9]+)?)(/[0-9]+)?", numbers)):
+        raise ValueError
+    _, first, last, step = found.groups()
+    begin = int(first or low)
+    end = int(last[1:]) if last else high if step or not first else begin
+    if not low <= begin <= end <= high:
+        raise ValueError
+    return range(begin, end + 1, int(step[1:]) if step else 1)
+
+def next_tick(expression: str, after: float) -> float:
+    """The first instant after `after`, in Unix seconds, that a cron expression names.
+
+    UTC; 5 fields, or 6 with seconds first; with both day fields restricted, either will
+    do, as everywhere since Vixie's cron. Raises InvalidInput, also for what never is.
+    """
+    seconds, minutes, hours, days, months, weekdays = cron_fields(expression)
+    either = not any(text.startswith("*") for text in (
+        expression.split()[-3], expression.split()[-1]))
+    begin = datetime.fromtimestamp(math.floor(after) + 1, UTC)
+    day, earliest = begin.date(), (begin.hour, begin.minute, begin.second)
+    for _ in range(366 * 9):  # 29 February may be eight years away
+        on_day, on_weekday = day.day in days, day.isoweekday() % 7 in weekdays
+        fits = on_day or on_weekday if either else on_day and on_weekday
+        if day.month in months and fits:
+            for hour in (h for h in hours if h >= earliest[0]):
+                for minute in (m for m in minutes if (hour, m) >= earliest[:2]):
+                    for second in seconds:
+                        if (hour, minute, second) >= earliest:
+                            return datetime(day.year, day.month, day.day, hour, minute,
+                                            second, tzinfo=UTC).timestamp()
+        day, earliest = day + timedelta(days=1), (0, 0, 0)
+    raise InvalidInput(f"cron {expression[:80]!r} names a day that never comes")
 
 # ======================================================================================
 # 6. The way in
@@ -1439,34 +1645,80 @@ async def get_topic_stats(api: Api, request: web.BaseRequest) -> web.Response:
 
 # --- Functions and workers ------------------------------------------------------------
 
-NOT_YET = ("concurrency", "debounce", "throttle", "cancelOn", "actorKey",
-           "circuitBreaker", "secrets", "endpointUrl")
+NOT_YET = ("circuitBreaker", "endpointUrl")
+MIN_DEBOUNCE_MS = 1000
 
 async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/RegisterFunction: an upsert; the same again changes nothing."""
     new = read_function(Fields(await api.read_json(request)))
     function, created = await api.journal.write(register_function, new)
-    return answer(join({"function": function_to_connect(function),
-                        "created": dumps(created)}))
+    warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which "
+                "the server does not have: its runs wait until --secrets-file has it"
+                for name in api.desk.offers.secrets.missing(function)]
+    for warning in warnings:
+        log.warning("%s", warning)
+    return answer(join({
+        "function": function_to_connect(function), "created": dumps(created),
+        "warnings": dumps(warnings) if warnings else None}))
 
 def read_function(body: Fields) -> NewFunction:
     """A registration under any SDK's spelling. Nothing is silently ignored."""
     function_id = check_function_id(body.text("id"))
     refuse_not_yet(body, NOT_YET, f"function {function_id!r}: ")
-    events = list(map(read_trigger, body.objects("triggers")))
+    triggers = [read_trigger(item, function_id) for item in body.objects("triggers")]
     retry = read_retry(body.inner("retry"))
     config = {
         "id": function_id, "name": body.text("name") or function_id,
         "description": body.text("description"),
-        "triggers": [{"event": event} for event in events],
+        "triggers": [{name: text for name, text in columns_of(each).items() if text}
+                     for each in triggers],
         "retry": {camel(name): value for name, value in columns_of(retry).items()},
         "timeoutMs": body.whole("timeoutMs", high=MAX_INT32),
         "preferredMode": read_mode(body), "recording": body.flag("recording"),
         "recordingProfile": body.text("recordingProfile"),
         "recordingRetention": body.get("recordingRetention"),
-        "metadata": body.inner("metadata").all,
+        "metadata": body.inner("metadata").all, **read_bounds(body),
     }
-    return NewFunction(function_id, dumps(config), retry.to_text(), events)
+    return NewFunction(function_id, dumps(config), retry.to_text(), triggers)
+
+def read_bounds(body: Fields) -> dict[str, Any]:
+    """What a function asks of its runs beside retries; what is unset is left out."""
+    found: dict[str, Any] = {}
+    for name, numbers in {"concurrency": ["limit"], "throttle": ["limit", "periodMs"],
+                          "debounce": ["periodMs", "maxWaitMs"]}.items():
+        said = body.inner(name)
+        if not is_empty(said.all):
+            found[name] = {each: said.whole(each, low=1, high=MAX_INT32,
+                                            default=-(each != "maxWaitMs"))
+                           for each in numbers} | {"key": read_path(said, "key")}
+            found[name] = {each: one for each, one in found[name].items() if one}
+            if -1 in found[name].values():
+                raise InvalidInput(f"{name}: send {' and '.join(numbers[:2])}")
+    if "debounce" in found:
+        shortest = max(found["debounce"]["periodMs"], MIN_DEBOUNCE_MS)
+        found["debounce"]["periodMs"] = shortest
+    cancel_on = []
+    for item in body.objects("cancelOn"):
+        event, match = check_trigger(item.text("event")), item.text("match")
+        if not event:
+            raise InvalidInput(f"{item.where}event is empty: name the event that "
+                               "cancels runs")
+        condition(match, None, "null")
+        cancel_on.append({"event": event, "match": match})
+    names = body.items("secrets")
+    if not all(isinstance(name, str) and name for name in names):
+        raise InvalidInput("secrets: send a list of names")
+    more = {"actorKey": read_path(body, "actorKey"), "cancelOn": cancel_on,
+            "secrets": list(dict.fromkeys(names))}
+    return found | {name: value for name, value in more.items() if value}
+
+def read_path(body: Fields, name: str) -> str:
+    """A path into an event's data, such as customer.id."""
+    path = body.text(name)
+    if path and not PATH.fullmatch(path):
+        raise InvalidInput(f"{body.where}{name} is {path[:80]!r}: send a path into the "
+                           "event's data, such as customer.id")
+    return path
 
 def refuse_not_yet(body: Fields, names: Iterable[str], where: str) -> None:
     for name in names:
@@ -1474,13 +1726,24 @@ def refuse_not_yet(body: Fields, names: Iterable[str], where: str) -> None:
             raise InvalidInput(f"{where}{name} is not supported by this server yet: "
                                "leave it out")
 
-def read_trigger(item: Fields) -> str:
-    refuse_not_yet(item, ("cron", "expression"), item.where)
-    event = item.text("event")
-    if not event:
+def read_trigger(item: Fields, function_id: str) -> Trigger:
+    """What starts a function: an event or a cron expression, perhaps both.
+
+    A tick without an event has one of its own, which anybody may emit as well.
+    """
+    event, cron, test = map(item.text, ("event", "cron", "expression"))
+    if not event and not cron:
         raise InvalidInput(f"{item.where}event is empty: name the event that starts"
-                           " the function")
-    return check_trigger(event)
+                           " the function, or send cron")
+    try:
+        if cron:
+            next_tick(cron, 0.0)
+            event = check_event_name(event or f"cron.{function_id}")
+        if test:
+            compiled(test)
+    except InvalidInput as error:
+        raise InvalidInput(f"{item.where[:-1]}: {error}") from None
+    return Trigger(check_trigger(event), test, cron)
 
 def read_retry(body: Fields) -> Retry:
     """The policy; a member that is unset or zero, as Go sends it, is the default."""
@@ -1521,10 +1784,10 @@ def read_enum(value: Any, enum: str) -> str:
         return words[int(word) - 1]
     return word if word in words else ""
 
-def function_to_connect(function: Function) -> Json:
+def function_to_connect(function: Function, next_run: str | None = None) -> Json:
     found = in_camel(members(function, "version created_at updated_at"))
-    return join(found | as_texts(json.loads(function.config)) | {
-        "status": f'"FUNCTION_STATUS_{function.status.upper()}"'})
+    return join(found | as_texts(function.asks | {
+        "status": f"FUNCTION_STATUS_{function.status.upper()}", "nextRun": next_run}))
 
 async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
     """ListFunctions, GET /api/v1/functions: in the order of ids, a thousand a page."""
@@ -1535,7 +1798,7 @@ async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
         function for function in await api.journal.read(Queries.functions)
         if name in function.function_id and status in ("", function.status)
         and mode in ("", read_enum(
-            json.loads(function.config)["preferredMode"], "execution_mode"))]
+            function.asks["preferredMode"], "execution_mode"))]
     offset, cursor = asks.whole("offset"), asks.text("cursor")
     offset += sum(function.function_id <= cursor for function in found)
     page = found[offset : offset + (asks.whole("limit", high=1000) or 1000)]
@@ -1566,17 +1829,24 @@ async def remove_function(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def functions_to_wire(api: Api, request: web.BaseRequest,
                             functions: list[Function]) -> list[Json]:
-    """In the caller's shape; without `workers` a function's runs wait, visibly."""
+    """In the caller's shape; without `workers`, or with `missing_secrets`, a function's
+    runs wait, visibly."""
+    ticks = await api.journal.read(Queries.next_ticks)
+    next_run = {name: to_rfc3339(tick) for name, tick in ticks.items()}
     if is_connect(request):
-        return list(map(function_to_connect, functions))
+        return [function_to_connect(each, next_run.get(each.function_id))
+                for each in functions]
     workers = await api.journal.read(Queries.connected_workers)
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
-    return [dumps(function_to_rest(each) | {"workers": carried[each.function_id]})
-            for each in functions]
+    rows = [function_to_rest(each) | {
+        "workers": carried[each.function_id], "next_run": next_run.get(each.function_id),
+        "missing_secrets": api.desk.offers.secrets.missing(each) or None}
+        for each in functions]
+    return [join(as_texts(row)) for row in rows]
 
 def function_to_rest(function: Function) -> dict[str, Any]:
     """The union of the two published row shapes (docs, JS 0.29)."""
-    config, retry = json.loads(function.config), Retry.from_text(function.retry)
+    config, retry = function.asks, Retry.from_text(function.retry)
     mode = read_enum(config["preferredMode"], "execution_mode")
     return {
         "id": function.function_id, "slug": function.function_id,
@@ -1585,6 +1855,9 @@ def function_to_rest(function: Function) -> dict[str, Any]:
         "triggers": config["triggers"], "retry_attempts": retry.max_attempts,
         "retry_delay_ms": retry.initial_delay_ms, "retry_backoff": retry.backoff_factor,
         "timeout_ms": config["timeoutMs"], "metadata": config["metadata"],
+        **{snake(name): config[name] for name in (
+            "concurrency", "throttle", "debounce", "cancelOn", "actorKey", "secrets")
+           if name in config},
         "version": function.version, "created_at": to_rfc3339(function.created_at),
         "updated_at": to_rfc3339(function.updated_at),
     }
@@ -1655,7 +1928,8 @@ def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
     """A run in the caller's shape: REST in snake_case, Connect in camelCase."""
     found = members(run, "id=run_id function_id event_id event_name worker_id status"
                          " attempt output error function_version created_at updated_at"
-                         " started_at ended_at max_attempts=policy.max_attempts")
+                         " started_at ended_at max_attempts=policy.max_attempts"
+                         " actor_id parent_run_id parent_step_id")
     found |= {"input": data, "execution_mode": '"pull"'}
     if not is_connect(request):
         return join(found)
@@ -1682,7 +1956,8 @@ async def list_steps(api: Api, request: web.BaseRequest) -> web.Response:
 def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
     found = members(step, "run_id step_id name step_type=type sequence status output"
                           " error attempt duration_ms compensation_for sleep_until"
-                          " started_at ended_at created_at updated_at")
+                          " started_at ended_at created_at updated_at wait_event_name"
+                          " wait_timeout child_run_id input")
     found["id"] = f'"step_{step.run_id.removeprefix("run_")}_{step.sequence}"'
     if not is_connect(request):
         return join(found)
@@ -1701,7 +1976,7 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
 # notice. What a rule changes, a row of `journal` says in the same transaction.
 
 def accept_event(tx: Transaction, event: NewEvent, now: float, started_by:
-                 Callable[[Transaction, str], list[Function]] | None = None
+                 Callable[[Transaction, NewEvent], list[Function]] | None = None
                  ) -> Accepted:
     """Record an event and a run for each function it triggers: all or nothing.
 
@@ -1710,18 +1985,28 @@ def accept_event(tx: Transaction, event: NewEvent, now: float, started_by:
     """
     if (first := find_original(tx, event, {})) is not None:
         return Accepted(first.event_id, tx.run_ids_of(first.seq))
-    functions = (started_by or Transaction.functions_triggered_by)(tx, event.name)
-    event_id = tx.ids.new("evt", now)
-    kept = tx.append_event(event, event_id, now)
-    return Accepted(event_id, [start_run(tx, f, kept, now) for f in functions])
+    functions = (started_by or triggered)(tx, event)
+    kept = tx.append_event(event, tx.ids.new("evt", now), now)
+    if event.source == "invoke":
+        return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions])
+    hear(tx, kept, now)  # before its own runs begin to listen
+    for function in functions:
+        debounce(tx, function, kept, now)
+    return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions
+                                    if "debounce" not in f.asks])
+
+def triggered(tx: Transaction, event: NewEvent) -> list[Function]:
+    """Active functions with a trigger that the event passes, in the order of ids."""
+    return [function for function, tests in tx.functions_triggered_by(event.name)
+            if "" in tests or any(holds(test, event) for test in tests)]
 
 def accept_call(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """As `accept_event`; if it triggers nothing, its name may be a function's id."""
     return accept_event(tx, event, now, triggered_or_named)
 
-def triggered_or_named(tx: Transaction, name: str) -> list[Function]:
-    named = tx.find(Function, function_id=name, status="active")
-    return tx.functions_triggered_by(name) or ([named] if named else [])
+def triggered_or_named(tx: Transaction, event: NewEvent) -> list[Function]:
+    named = tx.find(Function, function_id=event.name, status="active")
+    return triggered(tx, event) or ([named] if named else [])
 
 def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """Start a run of the function that the event is named after, and of no other.
@@ -1730,10 +2015,10 @@ def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """
     return accept_event(tx, event, now, the_named)
 
-def the_named(tx: Transaction, function_id: str) -> list[Function]:
-    function = known(tx, Function, function_id)
+def the_named(tx: Transaction, event: NewEvent) -> list[Function]:
+    function = known(tx, Function, event.name)
     if function.status != "active":
-        raise FailedPrecondition(f"function {function_id!r} is {function.status}: set "
+        raise FailedPrecondition(f"function {event.name!r} is {function.status}: set "
                                  "its status to active to start runs of it")
     return [function]
 
@@ -1779,13 +2064,93 @@ def what_it_is(event: NewEvent) -> str:
     kind = "an invocation of" if event.source == "invoke" else f"the {event.kind}"
     return f"{kind} {event.name!r}"
 
-def start_run(tx: Transaction, function: Function, event: Event, now: float) -> str:
-    """A run of one function for one event, due at once; its id."""
-    run_id = tx.ids.new("run", now)
-    tx.insert_run(run_id, function, event, now)
+def start_run(tx: Transaction, function: Function, event: Event, now: float,
+              parent: tuple[str, str] | None = None) -> str:
+    """A run of one function for one event, due at once or in line; its id."""
+    run_id, asks, bounds = tx.ids.new("run", now), function.asks, dict[str, str]()
+    for column, name in (("lane", "concurrency"), ("gate", "throttle")):
+        if name in asks:
+            bounds[column] = value_at(asks[name].get("key"), event.data) or ""
+    if actor_id := value_at(asks.get("actorKey"), event.data):
+        bounds["actor_id"] = actor_id
+    tx.insert_run(run_id, function, event, now, parent, bounds)
     tx.append("run", "created", run_id,
               {"status": "waiting_for_capacity", "attempt": 1}, now)
+    if bounds:
+        let_in(tx, function.function_id, bounds, now)
+    for each in asks.get("cancelOn", ()):
+        test, value = condition(each["match"], None, event.data)
+        if value is not None:  # else no event will ever do
+            tx.insert_wait(run_id, None, each["event"], test, value)
     return run_id
+
+def let_in(tx: Transaction, function_id: str, bounds: dict[str, str],
+           now: float) -> None:
+    """Runs that stand in line for what a bound has room for, the longest due first.
+
+    A run that is ready or running has its place; who lets go of it, sleeps or waits
+    leaves it to the next. A throttle's places come back a period after each start.
+    """
+    function = tx.find(Function, function_id=function_id)
+    asks = function.asks if function else {}
+    throttle = asks.get("throttle", {})
+    limits = {"lane": asks.get("concurrency", {}).get("limit", MAX_INT32),
+              "actor_id": 1 if "actorKey" in asks else MAX_INT32,
+              "gate": throttle.get("limit", MAX_INT32)}
+    period_s = throttle.get("periodMs", 0) / 1000
+    for column, value in bounds.items():
+        while tx.let_next_in(function_id, column, value, limits, now - period_s):
+            pass
+        if column == "gate":
+            opens = tx.nth_start(function_id, value, limits["gate"]) + period_s
+            if opens > now and tx.in_line(function_id, value):
+                tx.save(Timer("gate", function_id, value, "", opens))
+
+def debounce(tx: Transaction, function: Function, event: Event, now: float) -> None:
+    """Put off the function's one run until there is silence; this is its event now."""
+    if (quiet := function.asks.get("debounce")) is None:
+        return
+    key = value_at(quiet.get("key"), event.data) or ""
+    old = tx.find(Timer, kind="debounce", function_id=function.function_id, key=key)
+    first_at, due_at = (old and old.first_at) or now, now + quiet["periodMs"] / 1000
+    if "maxWaitMs" in quiet:
+        due_at = min(due_at, first_at + quiet["maxWaitMs"] / 1000)
+    tx.save(Timer("debounce", function.function_id, key, "", due_at, event.seq,
+                  first_at))
+
+def hear(tx: Transaction, event: Event, now: float) -> None:
+    """Wake the runs that wait for such an event; cancel those that it ends.
+
+    Of the waits of one run that ask for the same, it answers the oldest.
+    """
+    for name, test in tx.listened_for(event.name):
+        answered: set[str] = set()
+        value = observed(test, event)
+        waits = [] if value is None else tx.waits(name, test, value)
+        for wait_id, run_id, step_id in waits:
+            run = known(tx, Run, run_id)
+            if run.status in TERMINAL or run_id in answered:
+                continue
+            if step_id is None:
+                end_family(tx, run, f"event {event.name} ({event.event_id})", now)
+                continue
+            step = tx.find(Step, run_id=run_id, step_id=step_id)
+            if step is not None and step.status == "waiting" and step.deadline > now:
+                answered.add(run_id)
+                tx.take(wait_id, event.seq)
+                end_step(tx, step, "completed", now, output=event_object(event))
+                wake(tx, run, now)
+
+def wake(tx: Transaction, run: Run, now: float) -> None:
+    """A wait of this run ended: it is due, unless it is at work, or fails just now."""
+    woken = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
+    if run.status == "waiting" and run.settled_as == "yielded":
+        woken = queued(woken, now)
+    become(tx, run, woken, now)
+
+def event_object(event: Event) -> Json:
+    """An event as a wait returns it, in every SDK."""
+    return join(in_camel(members(event, EVENT)))
 
 def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     """Store a run as a rule of chapter 5 made it; a change of status leaves its row."""
@@ -1793,6 +2158,8 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     tx.update_run(new)
     if new.status == old.status:
         return new
+    if bounds := old.bounds | new.bounds:
+        let_in(tx, new.function_id, bounds, now)
     assert new.status in NEXT[old.status], f"{new.run_id}: {old.status} -> {new.status}"
     change: dict[str, Any] = {"status": new.status, "attempt": new.attempt}
     if new.status == "running":
@@ -1801,6 +2168,10 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
         change["error"] = json.loads(new.error)
     verb = new.status if new.status in TERMINAL else "updated"
     tx.append("run", verb, new.run_id, change, now)
+    if new.status in TERMINAL:
+        tx.delete_waits(new.run_id)
+        if new.parent_run_id is not None:
+            child_ended(tx, new, now)
     return new
 
 def known(tx: Queries, row: type[T], row_id: str) -> T:
@@ -1827,9 +2198,18 @@ def register_function(tx: Transaction, new: NewFunction,
     known = (old.status, old.version + 1, old.created_at) if old else ("active", 1, now)
     function = Function(new.function_id, new.config, new.retry, *known, updated_at=now)
     tx.save_function(function)
-    tx.set_triggers(new.function_id, new.events)
+    tx.set_triggers(new.function_id, new.triggers)
+    ticks = [Timer("tick", new.function_id, each.cron, each.event,
+                   next_tick(each.cron, now)) for each in new.triggers if each.cron]
+    tx.set_ticks(new.function_id, ticks)
+    stand_in_line(tx, new.function_id, now)
     say_of_function(tx, "updated" if old else "registered", function, now)
     return function, old is None
+
+def stand_in_line(tx: Transaction, function_id: str, now: float) -> None:
+    """Let the queued runs of a function in anew: its bounds have changed."""
+    for bounds in tx.hold_queued(function_id):
+        let_in(tx, function_id, bounds, now)
 
 def say_of_function(tx: Transaction, verb: str, function: Function,
                     now: float) -> None:
@@ -1851,6 +2231,7 @@ def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
     function = known(tx, Function, function_id)
     tx.delete_function(function_id)
+    stand_in_line(tx, function_id, now)
     say_of_function(tx, "deleted", function, now)
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
@@ -1859,6 +2240,8 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
     if old is not None and old == replace(worker, registered_at=old.registered_at):
         return
     tx.save(worker)
+    if old is not None and old.function_ids != worker.function_ids:
+        tx.delete_actors(worker.worker_id)
     if old is None or not old.connected:
         tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
 
@@ -1867,6 +2250,7 @@ def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) ->
     worker = known(tx, Worker, worker_id)
     if worker.connected != connected:
         tx.save(replace(worker, connected=int(connected)))
+        tx.touched.update(json.loads(worker.function_ids))  # its actors may move
         verb = "connected" if connected else "disconnected"
         tx.append("worker", verb, worker_id, {"status": verb}, now)
 
@@ -1890,6 +2274,7 @@ class Offer:
     slots: int
     answer: Callable[[list[Job] | IronflowError], None]
     acked: bool = False
+    knows_failures: bool = False  # its SDK raises for a failed step, not reads success
     functions: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     error: IronflowError | None = None
@@ -1898,13 +2283,13 @@ class Offer:
 class Offers:
     """All that stand, by function, oldest first. The writer alone looks at those."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, secrets: Secrets | None = None) -> None:
+        self._limits, self.secrets = limits, secrets or Secrets()
         self._lock = threading.Lock()
         self._fresh: list[Offer] = []  # made since the last batch
         self._taken: list[Offer] = []  # by the batch that is not committed yet
         self._standing: dict[str, list[Offer]] = {}
-        self._void = False  # the last batch was: what it took back is due once more
+        self.look_anew = False  # at all that is due: a batch was void, or a file changed
 
     def add(self, offer: Offer) -> None:
         with self._lock:
@@ -1936,12 +2321,13 @@ class Offers:
                 self.take(offer)
                 continue
             offer.functions = json.loads(worker.function_ids)
+            offer.knows_failures = '"runtime":"python-' in worker.version
             for function_id in offer.functions:
                 self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
-        if self._void:
+        if self.look_anew:
+            self.look_anew = False
             tx.touched.update(self._standing)
-            self._void = False
         wanted = [f for f in tx.touched if self._standing.get(f)]
         if wanted:
             lease_to_offers(tx, self, wanted, self._limits, now)
@@ -1954,9 +2340,11 @@ class Offers:
         able = {offer for f in function_ids for offer in self.standing(f)}
         return sum(offer.slots for offer in able)
 
-    def best_for(self, function_id: str) -> Offer | None:
+    def best_for(self, function_id: str, worker_id: str | None) -> Offer | None:
         """The one with the fewest jobs so far, oldest first; it is taken now."""
-        able = sorted(self.standing(function_id), key=lambda offer: len(offer.jobs))
+        able = sorted((offer for offer in self.standing(function_id)
+                       if worker_id in (None, offer.worker_id)),
+                      key=lambda offer: len(offer.jobs))
         return next(filter(self.take, able), None)
 
     def committed(self) -> list[Offer]:
@@ -1968,7 +2356,7 @@ class Offers:
 
     def rolled_back(self) -> None:
         """The batch is void: those it filled stand again, as new ones."""
-        self._void = True
+        self.look_anew = True
         void, self._taken = self._taken, []
         for offer in void:
             offer.jobs, offer.error, offer.state = [], None, "open"
@@ -1977,18 +2365,28 @@ class Offers:
 def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
                     limits: Limits, now: float) -> None:
     """Lease due runs of `functions` to the offers that stand, the longest due first."""
-    room = offers.room(functions)
-    due = [tx.due_runs(function_id, room) for function_id in functions]
+    room, due, secrets = offers.room(functions), [], {}
+    for function_id in functions:
+        function = tx.find(Function, function_id=function_id)
+        names = function.asks.get("secrets", ()) if function else ()
+        secrets[function_id] = offers.secrets.of(names)
+        if secrets[function_id] is not None:  # else its runs wait for the file
+            workers = [offer.worker_id for offer in offers.standing(function_id)]
+            due.append(tx.due_runs(function_id, workers, room))
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
-        if (offer := offers.best_for(run.function_id)) is None:
+        bound_to = tx.worker_of_actor(run)
+        if (offer := offers.best_for(run.function_id, bound_to)) is None:
             continue
         hold_s = limits.lease_s if offer.acked else limits.reservation_s
         held = leased(run, offer.worker_id, tx.ids.token(), hold_s, offer.acked, now)
         become(tx, run, held, now)
+        if run.actor_id is not None and bound_to is None:
+            tx.bind_actor(held)
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
-        offer.jobs.append(Job(held, event, tx.steps(run.run_id, "completed"),
-                              tx.next_sequence(run.run_id)))
+        offer.jobs.append(Job(
+            held, event, tx.done_steps(run.run_id, offer.knows_failures),
+            tx.next_sequence(run.run_id), secrets[run.function_id] or {}))
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -2051,7 +2449,7 @@ def record_steps(tx: Transaction, run: Run, said: Report, limits: Limits,
             created_at=old.created_at if old else now, updated_at=now))
     return fresh
 
-def keep_step(tx: Transaction, old: Step | None, step: Step) -> None:
+def keep_step(tx: Transaction, old: Step | None, step: Step) -> Step:
     """Store a step; subscribers hear `created` once, then how it ended."""
     tx.save(step)
     run_id, step_id, at = step.run_id, step.step_id, step.updated_at
@@ -2060,8 +2458,9 @@ def keep_step(tx: Transaction, old: Step | None, step: Step) -> None:
         tx.append("step", "created", run_id, change, at, step_id)
     if step.status == "failed":
         change["error"] = json.loads(step.error or "null")
-    if step.status in ("completed", "failed"):
+    if step.status in ("completed", "failed", "timed_out"):
         tx.append("step", step.status, run_id, change, at, step_id)
+    return step
 
 def check_output(what: str, output: Json | None, limits: Limits) -> None:
     if (size := len((output or "").encode())) > (limit := limits.step_bytes):
@@ -2083,42 +2482,161 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
     if said.status == "completed":
         check_output("the output of the run", said.output, limits)
         return completed(run, said.output, now)
-    assert said.yielded is not None
-    if said.yielded.kind == "sleep":
-        return fall_asleep(tx, run, said.yielded, limits, now)
-    raise Unkept("UNSUPPORTED_YIELD", (
-        f"step {said.yielded.name!r} yielded {said.yielded.kind!r}, which is not "
-        "supported by this server yet: the run ends here"))
+    run = settled(run, "yielded")
+    for wish in said.yields:
+        step = tx.find(Step, run_id=run.run_id, step_id=wish.step_id)
+        if step is None:
+            step = begin_step(tx, run, wish, limits, now)
+        if step.status == "failed":  # not known to a worker of JS or Go: see Offer
+            cause = json.loads(step.error or "{}").get("message", "it failed")
+            raise Unkept("INVOKE_FAILED", f"step {step.name!r}: {cause}")
+        if step.status not in PENDING:
+            run = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
+    if run.woken_fence == run.fence:  # something ended that the worker did not know of
+        return queued(run, now)
+    return wait_on(tx, run, now)
 
-def fall_asleep(tx: Transaction, run: Run, wish: Yield, limits: Limits,
-                now: float) -> Run:
-    """Wait for the earliest of the run's sleeps.
+# --- Waits: sleeps, events, other runs ------------------------------------------------
+# Each is a step that is pending until it ends by what it waits for, or by its deadline.
+# Branches yield one at a time, and a replay yields again what is pending: such a step
+# keeps its deadline, and one that is over makes the run due at once.
 
-    Branches yield one at a time, so a sleep may be yielded again by a replay: one
-    that is pending keeps its instant, one that is over makes the run due at once.
-    """
-    step = tx.find(Step, run_id=run.run_id, step_id=wish.step_id)
-    if step is None:
-        sequence = tx.next_sequence(run.run_id)
-        check_room(sequence, wish.name, limits)
-        step = Step(
-            wish.step_id, wish.name, "sleep", "sleeping", output=None, error=None,
-            duration_ms=None, compensation_for=None, started_at=now, ended_at=None,
-            run_id=run.run_id, sequence=sequence, attempt=run.attempt, created_at=now,
-            updated_at=now, sleep_until=wish.until or now,
-        )
+PENDING = ("sleeping", "waiting")
+SLICE = 1_000  # events looked at in one statement
+
+def begin_step(tx: Transaction, run: Run, wish: Yield, limits: Limits,
+               now: float) -> Step:
+    """The row of what a run waits for from now on. Raises Unkept."""
+    sequence, asleep = tx.next_sequence(run.run_id), wish.kind == "sleep"
+    check_room(sequence, wish.name, limits)
+    if wish.kind not in YIELDS:
+        raise Unkept("UNSUPPORTED_YIELD", (
+            f"step {wish.name!r} yielded {wish.kind!r}, which is not supported by this "
+            "server: the run ends here"))
+    kind = wish.kind.removesuffix("_async")
+    step = Step(
+        wish.step_id, wish.name, kind, "sleeping" if asleep else "waiting", output=None,
+        error=None, duration_ms=None, compensation_for=None, started_at=now,
+        ended_at=None, run_id=run.run_id, sequence=sequence, attempt=run.attempt,
+        created_at=now, updated_at=now, sleep_until=wish.until if asleep else None,
+        wait_timeout=None if asleep else now + wish.timeout_s)
+    if asleep:
+        return keep_step(tx, None, step)
+    if kind == "invoke_function":
+        return begin_child(tx, run, wish, step, limits, now)
+    step = replace(step, wait_event_name=wish.target, input=wish.input)
+    return begin_to_listen(tx, run, wish, keep_step(tx, None, step), now)
+
+def begin_child(tx: Transaction, run: Run, wish: Yield, step: Step, limits: Limits,
+                now: float) -> Step:
+    """Start the run that a step asks for, and wait for its end if it says so."""
+    event = NewEvent(wish.target, wish.input or "null", source="invoke",
+                     subject=run.run_id)
+    check_output(f"the input of {wish.target!r}", event.data, limits)
+    try:
+        (function,) = the_named(tx, event)
+    except IronflowError as error:
         keep_step(tx, None, step)
-    if step.status != "sleeping":
-        return queued(settled(run, "yielded"), now)
-    until = min(s.sleep_until or now for s in tx.steps(run.run_id, "sleeping"))
-    end_sleeps(tx, run, now)
-    return asleep(run, until, now)
+        return invoke_failed(tx, step, "not_found", error.message, now)
+    child = tx.append_event(event, tx.ids.new("evt", now), now)
+    child_id = start_run(tx, function, child, now, (run.run_id, step.step_id))
+    step = keep_step(tx, None, replace(step, child_run_id=child_id))
+    if wish.kind == "invoke_function":
+        return step
+    return end_step(tx, step, "completed", now, output=dumps({"run_id": child_id}))
 
-def end_sleeps(tx: Transaction, run: Run, now: float) -> None:
-    for step in tx.steps(run.run_id, "sleeping"):
-        if (step.sleep_until or now) <= now:
-            keep_step(tx, step, replace(step, status="completed", output="null",
-                                        ended_at=now, updated_at=now))
+def invoke_failed(tx: Transaction, step: Step, status: str, cause: str,
+                  now: float) -> Step:
+    how = {"timed_out": "did not end in time", "not_found": "could not be started"}
+    sentence = f"function {step.name!r} {how.get(status, status)}: {cause}"
+    return end_step(tx, step, "failed", now, error=dumps({
+        "message": sentence, "function_id": step.name, "cause": cause,
+        "child_run_id": step.child_run_id or "", "status": status}))
+
+def child_ended(tx: Transaction, child: Run, now: float) -> None:
+    """Tell the parent that waits for it; one that has gone on does not care."""
+    parent = tx.find(Run, run_id=child.parent_run_id)
+    step = tx.find(Step, run_id=child.parent_run_id, step_id=child.parent_step_id)
+    if parent is None or step is None or step.status != "waiting" or (
+            parent.status in TERMINAL):
+        return
+    if child.status == "completed":
+        end_step(tx, step, "completed", now, output=child.output)
+    else:
+        cause = json.loads(child.error or "{}").get("message", child.status)
+        invoke_failed(tx, step, child.status, cause, now)
+    wake(tx, parent, now)
+
+def begin_to_listen(tx: Transaction, run: Run, wish: Yield, step: Step,
+                    now: float) -> Step:
+    """Wait for an event, unless its answer came before the question."""
+    try:
+        test, value = condition(wish.match, wish.match_value, tx.input_of(run))
+    except InvalidInput as error:
+        raise Unkept("UNSUPPORTED_MATCH", f"step {step.name!r}: {error}") from None
+    event, _ = early_answer(tx, run, wish)
+    if value is not None:  # else no event will ever do
+        tx.insert_wait(run.run_id, step.step_id, wish.target, test, value,
+                       event.seq if event else None)
+    if event is None:
+        return step
+    return end_step(tx, step, "completed", now, output=event_object(event))
+
+def early_answer(tx: Queries, run: Run, wish: Yield) -> tuple[Event | None, int]:
+    """The event that answers a wait already, and up to which `seq` there is no other.
+
+    It comes after the one that an equal wait took; else after the run's trigger if it
+    has to match, or after the run's last wait ended if any will do. Whatever comes
+    while an equal wait is pending belongs to that.
+    """
+    test, value = condition(wish.match, wish.match_value, tx.input_of(run))
+    taken = tx.taken(run.run_id, wish.target, test, value)
+    if value is None or None in taken:
+        return None, wish.seen
+    begin = run.event_seq if wish.match else run.woken_seq or run.event_seq
+    seen = max(max((seq for seq in taken if seq), default=begin), wish.seen)
+    while events := tx.events_after(wish.target, seen, SLICE):
+        for event in events:
+            if matches(wish.target, event.name) and observed(test, event) == value:
+                return event, event.seq - 1
+        seen = events[-1].seq
+    return None, seen
+
+def look_back(journal: Queries, run_id: str, said: Report) -> Report:
+    """Look for early answers where it holds up nobody; the rule looks only beyond."""
+    run, wishes = journal.find(Run, run_id=run_id), said.yields
+    with contextlib.suppress(InvalidInput):  # for the rule to say
+        wishes = [wish if run is None or wish.kind != "wait_for_event" else
+                  replace(wish, seen=early_answer(journal, run, wish)[1])
+                  for wish in said.yields]
+    return replace(said, yields=wishes)
+
+def end_step(tx: Transaction, step: Step, status: StepStatus, now: float,
+             output: Json | None = None, error: Json | None = None) -> Step:
+    return keep_step(tx, step, replace(step, status=status, output=output, error=error,
+                                       ended_at=now, updated_at=now))
+
+def wait_on(tx: Transaction, run: Run, now: float) -> Run:
+    """What a run that let go does now: it waits for the next deadline of its steps,
+    is due because of one that is over, or failed because nothing answered a wait."""
+    deadlines, over = [], False
+    for step in tx.pending_steps(run.run_id):
+        if step.deadline > now:
+            deadlines.append(step.deadline)
+            continue
+        over = True
+        if step.type == "sleep":
+            end_step(tx, step, "completed", now, output="null")
+        elif step.type == "invoke_function":
+            invoke_failed(tx, step, "timed_out", "it goes on", now)
+        else:
+            end_step(tx, step, "timed_out", now)
+            sentence = (f"wait for event {step.wait_event_name!r} timed out (step "
+                        f"{step.name!r})")
+            return ended_in_failure(run, failure("WAIT_TIMEOUT", sentence), now)
+    if over or not deadlines:
+        return queued(replace(run, woken_fence=run.fence, woken_seq=tx.last_seq), now)
+    return waiting(run, min(deadlines))
 
 # --- Time, and people -----------------------------------------------------------------
 
@@ -2155,9 +2673,27 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     for run in tx.overdue("running", now):
         become(tx, run, lease_ended(run, limits.lost_leases, now), now)
     for run in tx.overdue("waiting", now):
-        end_sleeps(tx, run, now)
-        become(tx, run, queued(run, now), now)
+        retry = run.settled_as == "failed"
+        become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
+    for timer in tx.overdue_timers(now):
+        strike(tx, timer, now)
     return tx.next_instant()
+
+def strike(tx: Transaction, timer: Timer, now: float) -> None:
+    """A tick emits its event, once for all that were missed; a debounce starts its run;
+    a gate is open."""
+    function = tx.find(Function, function_id=timer.function_id)
+    if timer.kind == "tick":
+        tx.save(replace(timer, due_at=next_tick(timer.key, now)))
+        if function is not None and function.status == "active":
+            data = dumps({"scheduled_at": to_rfc3339(timer.due_at)})
+            accept_event(tx, NewEvent(timer.event, data, source="cron"), now)
+        return
+    tx.delete_timer(timer)
+    if timer.kind == "gate":
+        let_in(tx, timer.function_id, {"gate": timer.key}, now)
+    elif function is not None and (event := tx.find(Event, seq=timer.seq)) is not None:
+        start_run(tx, function, event, now)
 
 def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
     """Each lease starts anew: the server was away, its workers were not.
@@ -2180,7 +2716,19 @@ def cancel_run(tx: Transaction, run_id: str, reason: str, now: float) -> Run:
     if run.status in TERMINAL:
         raise FailedPrecondition(f"run {run_id} is {run.status}: only a live run can "
                                  "be cancelled")
-    return become(tx, run, cancelled(run, reason, now), now)
+    return end_family(tx, run, reason, now)
+
+def end_family(tx: Transaction, run: Run, reason: str, now: float) -> Run:
+    """End a live run, and with it the runs that it waits for, and theirs."""
+    ended = become(tx, run, cancelled(run, reason, now), now)
+    doomed = tx.children_waited_for(run.run_id)
+    while doomed:
+        child = doomed.pop()
+        if child.status not in TERMINAL:
+            why = f"its parent {child.parent_run_id} was cancelled"
+            become(tx, child, cancelled(child, why, now), now)
+            doomed += tx.children_waited_for(child.run_id)
+    return ended
 
 def forget_old(tx: Transaction, retain_s: float, after: int, now: float) -> int | None:
     """Delete a few rows older than that, from `after` on; where to go on, or None.
@@ -2336,7 +2884,75 @@ SELECT seq, datetime(at, 'unixepoch') AS utc,
        ELSE 'system.' || kind || '.' || subject || '.' || name END AS topic, data
   FROM journal WHERE source IS NOT 'invoke';
 """
-MIGRATIONS = [SCHEMA, TOPICS]  # MIGRATIONS[n] takes a journal from version n to n + 1
+LANGUAGE = """
+-- A child knows who invoked it; lane, gate and actor are what a run shares bounds by.
+ALTER TABLE run ADD COLUMN parent_run_id TEXT;
+ALTER TABLE run ADD COLUMN parent_step_id TEXT;
+ALTER TABLE run ADD COLUMN lane TEXT;
+ALTER TABLE run ADD COLUMN gate TEXT;
+ALTER TABLE run ADD COLUMN actor_id TEXT;
+ALTER TABLE run ADD COLUMN held INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE run ADD COLUMN woken_fence INTEGER;
+ALTER TABLE run ADD COLUMN woken_seq INTEGER;
+DROP INDEX run_due;
+CREATE INDEX run_due ON run (function_id, due_at, run_id)
+  WHERE status = 'waiting_for_capacity' AND held = 0;
+CREATE INDEX run_by_lane ON run (function_id, lane, held, due_at, run_id)
+  WHERE lane IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
+CREATE INDEX run_by_actor_id ON run (function_id, actor_id, held, due_at, run_id)
+  WHERE actor_id IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
+CREATE INDEX run_by_gate ON run (function_id, gate, held, due_at, run_id)
+  WHERE gate IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
+CREATE INDEX run_started ON run (function_id, gate, started_at)
+  WHERE gate IS NOT NULL AND started_at IS NOT NULL;
+
+ALTER TABLE step ADD COLUMN wait_event_name TEXT;
+ALTER TABLE step ADD COLUMN wait_timeout REAL;
+ALTER TABLE step ADD COLUMN child_run_id TEXT;
+ALTER TABLE step ADD COLUMN input TEXT;                -- JSON
+CREATE INDEX step_pending ON step (run_id) WHERE status IN ('sleeping', 'waiting');
+
+-- What runs listen for; without a step: what cancels them. `taken`: the answer's seq.
+CREATE TABLE wait (
+  wait_id  INTEGER PRIMARY KEY,
+  run_id   TEXT NOT NULL REFERENCES run, step_id TEXT,
+  event    TEXT NOT NULL, test TEXT NOT NULL, value TEXT NOT NULL,
+  taken    INTEGER
+) STRICT;
+CREATE INDEX wait_for ON wait (event, test, value, wait_id) WHERE taken IS NULL;
+CREATE INDEX wait_of ON wait (run_id);
+
+-- What functions have to come: cron ticks, debounced events, throttled starts.
+CREATE TABLE timer (
+  kind     TEXT NOT NULL CHECK (kind IN ('tick', 'debounce', 'gate')),
+  function_id TEXT NOT NULL, key TEXT NOT NULL, event TEXT NOT NULL,
+  due_at   REAL NOT NULL,
+  seq      INTEGER REFERENCES journal (seq), first_at REAL,
+  PRIMARY KEY (kind, function_id, key, event)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX timer_due ON timer (due_at);
+CREATE INDEX timer_of_event ON timer (seq) WHERE seq IS NOT NULL;
+
+-- The worker that had the last run of each actor.
+CREATE TABLE actor (
+  function_id TEXT NOT NULL, actor_id TEXT NOT NULL, worker_id TEXT NOT NULL,
+  PRIMARY KEY (function_id, actor_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX actor_at ON actor (worker_id);
+
+-- A trigger may have a CEL expression ('' for none) that events must pass.
+CREATE TABLE new_trigger (
+  event TEXT NOT NULL, function_id TEXT NOT NULL REFERENCES function,
+  expression TEXT NOT NULL, wild INTEGER NOT NULL CHECK (wild IN (0, 1)),
+  PRIMARY KEY (event, function_id, expression)
+) STRICT, WITHOUT ROWID;
+INSERT INTO new_trigger SELECT event, function_id, '', wild FROM function_trigger;
+DROP TABLE function_trigger;
+ALTER TABLE new_trigger RENAME TO function_trigger;
+CREATE INDEX function_trigger_wild ON function_trigger (wild) WHERE wild = 1;
+CREATE INDEX function_trigger_of ON function_trigger (function_id);
+"""
+MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE]  # MIGRATIONS[n] takes a journal from version n to n + 1
 APPLICATION_ID = 0x49524F4E  # "IRON", so that `file` and we know our own
 
 BATCH_RULES, BATCH_BYTES = 500, 8 * MIB
@@ -2353,7 +2969,8 @@ ROWS_AT_ONCE = 50  # new rows in one statement
 JOURNAL_ROW = ("seq", "at", "kind", "name", "subject", "step", "data", "event_id",
                "version", "source", "idempotency_key", "metadata")
 RUN_ROW = ("run_id", "function_id", "function_version", "event_seq", "event_id",
-           "event_name", "retry", "status", "created_at", "due_at", "updated_at")
+           "event_name", "retry", "status", "created_at", "due_at", "updated_at",
+           "parent_run_id", "parent_step_id", "lane", "gate", "actor_id", "held")
 
 @lru_cache(maxsize=64)
 def columns(row: Any, form: str = "{}", after: str = "") -> str:
@@ -2550,11 +3167,30 @@ class Queries:
         return int(self._value("SELECT count(*) FROM run WHERE status IN"
                                " ('waiting_for_capacity', 'running', 'waiting')"))
 
-    def steps(self, run_id: str, status: str | None = None) -> list[Step]:
-        """The recorded steps of a run, in sequence: all, or those with a status."""
-        some = "" if status is None else "AND status = :status"
-        source = f"step WHERE run_id = :id {some} ORDER BY sequence"
-        return self._rows(Step, source, id=run_id, status=status)
+    def steps(self, run_id: str) -> list[Step]:
+        """The recorded steps of a run, in sequence."""
+        return self._rows(Step, "step WHERE run_id = :id ORDER BY sequence", id=run_id)
+
+    def taken(self, run_id: str, event: str, test: str, value: str | None
+              ) -> list[int | None]:
+        """Of the waits of a run for the same: which event each took, None if none."""
+        sql = """SELECT taken FROM wait WHERE run_id = :run_id AND step_id IS NOT NULL
+                    AND event = :event AND test = :test AND value = :value"""
+        return self._column(sql, run_id=run_id, event=event, test=test, value=value)
+
+    def events_after(self, name: str, seq: int, limit: int) -> list[Event]:
+        """Emitted events after a `seq`, oldest first: of a name; for a pattern, all."""
+        index = "events" if is_wild(name) else "by_name"
+        named = "" if is_wild(name) else "AND name = :name"
+        return self._rows(Event, f"""
+            journal INDEXED BY journal_{index} WHERE kind = 'event' {named}
+            AND seq > :seq AND source IS NOT 'invoke' ORDER BY seq LIMIT :limit""",
+            name=name, seq=seq, limit=limit)
+
+    def next_ticks(self) -> dict[str, float]:
+        """Of each function with a cron trigger, when it starts next."""
+        return dict(self._db.execute("SELECT function_id, min(due_at) FROM timer"
+                                     " WHERE kind = 'tick' GROUP BY 1").fetchall())
 
     def messages(self, after: int, limit: int) -> list[Message]:
         """Journal rows after a `seq`, each with what its subscribers are told of it."""
@@ -2591,7 +3227,8 @@ class Transaction(Queries):
     def __init__(self, db: sqlite3.Connection, ids: Ids) -> None:
         super().__init__(db)
         self.ids = ids
-        self._triggered: dict[str, list[Function]] = {}
+        self._triggered: dict[str, list[tuple[Function, set[str]]]] = {}
+        self._heard: dict[str, set[str]] | None = None  # by event, the tests of waits
         self._gather()
 
     def begin(self) -> None:
@@ -2611,7 +3248,12 @@ class Transaction(Queries):
     def forget(self) -> None:
         """After a rollback: what was remembered may have been read from lost rows."""
         self._triggered.clear()
+        self._heard = None
         self._gather()
+
+    @property
+    def last_seq(self) -> int:
+        return self._next_seq - 1
 
     @property
     def written(self) -> int:
@@ -2639,12 +3281,16 @@ class Transaction(Queries):
             self.flush()
         return super().find(row, **key)
 
-    def save(self, row: Function | Worker | Step) -> None:
+    def save(self, row: Function | Worker | Step | Timer) -> None:
         """A new row, or the same one later; the name and type of a step stay."""
         kind: Any = type(row)
-        kept, key = "type", "run_id, step_id"
-        if not isinstance(row, Step):
-            key = kept = column_names(kind)[0]
+        kept = key = column_names(kind)[0]
+        if isinstance(row, Step):
+            kept, key = "type", "run_id, step_id"
+        elif isinstance(row, Timer):
+            kept, key = "event", "kind, function_id, key, event"
+            self.alarm = min(self.alarm, row.due_at)
+            self.flush()  # the event that it refers to
         changes = columns(kind, "{0} = excluded.{0}", kept)
         sql = insert(kind.__name__.lower(), column_names(kind))
         self._db.execute(f"{sql} ON CONFLICT ({key}) DO UPDATE SET {changes}",
@@ -2680,20 +3326,42 @@ class Transaction(Queries):
         self._triggered.clear()
         self.save(function)
 
-    def set_triggers(self, function_id: str, events: Iterable[str]) -> None:
+    def set_triggers(self, function_id: str, triggers: Iterable[Trigger]) -> None:
         delete = "DELETE FROM function_trigger WHERE function_id = ?"
         self._db.execute(delete, (function_id,))
-        for event in dict.fromkeys(events):
-            self._db.execute("INSERT INTO function_trigger VALUES (?, ?, ?)",
-                             (event, function_id, is_wild(event)))
+        for event, expression in {(each.event, each.expression) for each in triggers}:
+            self._db.execute("INSERT INTO function_trigger VALUES (?, ?, ?, ?)",
+                             (event, function_id, expression, is_wild(event)))
+
+    def set_ticks(self, function_id: str, ticks: list[Timer]) -> None:
+        """Its cron triggers; one that it had before keeps its instant."""
+        old = {(key, event) for key, event in self._db.execute(
+            "SELECT key, event FROM timer WHERE kind = 'tick' AND function_id = ?",
+            (function_id,)).fetchall()}
+        for key, event in old - {(tick.key, tick.event) for tick in ticks}:
+            self.delete_timer(Timer("tick", function_id, key, event, 0.0))
+        for tick in ticks:
+            if (tick.key, tick.event) not in old:
+                self.save(tick)
+
+    def delete_timer(self, timer: Timer) -> None:
+        self._db.execute("DELETE FROM timer WHERE (kind, function_id, key, event) ="
+                         " (:kind, :function_id, :key, :event)", columns_of(timer))
+
+    def overdue_timers(self, now: float) -> list[Timer]:
+        source = "timer WHERE due_at <= :now ORDER BY due_at LIMIT :limit"
+        return self._rows(Timer, source, now=now, limit=BEHIND_AT_ONCE)
 
     def delete_function(self, function_id: str) -> None:
         self._triggered.clear()
         self.set_triggers(function_id, ())
-        self._db.execute("DELETE FROM function WHERE function_id = ?", (function_id,))
+        for table in ("timer", "actor", "function"):
+            self._db.execute(f"DELETE FROM {table} WHERE function_id = ?",
+                             (function_id,))
 
-    def functions_triggered_by(self, name: str) -> list[Function]:
-        """Active functions with a trigger that matches, each once, in the order of ids.
+    def functions_triggered_by(self, name: str) -> list[tuple[Function, set[str]]]:
+        """Active functions with a trigger for this name, in the order of ids, each with
+        the expressions of those triggers, "" among them if one has none.
 
         Remembered until a registration changes: every event asks.
         """
@@ -2701,12 +3369,15 @@ class Transaction(Queries):
             return known
         rows = self._db.execute(
             f"""
-            SELECT event, {columns(Function)}
+            SELECT event, expression, {columns(Function)}
               FROM function_trigger JOIN function USING (function_id)
              WHERE (event = :name OR wild = 1) AND status = 'active'
              ORDER BY function_id
             """, {"name": name}).fetchall()
-        found = {row[1]: Function(*row[1:]) for row in rows if matches(row[0], name)}
+        found: dict[str, tuple[Function, set[str]]] = {}
+        for event, expression, *row in rows:
+            if matches(event, name):
+                found.setdefault(row[0], (Function(*row), set()))[1].add(expression)
         if len(self._triggered) >= 1_000:
             self._triggered.clear()
         self._triggered[name] = list(found.values())
@@ -2717,12 +3388,14 @@ class Transaction(Queries):
             self.flush()
         return super().run_ids_of(event_seq)
 
-    def insert_run(self, run_id: str, function: Function, event: Event,
-                   now: float) -> None:
+    def insert_run(self, run_id: str, function: Function, event: Event, now: float,
+                   parent: tuple[str, str] | None, bounds: dict[str, str]) -> None:
         self.touched.add(function.function_id)
         self._new_runs[run_id] = (
             run_id, function.function_id, function.version, event.seq, event.event_id,
-            event.name, function.retry, "waiting_for_capacity", now, now, now)
+            event.name, function.retry, "waiting_for_capacity", now, now, now,
+            *(parent or (None, None)), *map(bounds.get, ("lane", "gate", "actor_id")),
+            int(bool(bounds)))
 
     def update_run(self, run: Run) -> None:
         """Everything of a run that can change."""
@@ -2742,13 +3415,138 @@ class Transaction(Queries):
                          " WHERE status = 'running' AND acked = :acked",
                          {"until": until, "acked": acked})
 
-    def due_runs(self, function_id: str, limit: int) -> list[Run]:
-        """Runs of a function that wait for a worker, the longest due first."""
+    def due_runs(self, function_id: str, workers: list[str], limit: int) -> list[Run]:
+        """Runs of a function that one of these workers may take, longest due first."""
         if self._new_runs:
             self.flush()
-        source = """run WHERE function_id = :id AND status = 'waiting_for_capacity'
-                    ORDER BY due_at, run_id LIMIT :limit"""
-        return self._rows(Run, source, id=function_id, limit=limit)
+        return self._rows(Run, f"""
+            run WHERE function_id = :id AND status = 'waiting_for_capacity' AND held = 0
+               AND (actor_id IS NULL OR NOT EXISTS (
+                 SELECT 1 FROM {self.BOUND} AND instr(:workers, '"' || worker_id || '"')
+                     = 0))
+             ORDER BY due_at, run_id LIMIT :limit""",
+            id=function_id, workers=dumps(workers), limit=limit)
+
+    BOUND = """actor JOIN worker USING (worker_id)
+                WHERE actor.function_id = run.function_id AND connected = 1
+                  AND actor.actor_id = run.actor_id"""
+
+    def worker_of_actor(self, run: Run) -> str | None:
+        """Where the runs of its actor go, while that worker is connected."""
+        if run.actor_id is None:
+            return None
+        found: str | None = self._value(
+            f"SELECT worker_id FROM run JOIN {self.BOUND} AND run_id = :id",
+            id=run.run_id)
+        return found
+
+    def bind_actor(self, run: Run) -> None:
+        self._db.execute("INSERT OR REPLACE INTO actor VALUES (?, ?, ?)",
+                         (run.function_id, run.actor_id, run.worker_id))
+
+    def delete_actors(self, worker_id: str) -> None:
+        self._db.execute("DELETE FROM actor WHERE worker_id = ?", (worker_id,))
+
+    PLACES = "run AS other INDEXED BY run_by_{0} WHERE other.function_id = :id" \
+             " AND other.{0} = {1} AND other.held = 0 AND status IN" \
+             " ('waiting_for_capacity', 'running')"
+    ROOM = {  # by column, whether a bound of the run in line has a place left
+        "lane": f"(SELECT count(*) FROM {PLACES}) < :lane",
+        "actor_id": f"(SELECT count(*) FROM {PLACES}) < :actor_id",
+        "gate": f"(SELECT count(*) FROM {PLACES} AND other.started_at IS NULL)"
+                " + (SELECT count(*) FROM run AS other INDEXED BY run_started WHERE"
+                " other.function_id = :id AND other.gate = {1}"
+                " AND other.started_at > :since) < :gate"}
+
+    def let_next_in(self, function_id: str, column: str, value: str,
+                    limits: dict[str, int], since: float) -> bool:
+        """Give a place to the run that is first in line, if there is one for it."""
+        self.flush()
+        given = limits | {"id": function_id, "value": value, "since": since}
+        if not self._value(f"SELECT {self.ROOM[column].format(column, ':value')}",
+                           **given):
+            return False
+        fits = " AND ".join(
+            f"(line.{name} IS NULL OR {room.format(name, f'line.{name}')}"
+            + (" OR line.started_at IS NOT NULL)" if name == "gate" else ")")
+            for name, room in self.ROOM.items())
+        run_id = self._value(
+            f"""
+            SELECT run_id FROM run AS line INDEXED BY run_by_{column}
+             WHERE function_id = :id AND {column} = :value AND held = 1
+               AND status IN ('waiting_for_capacity', 'running') AND {fits}
+             ORDER BY due_at, run_id LIMIT 1
+            """, **given)
+        self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
+        self.touched.add(function_id)
+        return run_id is not None
+
+    def in_line(self, function_id: str, gate: str) -> bool:
+        return bool(self._value(
+            "SELECT 1 FROM run INDEXED BY run_by_gate WHERE function_id = :id"
+            " AND gate = :gate AND held = 1 AND started_at IS NULL"
+            " AND status IN ('waiting_for_capacity', 'running')",
+            id=function_id, gate=gate))
+
+    def nth_start(self, function_id: str, gate: str, n: int) -> float:
+        """When the last but n - 1 of a gate's runs started; 0 for never."""
+        return self._value(
+            "SELECT started_at FROM run INDEXED BY run_started WHERE function_id = :id"
+            " AND gate = :gate AND started_at IS NOT NULL"
+            " ORDER BY started_at DESC LIMIT 1 OFFSET :n - 1",
+            id=function_id, gate=gate, n=n) or 0.0
+
+    def hold_queued(self, function_id: str) -> list[dict[str, str]]:
+        """Send the queued runs of a function back to their lines; those lines."""
+        self.flush()
+        some = "function_id = ? AND status = 'waiting_for_capacity'"
+        self._db.execute(f"UPDATE run SET held = 1 WHERE {some} AND coalesce(lane, gate,"
+                         " actor_id) IS NOT NULL", (function_id,))
+        lines = self._db.execute(f"SELECT DISTINCT lane, gate, actor_id FROM run WHERE"
+                                 f" {some} AND held = 1", (function_id,)).fetchall()
+        names = ("lane", "gate", "actor_id")
+        return [{name: value for name, value in zip(names, line, strict=True)
+                 if value is not None} for line in lines]
+
+    # --- what runs listen for
+
+    def listened_for(self, name: str) -> list[tuple[str, str]]:
+        """The names and patterns that an event has and somebody listens for, each with
+        a test. Remembered, for every event asks; what nobody asks any more may stay."""
+        if self._heard is None:
+            self._heard = {}
+            sql = "SELECT DISTINCT event, test FROM wait WHERE taken IS NULL"
+            for event, test in self._db.execute(sql).fetchall():
+                self._heard.setdefault(event, set()).add(test)
+            self._wild = {event for event in self._heard if is_wild(event)}
+        fit = [name, *(wild for wild in self._wild if matches(wild, name))]
+        return [(each, test) for each in fit for test in self._heard.get(each, ())]
+
+    def insert_wait(self, run_id: str, step_id: str | None, event: str, test: str,
+                    value: str, taken: int | None = None) -> None:
+        self.flush()  # the run that it refers to
+        self.listened_for(event)
+        assert self._heard is not None
+        self._heard.setdefault(event, set()).add(test)
+        self._wild |= {event} if is_wild(event) else set()
+        self._db.execute("INSERT INTO wait VALUES (NULL, ?, ?, ?, ?, ?, ?)",
+                         (run_id, step_id, event, test, value, taken))
+
+    def waits(self, event: str, test: str, value: str
+              ) -> list[tuple[int, str, str | None]]:
+        """Open waits, the oldest first: id, run and step; no step: to cancel."""
+        self.flush()
+        return self._db.execute(
+            "SELECT wait_id, run_id, step_id FROM wait WHERE taken IS NULL AND event = ?"
+            " AND test = ? AND value = ? ORDER BY wait_id", (event, test, value)
+            ).fetchall()
+
+    def take(self, wait_id: int, seq: int) -> None:
+        self._db.execute("UPDATE wait SET taken = ? WHERE wait_id = ?", (seq, wait_id))
+
+    def delete_waits(self, run_id: str) -> None:
+        if self._heard != {}:  # most journals have none
+            self._db.execute("DELETE FROM wait WHERE run_id = ?", (run_id,))
 
     TIMERS = {"running": ("run_lease", "lease_until"),  # by status: SQLite would take
               "waiting": ("run_timer", "due_at")}  # that index, and sort all sleepers
@@ -2762,10 +3560,27 @@ class Transaction(Queries):
 
     def next_instant(self) -> float:
         """When the next lease ends or the next sleeper is due; infinity for never."""
-        return min(self._value(
-            f"SELECT min({instant}) FROM run INDEXED BY {index}"
-            f" WHERE status = '{status}' AND {instant} IS NOT NULL") or math.inf
-            for status, (index, instant) in self.TIMERS.items())
+        return min(self._value(sql) or math.inf for sql in [
+            "SELECT min(due_at) FROM timer", *[
+                f"SELECT min({instant}) FROM run INDEXED BY {index}"
+                f" WHERE status = '{status}' AND {instant} IS NOT NULL"
+                for status, (index, instant) in self.TIMERS.items()]])
+
+    def done_steps(self, run_id: str, failures: bool) -> list[Step]:
+        """What a replay finds done; failed invokes too, for who understands those."""
+        also = "OR status = 'failed' AND type = 'invoke_function'" if failures else ""
+        return self._rows(Step, f"step WHERE run_id = :id AND (status = 'completed'"
+                          f" {also}) ORDER BY sequence", id=run_id)
+
+    def pending_steps(self, run_id: str) -> list[Step]:
+        return self._rows(Step, """step INDEXED BY step_pending WHERE run_id = :id
+                          AND status IN ('sleeping', 'waiting') ORDER BY sequence""",
+                          id=run_id)
+
+    def children_waited_for(self, run_id: str) -> list[Run]:
+        found = [self.find(Run, run_id=step.child_run_id)
+                 for step in self.pending_steps(run_id) if step.child_run_id]
+        return [child for child in found if child is not None]
 
     def next_sequence(self, run_id: str) -> int:
         """One more than the highest sequence of a run's rows; 0 for a new run."""
@@ -2779,7 +3594,8 @@ class Transaction(Queries):
         some = """(SELECT run_id FROM run
                     WHERE status IN ('completed', 'failed', 'cancelled')
                       AND run_id < :id AND ended_at < :before LIMIT :limit)"""
-        self._db.execute(f"DELETE FROM step WHERE run_id IN {some}", params)
+        for table in ("step", "wait"):
+            self._db.execute(f"DELETE FROM {table} WHERE run_id IN {some}", params)
         gone = self._db.execute(f"DELETE FROM run WHERE run_id IN {some}", params)
         return gone.rowcount > 0
 
@@ -2796,6 +3612,7 @@ class Transaction(Queries):
             """
             DELETE FROM journal WHERE seq > :after AND seq <= :last AND at < :before
                AND NOT EXISTS (SELECT 1 FROM run WHERE event_seq = journal.seq)
+               AND NOT EXISTS (SELECT 1 FROM timer WHERE timer.seq = journal.seq)
             """, {"after": after, "last": old[-1] if old else 0, "before": before})
         return rows[-1][0] if rows and rows[-1][1] < before else None
 
@@ -3443,14 +4260,15 @@ async def poll_jobs(api: Api, request: web.BaseRequest) -> web.Response:
 
 def job_to_json(job: Job) -> Json:
     """An assignment, by the strictest SDK's rules: absent, never null (Python 0.53)."""
-    steps = [join(members(step, "step_id name status")
-                  | {"output": step.output or "null"}) for step in job.completed]
+    steps = [join(members(step, "step_id name status error")
+                  | {"output": step.output or "null"}) for step in job.steps]
+    context = dumps({"secrets": job.secrets}) if job.secrets else None
     return join(members(job.run, "job_id run_id function_id attempt lease_token"
                                  " execution_seq=fence lease_expires_at=lease_until"
                                  " max_attempts=policy.max_attempts"
-                                 " on_exhausted=policy.on_exhausted") | {
+                                 " on_exhausted=policy.on_exhausted actor_id") | {
         "event": join(members(job.event, EVENT)), "completed_steps": listed(steps),
-        "step_sequence_base": str(job.next_sequence)})
+        "step_sequence_base": str(job.next_sequence), "context": context})
 
 async def put_ack(api: Api, request: web.BaseRequest) -> web.Response:
     said = read_report(Fields(await api.read_json(request)), "ack")
@@ -3467,8 +4285,14 @@ async def put_update(api: Api, request: web.BaseRequest) -> web.Response:
         said = last_word(job_id, status_in(body, wrong), wrong)
     if said.status != "progress":
         api.desk.job_ended(request[GIVEN]["worker_id"])
-    await api.journal.write(report, job_id, said, api.limits, size=len(body))
+    await take_report(api, job_id, said, len(body))
     return answer('{"status":"ok"}')
+
+async def take_report(api: Api, job_id: str, said: Report, size: int) -> None:
+    if any(wish.kind == "wait_for_event" for wish in said.yields):
+        run_id, _ = run_and_fence(job_id)
+        said = await api.journal.read(look_back, run_id, said)
+    await api.journal.write(report, job_id, said, api.limits, size=size)
 
 def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
     """What to make of a final report that cannot be kept: the run fails, and says why.
@@ -3512,7 +4336,7 @@ async def take_update(api: Api, item: Fields, size: int) -> Json:
             said = read_report(item)
         except InvalidInput as wrong:
             said = last_word(job_id, item.get("status"), wrong)
-        await api.journal.write(report, job_id, said, api.limits, size=size)
+        await take_report(api, job_id, said, size)
     except IronflowError as error:
         return join({"status": str(error.status), "body": dumps(error_body(error))})
     return '{"status":200,"body":{"status":"ok"}}'
@@ -3532,7 +4356,8 @@ def read_report(body: Fields, status: str | None = None) -> Report:
         list(map(read_step, steps)), body.whole("stepOffset"),
         output=dumps(body.get("output")),
         error=read_error(body.get("error")) if said == "failed" else {},
-        yielded=read_yield(body.inner("yield")) if said == "yielded" else None,
+        yields=[] if said != "yielded" else list(map(
+            read_yield, [body.inner("yield"), *body.objects("yields")])),
     )
 
 def read_step(body: Fields) -> ReportedStep:
@@ -3568,14 +4393,29 @@ def read_error(value: Any) -> dict[str, Any]:
     return error if after is None else error | {"retry_after_ms": max(0.0, after)}
 
 def read_yield(body: Fields) -> Yield:
-    """Why the worker let go. What is not built yet is for the engine to refuse."""
+    """Why the worker let go. Our own client says in `yields` what else is blocked."""
     kind, step_id = body.text("type"), body.text("stepId")
     if not kind or not step_id:
         raise InvalidInput("yield.type and yield.step_id: send both")
-    until = body.instant("until")
+    about = body.inner("eventFilter")
+    target = about.text("event") or body.text("functionId")
+    until, value, timeout_s = body.instant("until"), about.get("matchValue"), 0.0
     if kind == "sleep" and until is None:
         raise InvalidInput("yield.until is missing: a sleep says when it ends")
-    return Yield(kind, step_id, body.text("stepName") or step_name(step_id), until)
+    if kind == "wait_for_event":
+        try:
+            timeout_s = duration_s(about.text("timeout") or "7d")
+        except ValueError as error:
+            raise InvalidInput(f"yield.event_filter.timeout: {error}") from None
+    elif kind == "invoke_function":
+        timeout_s = body.whole("invokeTimeoutMs", default=30_000) / 1000
+    if kind in YIELDS[1:] and not check_trigger(target):
+        raise InvalidInput(f"yield: a {kind} names its event or its function")
+    shown = about.all.get("payload") if kind == "wait_for_event" else body.get("input")
+    return Yield(
+        kind, step_id, body.text("stepName") or step_name(step_id), until or 0.0,
+        timeout_s, target, about.text("match"),
+        None if value is None else dumps(value), None if shown is None else dumps(shown))
 
 def step_name(step_id: str) -> str:
     """The name inside `{scope}:{name}:{index}`, for people; ids stay opaque."""
@@ -3590,10 +4430,72 @@ def step_name(step_id: str) -> str:
 # close, held polls are answered, the queue is committed, the log folded into the file.
 
 CLOCK_CHECK_S = 30.0  # how long a step of the wall clock can go unnoticed
+SECRETS_CHECK_S = 1.0  # between two looks at their file, while a run waits for one
 CLOCK_STEP_S = 1.0  # less than this is drift
 RETRY_S = 1.0  # between two tries of the timers to write
 SWEEP_EVERY_S, SWEEP_PAUSE_S = 3600.0, 0.05  # between sweeps; between parts of one
 STOP_S = 10.0  # how long requests in progress may take when stopping
+
+class Secrets:
+    """What `--secrets-file` holds: a JSON object of texts, or lines NAME=VALUE.
+
+    Read anew when the file changes; one that cannot be read leaves what was there.
+    Values go into assignments, and nowhere else.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path, self._values = path, dict[str, str]()
+        self._seen: Any = None  # when the file was last written, and its size
+        self.wanting = False  # somebody waits for one that is not there
+        if path is not None:
+            self._read(path)
+
+    def of(self, names: Iterable[str]) -> dict[str, str] | None:
+        """Their values; None if one is not there."""
+        if not names:
+            return {}
+        self.refresh()
+        found = {name: self._values[name] for name in names if name in self._values}
+        self.wanting |= len(found) < len(set(names))
+        return found if len(found) == len(set(names)) else None
+
+    def missing(self, function: Function) -> list[str]:
+        self.refresh()
+        return [name for name in function.asks.get("secrets", ())
+                if name not in self._values]
+
+    def refresh(self) -> bool:
+        """Whether the file has changed."""
+        try:
+            return self._path is not None and self._read(self._path)
+        except StartError as error:
+            log.error("%s; the secrets read before stay", error)
+            return False
+
+    def _read(self, path: Path) -> bool:
+        try:
+            about = path.stat()
+            seen, self._seen = self._seen, (about.st_mtime_ns, about.st_size)
+            if seen == self._seen:
+                return False
+            if os.name == "posix" and about.st_mode & 0o077:
+                raise StartError(f"{path} can be read by others: chmod 600 {path}")
+            text = path.read_text()
+            if text.lstrip().startswith("{"):
+                found = parse_json(text.encode())
+            else:
+                lines = [line.strip() for line in text.splitlines()]
+                found = dict(line.split("=", 1) for line in lines
+                             if line and not line.startswith("#"))
+            if not all(isinstance(value, str) for value in found.values()):
+                raise ValueError
+        except OSError as error:
+            raise StartError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, IronflowError):  # which may quote a secret
+            raise StartError(f"{path} is neither a JSON object of texts nor lines "
+                             "NAME=VALUE") from None
+        self._values, self.wanting = found, False
+        return True
 
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
@@ -3616,7 +4518,9 @@ class Timekeeper:
         wall, steady = clock.wall(), clock.steady()
         while True:
             self._rung.clear()
-            delay_s = min(max(self._next_at - clock.wall(), 0.0), CLOCK_CHECK_S)
+            secrets = self._desk.offers.secrets
+            patience_s = SECRETS_CHECK_S if secrets.wanting else CLOCK_CHECK_S
+            delay_s = min(max(self._next_at - clock.wall(), 0.0), patience_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._rung.wait()
@@ -3626,6 +4530,8 @@ class Timekeeper:
                 log.warning("the machine's clock was set by %+.1f s: leases start anew",
                             step_s)
                 await self._turn(keep_leases)
+            if secrets.wanting and secrets.refresh():
+                self._desk.offers.look_anew, self._next_at = True, wall
             with contextlib.suppress(DiskFull, Unavailable):  # again in half a minute
                 await self._desk.miss_the_silent()
             if self._next_at <= wall:
@@ -3676,6 +4582,7 @@ class Server:
     cors_origins: Iterable[str] = ()
     cache_mb: int = 16
     retain_s: float | None = None  # delete what is older; None: keep everything
+    secrets_file: Path | None = None
     limits: Limits = Limits()
     clock: Clock = field(default_factory=Clock)
     ids: Ids = field(default_factory=Ids)
@@ -3701,7 +4608,7 @@ class Server:
             sockets = listen(self.host, self.port, self._guard)
             for sock in sockets:
                 stack.callback(sock.close)
-            offers = Offers(self.limits)
+            offers = Offers(self.limits, Secrets(self.secrets_file))
             self.failed: Future = asyncio.get_running_loop().create_future()
             journal = Journal(
                 Path(self.db), clock=self.clock, ids=self.ids, offers=offers,
@@ -3903,6 +4810,8 @@ def parser() -> argparse.ArgumentParser:
     add("--cache-mb", type=within(1, 2**53), default=16, help="SQLite's page cache")
     add("--retain", type=told(duration_s), metavar="TIME", dest="retain_s",
         help="delete what is older, such as 30d; without it everything is kept")
+    add("--secrets-file", type=Path, metavar="FILE",
+        help="secrets for functions: a JSON object, or lines NAME=VALUE; mode 600")
     for name, what in {
         "event_bytes": "one event's name, data and metadata",
         "step_bytes": "one step's output, or one run's",
@@ -4005,7 +4914,7 @@ def serve(asked: argparse.Namespace) -> int:
         db=asked.db, host=asked.host, port=asked.port, environment=asked.env,
         api_key=api_key, dev=asked.dev, allow_hosts=asked.allow_host,
         cors_origins=asked.cors_origin, cache_mb=asked.cache_mb,
-        retain_s=asked.retain_s, limits=limits)
+        retain_s=asked.retain_s, secrets_file=asked.secrets_file, limits=limits)
     try:  # the extra `speed`
         from uvloop import new_event_loop as factory
     except ModuleNotFoundError:
