@@ -67,7 +67,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -78,6 +78,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
+from weakref import WeakValueDictionary
 
 NO_AIOHTTP = (
     "ironflow.py needs aiohttp, which this Python does not have: "
@@ -645,7 +646,7 @@ class IronflowError(Exception):
     status = 500
     code = "internal"
     error: str | None = None
-    retry_after_s: int | None = None
+    headers: dict[str, str] = {}
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -661,7 +662,7 @@ class FailedPrecondition(IronflowError):
 
 class Unauthenticated(IronflowError):
     """No key, or not the right one. Workers stop for good when they hear this."""
-    status, code = 401, "unauthenticated"
+    status, code, headers = 401, "unauthenticated", {"WWW-Authenticate": "Bearer"}
 
 class Forbidden(IronflowError):
     """A host or an origin that this server does not answer."""
@@ -698,14 +699,14 @@ class Unimplemented(IronflowError):
 
 class Unavailable(IronflowError):
     """The journal cannot be written right now; whether this was kept is unknown."""
-    status, code, retry_after_s = 503, "unavailable", 1
+    status, code, headers = 503, "unavailable", {"Retry-After": "1"}
 
 class Overloaded(Unavailable):
     """Too much is in flight; nothing of this request was kept."""
 
 class DiskFull(IronflowError):
     """No room on the disk. Writing resumes by itself when there is."""
-    status, code, retry_after_s = 507, "resource_exhausted", 5
+    status, code, headers = 507, "resource_exhausted", {"Retry-After": "5"}
 
 class StartError(Exception):
     """The server cannot start; the message is the one sentence to show."""
@@ -1058,9 +1059,7 @@ CORS_HEADERS = {
     " X-Ironflow-Run-ID, If-Match, If-None-Match, Connect-Protocol-Version,"
     " Connect-Timeout-Ms",
     "Access-Control-Expose-Headers": "ETag, Ironflow-Poll-Wait",
-    "Access-Control-Max-Age": "7200",
-    "Vary": "Origin",
-}
+    "Access-Control-Max-Age": "7200", "Vary": "Origin"}
 BINARY = re.compile("application/(connect[+])?proto")
 GO = re.compile("Go-http-client/|connect-go/")
 # What a request's path has for {names}; its bytes that `Api.in_flight` counts.
@@ -1134,10 +1133,9 @@ class Guard:
         if not is_loopback(name) and name not in self.allow_hosts:
             raise Forbidden(f"host {name[:80]!r} is not served: use localhost, or "
                             "start the server with --allow-host NAME")
-        origin = headers.get("Origin")
-        if origin is None or origin in self.cors_origins:
-            return
-        if not is_loopback(host_name(origin.partition("://")[2])):
+        origin = headers.get("Origin", "http://localhost")
+        site = host_name(origin.partition("://")[2])
+        if not is_loopback(site) and origin not in self.cors_origins:
             raise Forbidden(f"origin {origin[:80]!r} may not call this server: start "
                             "it with --cors-origin ORIGIN")
 
@@ -1170,30 +1168,25 @@ class Doors:
     """The table of doors: which handler a method and a path lead to."""
 
     def __init__(self, doors: dict[str, Handler]) -> None:
-        self._plain: dict[str, dict[str, Handler]] = {}  # by path, then by method
-        for door, handler in doors.items():
-            method, path = door.split(" ")
-            self._plain.setdefault(path, {})[method] = handler
-        self._named = {  # paths with {names}
-            re.compile(path.replace("{", "(?P<").replace("}", ">[^/]*)")): methods
-            for path, methods in self._plain.items() if "{" in path}
+        self._doors = doors
+        self._named = {
+            re.compile(door.replace("{", "(?P<").replace("}", ">[^/]*)")): handler
+            for door, handler in doors.items() if "{" in door}
 
     def find(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
         """The handler, and what stands in the path for its `{names}`.
 
         Raises NotFound, Unimplemented (Connect), MethodNotAllowed.
         """
-        given: dict[str, str] = {}
-        methods = {} if "{" in path else self._plain.get(path, {})
-        for named, its_methods in () if methods else self._named.items():
-            if found := named.fullmatch(path):
-                given = {name: unquote(s) for name, s in found.groupdict().items()}
-                methods = its_methods
-                break
-        handler = methods.get("GET" if method == "HEAD" else method)
-        if handler is not None:
-            return handler, given
-        if methods and not given:
+        door = f"{'GET' if method == 'HEAD' else method} {path}"
+        if door in self._doors and "{" not in path:
+            return self._doors[door], {}
+        for named, handler in self._named.items():
+            if found := named.fullmatch(door):
+                given = found.groupdict().items()
+                return handler, {name: unquote(text) for name, text in given}
+        methods = [door.split()[0] for door in self._doors if door.endswith(f" {path}")]
+        if methods:
             raise MethodNotAllowed(
                 f"{path[:120]} takes {', '.join(methods)}, not {method}")
         if path.startswith(CONNECT):
@@ -1215,23 +1208,18 @@ class Api:
 
     async def gate(self, request: web.BaseRequest) -> web.StreamResponse:
         """Who may ask, what errors look like, CORS: the same for every door."""
-        response: web.StreamResponse
-        method, path, headers = request.method, request.raw_path, request.headers
-        path = path.partition("?")[0]
-        if path[:1] != "/":  # the absolute form, from behind a proxy
-            path = urlsplit(path).path
+        response: web.StreamResponse = web.Response(status=204)
+        method, headers = request.method, request.headers
+        path = request.rel_url.raw_path  # also of the absolute form, behind a proxy
         try:
             self.guard.check(method, path, headers)
-            if method == "OPTIONS":
-                response = web.Response(status=204)
-            else:
+            if method != "OPTIONS":
                 self._check_environment(headers)
                 if BINARY.match(headers.get("Content-Type", "")):
                     raise Unimplemented(
                         "binary protobuf is not supported by this server yet: send "
                         "JSON, for example events to POST /api/v1/events")
-                handler, given = self.doors.find(method, path)
-                request[GIVEN] = given
+                handler, request[GIVEN] = self.doors.find(method, path)
                 response = await handler(self, request)
         except IronflowError as error:
             response = error_response(path, error)
@@ -1271,33 +1259,27 @@ class Api:
 
     async def read_body(self, request: web.BaseRequest) -> bytes:
         """The body, within the limits. Raises TooLarge, Overloaded."""
-        headers = request.headers
-        announced = request.content_length or 0
-        self._check_size(announced)
-        if headers.get("Expect", "").lower() == "100-continue":  # curl, over 1 MiB
+        self._check_size(announced := request.content_length or 0)
+        if request.headers.get("Expect", "").lower() == "100-continue":  # curl, 1 MiB
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
         if request.content.is_eof() and announced:  # arrived with its head, as most do
-            body = request.content.read_nowait()
-            self._hold(request, len(body))
-            return body
-        parts, size = [], 0
-        async for part in request.content.iter_any():
-            size += len(part)
-            self._check_size(size)
-            self._hold(request, len(part))
-            parts.append(part)
+            return self._hold(request, request.content.read_nowait())
+        parts = [self._hold(request, part) async for part in request.content.iter_any()]
         return b"".join(parts)
 
     def _check_size(self, size: int) -> None:
         if size > (limit := self.limits.body_bytes):
             raise TooLarge("the request's body", size, limit, "--max-body-bytes")
 
-    def _hold(self, request: web.BaseRequest, size: int) -> None:
-        if self.in_flight + size > BODIES_IN_FLIGHT:
+    def _hold(self, request: web.BaseRequest, part: bytes) -> bytes:
+        """A part of its body, counted."""
+        self._check_size(held := request.get(HELD, 0) + len(part))
+        if self.in_flight + len(part) > BODIES_IN_FLIGHT:
             raise Overloaded("too many large requests at once: try again in a moment")
-        self.in_flight += size
-        request[HELD] = request.get(HELD, 0) + size
+        self.in_flight += len(part)
+        request[HELD] = held
+        return part
 
     def let_go(self, request: web.BaseRequest) -> None:
         """Its body is not in memory any more."""
@@ -1311,13 +1293,9 @@ def error_response(path: str, error: IronflowError) -> web.Response:
     body = error_body(error)
     if path.startswith(CONNECT):
         del body["error"]
-    headers = dict(JSON_HEADERS)
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
     text = _to_text.encode(body).encode(errors="replace")  # it may quote any header
-    return web.Response(body=text, status=error.status, headers=headers)
+    return web.Response(body=text, status=error.status,
+                        headers=JSON_HEADERS | error.headers)
 
 def error_body(error: IronflowError) -> dict[str, str]:
     return {"error": error.error or error.message, "code": error.code,
@@ -1337,8 +1315,7 @@ class Fields:
         if not isinstance(value, Mapping):
             raise InvalidInput(
                 f"{where or 'body'} is {kind_of(value)}: send a JSON object")
-        self.all = value
-        self.where = f"{where}." if where else ""
+        self.all, self.where = value, f"{where}." if where else ""
 
     def get(self, *names: str) -> Any:
         for name in names:
@@ -1348,14 +1325,11 @@ class Fields:
         return None
 
     def _typed(self, names: tuple[str, ...], kind: Any, wanted: str, default: T) -> T:
-        value = self.get(*names)
-        if value is None:
-            return default
+        value: T | None = self.get(*names)
         disguised = isinstance(value, bool) and kind is not bool  # an int, to Python
-        if disguised or not isinstance(value, kind):
+        if value is not None and (disguised or not isinstance(value, kind)):
             raise self._wrong(names, kind_of(value), wanted)
-        found: T = value
-        return found
+        return default if value is None else value
 
     def _wrong(self, names: tuple[str, ...], found: str, wanted: str) -> InvalidInput:
         return InvalidInput(f"{self.where}{names[0]} is {found}: send {wanted}")
@@ -1366,12 +1340,16 @@ class Fields:
     def flag(self, *names: str) -> bool:
         return self._typed(names, bool, "true or false", False)
 
-    def items(self, *names: str) -> list[Any]:
-        return self._typed(names, list, "a list", [])
+    def items(self, name: str, most: int = MAX_INT32) -> list[Any]:
+        found = self._typed((name,), list, "a list", list[Any]())
+        if len(found) > most:
+            raise InvalidInput(f"{len(found)} {name} in one request: send up to {most}")
+        return found
 
-    def objects(self, name: str) -> list[Fields]:
+    def objects(self, name: str, most: int = MAX_INT32) -> list[Fields]:
         """The objects in a list, each knowing its place."""
-        return [Fields(item, f"{name}[{i}]") for i, item in enumerate(self.items(name))]
+        items = enumerate(self.items(name, most))
+        return [Fields(item, f"{name}[{i}]") for i, item in items]
 
     def inner(self, *names: str) -> Fields:
         """The object under a name; an empty one if it is unset."""
@@ -1394,13 +1372,12 @@ class Fields:
 
     def instant(self, *names: str) -> float | None:
         """Unix seconds of a timestamp with an offset (RFC 3339)."""
-        example = "a timestamp such as 2026-01-01T00:00:00Z"
-        value: str | None = self._typed(names, str, example, None)
+        wanted = "a timestamp such as 2026-01-01T00:00:00Z"
+        value: str | None = self._typed(names, str, wanted, None)
         try:
             return None if value is None else from_rfc3339(value)
-        except (ValueError, OverflowError) as error:
-            raise InvalidInput(
-                f"{self.where}{names[0]} is no {example[2:]}: {error}") from None
+        except (ValueError, OverflowError):
+            raise self._wrong(names, repr(value)[:40], wanted) from None
 
 def kind_of(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean",
@@ -1446,43 +1423,39 @@ async def get_info(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def post_events(api: Api, request: web.BaseRequest) -> web.Response:
     """POST /api/v1/events: one, or an array all or nothing. Answers once on disk."""
-    body = await api.read_json(request)
-    limits, run_id, write = api.limits, emitted_by(request), api.journal.write
+    body, run_id = await api.read_json(request), emitted_by(request)
     if not isinstance(body, list):
-        event = read_event(Fields(body), "name", limits, run_id)
-        accepted = await write(accept_event, event, size=size_of(event))
+        accepted = await hand_in(api, run_id, accept_event, Fields(body), "name")
         return answer(accepted_to_rest(accepted))
-    if len(body) > EVENTS_PER_REQUEST:
-        raise InvalidInput(
-            f"{len(body)} events in one request: send up to {EVENTS_PER_REQUEST}")
-    events = [read_event(Fields(item, f"events[{i}]"), "name", limits, run_id)
-              for i, item in enumerate(body)]
-    done = await write(accept_events, events, size=sum(map(size_of, events)))
+    items = Fields({"events": body}).objects("events", EVENTS_PER_REQUEST)
+    events = [read_event(item, "name", api.limits, run_id) for item in items]
+    size = sum(map(size_of, events))
+    done = await api.journal.write(accept_events, events, size=size)
     return answer(join({"events": listed(map(accepted_to_rest, done))}))
+
+async def hand_in(api: Api, run_id: str | None, rule: Callable[..., T], body: Fields,
+                  name_member: str, **more: Any) -> T:
+    """What a rule made of the event that `read_event` found, once that is on disk."""
+    event = read_event(body, name_member, api.limits, run_id, **more)
+    return await api.journal.write(rule, event, size=size_of(event))
 
 async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Trigger and Emit, PubSubService/Emit: one event."""
-    body = Fields(await api.read_json(request))
-    event = read_event(body, "event", api.limits, emitted_by(request))
+    body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     # the browser's invoke(id) comes by Trigger
     rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
-    accepted = await api.journal.write(rule, event, size=size_of(event))
-    return answer(accepted_to_connect(accepted))
+    return answer(accepted_to_connect(await hand_in(api, run_id, rule, body, "event")))
 
 async def trigger_batch(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerBatch: each event is judged alone and has its answer."""
-    items = Fields(await api.read_json(request)).items("events")
-    run_id = emitted_by(request)
-    if len(items) > EVENTS_PER_REQUEST:
-        raise InvalidInput(
-            f"{len(items)} events in one request: send up to {EVENTS_PER_REQUEST}")
+    body, run_id = Fields(await api.read_json(request)), emitted_by(request)
+    items = body.items("events", EVENTS_PER_REQUEST)
 
     async def accept(i: int, item: Any) -> Json:
         try:
             body = Fields(item, f"events[{i}]")
-            event = read_event(body, "event", api.limits, run_id)
             return accepted_to_connect(
-                await api.journal.write(accept_event, event, size=size_of(event)))
+                await hand_in(api, run_id, accept_event, body, "event"))
         except IronflowError as error:
             return dumps({"error": {"message": error.message, "code": error.code}})
 
@@ -1490,8 +1463,7 @@ async def trigger_batch(api: Api, request: web.BaseRequest) -> web.Response:
     return answer(join({"results": listed(results)}))
 
 def read_event(body: Fields, name_member: str, limits: Limits, run_id: str | None,
-               check: Callable[[str], str] = check_event_name,
-               **more: str) -> NewEvent:
+               check: Callable[[str], str] = check_event_name, **more: str) -> NewEvent:
     """An event as the SDKs spell it; an error says where in an array it is."""
     try:
         name = check(body.text(name_member))
@@ -1550,12 +1522,12 @@ async def list_events(api: Api, request: web.BaseRequest) -> web.Response:
     before = rows[0].seq if rows and older else None
     if newer:
         before, after = after, rows[-1].seq if rows else None
-    events: dict[str, Json | None] = {"events": listed(map(event_to_rest, rows))}
-    return answer(join(events | as_texts({
+    return answer(join(as_texts({
         "count": len(rows), "limit": limit, "approx_total": page.total,
         "approx_total_capped": page.capped,
         "has_prev": before is not None, "prev_cursor": str(before or ""),
-        "has_next": after is not None, "next_cursor": str(after or "")})))
+        "has_next": after is not None, "next_cursor": str(after or ""),
+    }) | {"events": listed(map(event_to_rest, rows))}))
 
 def filters(asks: Fields, *names: str, **more: str) -> dict[str, Any]:
     """Those of a list's filters that are set; `since` and `until` are instants."""
@@ -1590,21 +1562,19 @@ DEFAULT_WAIT_MS = 30_000
 
 async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerSync: an event, and how the runs that it started ended."""
-    body = Fields(await api.read_json(request))
+    body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     wait_s = patience(request, body)
-    event = read_event(body, "event", api.limits, emitted_by(request))
-    accepted = await api.journal.write(accept_event, event, size=size_of(event))
+    accepted = await hand_in(api, run_id, accept_event, body, "event")
     results = await wait_for_ends(api, request, accepted.run_ids, wait_s)
     return answer(join({"eventId": dumps(accepted.event_id),
                         "results": listed(results)}))
 
 async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/InvokeFunction, and InvokeFunctionSync, which waits."""
-    body = Fields(await api.read_json(request))
+    body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     wait_s = patience(request, body)
-    event = read_event(body, "functionId", api.limits, emitted_by(request),
-                       check_function_id, source="invoke")
-    accepted = await api.journal.write(invoke, event, size=size_of(event))
+    accepted = await hand_in(api, run_id, invoke, body, "functionId",
+                             check=check_function_id, source="invoke")
     waits, found = request.raw_path.endswith("Sync"), accepted.run_ids
     if waits:
         found = await wait_for_ends(api, request, found, wait_s)
@@ -1630,12 +1600,11 @@ async def wait_for_ends(api: Api, request: web.BaseRequest, run_ids: list[str],
     Cancelling ends the waiting alone; the runs go on.
     """
     api.let_go(request)  # or a few large ones that wait would keep all others out
-    with api.journal.ends_of(run_ids) as ends:  # before the look: none is missed
+    ends = {run_id: api.journal.end_of(run_id) for run_id in run_ids}
+    runs = await api.journal.read(Queries.runs_by_id, run_ids)  # none ends unnoticed
+    if going_on := [ends[run.run_id] for run in runs if run.status not in TERMINAL]:
+        await api.desk.first_of(asyncio.gather(*going_on), wait_s)
         runs = await api.journal.read(Queries.runs_by_id, run_ids)
-        going_on = [ends[run.run_id] for run in runs if run.status not in TERMINAL]
-        if going_on:
-            await api.desk.first_of(asyncio.gather(*going_on), wait_s)
-            runs = await api.journal.read(Queries.runs_by_id, run_ids)
     return [result_to_connect(request, run, api.clock.wall()) for run in runs]
 
 def result_to_connect(request: web.BaseRequest, run: Run, now: float) -> Json:
@@ -1650,9 +1619,9 @@ def result_to_connect(request: web.BaseRequest, run: Run, now: float) -> Json:
 
 async def publish_data(api: Api, request: web.BaseRequest) -> web.Response:
     """PubSubService/Publish, POST /api/v1/publish: data for whoever watches a topic."""
-    event = read_event(Fields(await api.read_json(request)), "topic", api.limits,
-                       emitted_by(request), check_topic, kind="topic")
-    seq, duplicate = await api.journal.write(publish, event, size=size_of(event))
+    body, run_id = Fields(await api.read_json(request)), emitted_by(request)
+    seq, duplicate = await hand_in(api, run_id, publish, body, "topic",
+                                   check=check_topic, kind="topic")
     found = {"eventId": f"seq_{seq}", "sequence": str(seq), "duplicate": duplicate}
     if not is_connect(request):
         found |= {"event_id": f"seq_{seq}", "sequence": seq}
@@ -1889,12 +1858,13 @@ def function_to_rest(function: Function) -> dict[str, Any]:
 
 async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/workers: those connected now, with the runs they hold."""
-    held = await api.journal.read(Queries.held_runs)
+    held, seen = await api.journal.read(Queries.held_runs), api.desk.seen
     workers = [
         join(members(worker, "id=worker_id hostname function_ids labels version"
                              " registered_at max_concurrent=max_concurrent_jobs") | {
             "active_jobs": str(held.get(worker.worker_id, 0)),
-            "last_heartbeat": stamp(api.desk.last_seen(worker)),
+            "last_heartbeat": stamp(
+                seen.get(worker.worker_id, (0.0, worker.registered_at))[1]),
             "transport": '"polling"'})
         for worker in await api.journal.read(Queries.connected_workers)]
     return answer(join({"workers": listed(workers), "count": str(len(workers))}))
@@ -1942,9 +1912,8 @@ async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
 
 def answer_list(request: web.BaseRequest, what: str, rows: list[Json],
                 cursor: str | None, total: int) -> web.Response:
-    found: dict[str, Json | None] = {
-        what: listed(rows), "next_cursor": dumps(cursor or ""),
-        "total_count": str(total)}
+    found = as_texts({"next_cursor": cursor or "", "total_count": total})
+    found = found | {what: listed(rows)}
     if is_connect(request):
         return answer(join(in_camel(found)))
     return answer(join(found | {"count": str(len(rows))}))
@@ -3696,7 +3665,7 @@ class JournalFile:
     def __init__(self, path: Path, ids: Ids, environment: str = "default",
                  cache_mb: int = 16, now: float = 0.0,
                  offers: Offers | None = None) -> None:
-        self.path, self.offers = path, offers
+        self.path, self.offers = path, offers or Offers(Limits())
         self._db = connect(path, cache_mb)
         try:
             version = check_owner(self._db, path)
@@ -3741,8 +3710,7 @@ class JournalFile:
             self.rollback()
             self.tx.begin()
             self._execute_apart(batch, now)
-        if self.offers is not None:
-            self.offers.hand_out(self.tx, now)
+        self.offers.hand_out(self.tx, now)
         self.tx.flush()
 
     def _execute_together(self, batch: list[Wish], now: float) -> bool:
@@ -3786,12 +3754,7 @@ class JournalFile:
         if self._db.in_transaction:  # SQLite may have rolled back by itself
             self._db.execute("ROLLBACK")
         self.tx.forget()
-        if self.offers is not None:
-            self.offers.rolled_back()
-
-    @property
-    def changes(self) -> int:
-        return self._db.total_changes
+        self.offers.rolled_back()
 
     def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"]) -> bool:
         """Move the log into the file; False if a reader is in the way of TRUNCATE."""
@@ -3827,9 +3790,8 @@ def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Conne
     uri = f"{path.as_uri()}?mode={'ro' if read_only else 'rwc'}"
     db: sqlite3.Connection | None = None
     try:
-        db = sqlite3.connect(uri, timeout=FOREIGN_LOCK_S, uri=True,
-                             isolation_level=None, check_same_thread=False,
-                             cached_statements=256)
+        db = sqlite3.connect(uri, FOREIGN_LOCK_S, isolation_level=None, uri=True,
+                             check_same_thread=False, cached_statements=256)
         db.execute(f"PRAGMA cache_size = {-cache_mb * KIB}")
         return db
     except sqlite3.Error as error:
@@ -3932,28 +3894,26 @@ class Journal:
                  on_failure: Callable[[BaseException], None]) -> None:
         self.path = path = path.resolve()
         self.last_trouble: str | None = None
-        self._clock, self._offers = clock, offers
-        self._on_alarm, self._on_failure = on_alarm, on_failure
+        self._clock, self._on_alarm, self._on_failure = clock, on_alarm, on_failure
         self._loop = asyncio.get_running_loop()
-        self._lock = lock(path)
-        try:
-            now = clock.wall()
-            self._file = JournalFile(path, ids, environment, cache_mb, now, offers)
-            self.journal_id = self._file.tx.meta("journal_id") or ""
-            self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
-            self._way_in = threading.Lock()  # to the readers
+        self._way_in = threading.Lock()  # to the readers
+        self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        with contextlib.ExitStack() as opened:
+            opened.callback(os.close, lock(path))
+            self._file = JournalFile(path, ids, environment, cache_mb, clock.wall(),
+                                     offers)
+            opened.callback(self._file.close)
             for _ in range(READERS):
-                self._readers.put(connect(path, cache_mb, read_only=True))
-        except BaseException:
-            os.close(self._lock)
-            raise
+                self._readers.put(reader := connect(path, cache_mb, read_only=True))
+                opened.callback(reader.close)
+            self.journal_id = self._file.tx.meta("journal_id") or ""
+            self._opened = opened.pop_all()
         self._gathered: list[Wish] = []
         self._queue: queue.SimpleQueue[list[Wish] | None] = queue.SimpleQueue()
-        self._queued_bytes = 0
-        self._open = True
+        self._queued_bytes, self._open = 0, True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
         self._warn_at = -math.inf  # the next time that a long log is worth a word
-        self._ends: dict[str, set[Future]] = {}  # who waits for which run
+        self._ends: WeakValueDictionary[str, Future] = WeakValueDictionary()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="ironflow reader")
         self._thread = threading.Thread(target=self._work, name="ironflow writer")
         self._thread.start()
@@ -3994,19 +3954,12 @@ class Journal:
                 db.execute("ROLLBACK")
             self._readers.put(db)
 
-    @contextlib.contextmanager
-    def ends_of(self, run_ids: Iterable[str]) -> Iterator[dict[str, Future]]:
-        """A future for each run, done by the commit that ends it from now on."""
-        ends = {run_id: self._loop.create_future() for run_id in run_ids}
-        for run_id, end in ends.items():
-            self._ends.setdefault(run_id, set()).add(end)
-        try:
-            yield ends
-        finally:
-            for run_id, end in ends.items():
-                self._ends[run_id].discard(end)
-                if not self._ends[run_id]:
-                    del self._ends[run_id]
+    def end_of(self, run_id: str) -> Future:
+        """A future that is done by the commit that ends the run from now on.
+
+        Shared by all who wait for it, and forgotten with the last of them.
+        """
+        return self._ends.setdefault(run_id, self._loop.create_future())
 
     def _work(self) -> None:
         """The writer thread: take what is there, commit once, answer all, again."""
@@ -4042,28 +3995,25 @@ class Journal:
         return batch or None
 
     def _commit(self, batch: list[Wish]) -> None:
-        before, failure = self._file.changes, None
+        file, tx, failure = self._file, self._file.tx, None
+        before = tx.written
         try:
-            self._file.execute(batch, self._clock.wall())
-            self._file.commit()
+            file.execute(batch, self._clock.wall())
+            file.commit()
         except Exception as error:
-            self._file.rollback()
-            failure = trouble(error, self.path)
-            if failure is None:
+            file.rollback()
+            if (failure := trouble(error, self.path)) is None:
                 raise
             log.error("%s", failure)
-        changes = self._file.changes - before
-        if failure or changes:
+        if failure or tx.written != before:
             self.last_trouble = str(failure) if failure else None
+            written = (tx.written - before) * KIB
+            self._unfolded += written + sum(wish.size for wish in batch)
         else:  # a batch that wrote nothing tells nothing of the disk
             self._see_whether_it_is_over()
-        filled = [] if failure else self._offers.committed()
-        tx = self._file.tx
         alarm, ended = (math.inf, []) if failure else (tx.alarm, tx.ended)
-        self._loop.call_soon_threadsafe(self._answer, batch, filled, alarm, ended,
-                                        failure)
-        if changes:
-            self._unfolded += changes * KIB + sum(wish.size for wish in batch)
+        self._loop.call_soon_threadsafe(
+            self._answer, batch, file.offers.committed(), alarm, ended, failure)
 
     def _see_whether_it_is_over(self) -> None:
         """By a write of our own: callers may wait until /ready says so."""
@@ -4103,8 +4053,7 @@ class Journal:
         for offer in filled:
             offer.answer(offer.error or offer.jobs)
         for run_id in ended:
-            for end in self._ends.get(run_id, ()):
-                settle_future(end, None)
+            settle_future(self._ends.pop(run_id, None), None)
         if alarm < math.inf:
             self._on_alarm(alarm)
 
@@ -4125,10 +4074,7 @@ class Journal:
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         self._pool.shutdown()
-        while not self._readers.empty():
-            self._readers.get().close()
-        self._file.close()
-        os.close(self._lock)
+        self._opened.close()
 
 def settle_future(future: Future | None, got: Any) -> None:
     """Give who waits what came; an exception is raised there. Nobody waits: nothing."""
@@ -4161,16 +4107,13 @@ class PullDesk:
     clock: Clock
     seen: dict[str, tuple[float, float]] = field(default_factory=dict)  # steady, wall
     in_hand: Counter[str] = field(default_factory=Counter)  # jobs, as far as we know
-    freed: dict[str, asyncio.Event] = field(default_factory=dict)
+    freed: dict[str, Future] = field(default_factory=dict)
     chores: set[asyncio.Task[Any]] = field(default_factory=set)
-    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    closing: Future = field(default_factory=asyncio.Future)
 
     def remember(self, worker_id: str) -> None:
         """It spoke; or at start, when it has the usual time to be heard of again."""
         self.seen[worker_id] = (self.clock.steady(), self.clock.wall())
-
-    def last_seen(self, worker: Worker) -> float:
-        return self.seen.get(worker.worker_id, (0.0, worker.registered_at))[1]
 
     async def heard_of(self, worker_id: str) -> None:
         """A worker spoke. Raises NotFound if it never registered."""
@@ -4194,7 +4137,7 @@ class PullDesk:
         nothing: the offer is withdrawn, and if it was taken already, the runs are given
         back. Raises NotFound for a worker that never registered.
         """
-        waiting: asyncio.Future[list[Job]] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[list[Job]] = asyncio.Future()
         offer = Offer(worker_id, slots, lambda got: settle_future(waiting, got), acked)
         self.offers.add(offer)
         try:
@@ -4206,7 +4149,7 @@ class PullDesk:
             return await asyncio.shield(waiting)  # taken: its commit is under way
         except BaseException:
             if not self.offers.withdraw(offer):
-                self._chore(self._give_back_when_known(waiting))
+                await self.give_back(await waiting, sent=False)
             raise
 
     async def spare_a_slot(self, worker_id: str, slots: int) -> int:
@@ -4216,29 +4159,18 @@ class PullDesk:
         millisecond; so the last slot is left free until a job ends, or for a second.
         """
         if slots == 1 and self.in_hand[worker_id]:
-            freed = self.freed[worker_id] = asyncio.Event()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LAST_SLOT_S):
-                    await freed.wait()
+            self.freed[worker_id] = asyncio.Future()
+            await asyncio.wait({self.freed[worker_id]}, timeout=LAST_SLOT_S)
         return max(1, slots - 1)
 
     def job_ended(self, worker_id: str) -> None:
         self.in_hand[worker_id] -= self.in_hand[worker_id] > 0
-        if worker_id in self.freed:
-            self.freed.pop(worker_id).set()
+        settle_future(self.freed.pop(worker_id, None), None)
 
     async def first_of(self, waiting: Future, wait_s: float) -> None:
         """Until the answer, the end of the wait, or the end of the server."""
-        closing: Future = asyncio.ensure_future(self.closing.wait())
-        try:
-            await asyncio.wait({waiting, closing}, timeout=wait_s,
-                               return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            closing.cancel()
-
-    async def _give_back_when_known(self, waiting: asyncio.Future[list[Job]]) -> None:
-        with contextlib.suppress(IronflowError):
-            await self.give_back(await waiting, sent=False)
+        await asyncio.wait({waiting, self.closing}, timeout=wait_s,
+                           return_when=asyncio.FIRST_COMPLETED)
 
     async def give_back(self, jobs: list[Job], sent: bool) -> None:
         for job in jobs:
@@ -4256,19 +4188,16 @@ class PullDesk:
 
         def look() -> None:
             gone = transport is None or transport.is_closing()
-            if gone and not self.closing.is_set():
-                self._chore(self.give_back(jobs, sent=True))
+            if gone and not self.closing.done():
+                chore = asyncio.create_task(self.give_back(jobs, sent=True))
+                self.chores.add(chore)
+                chore.add_done_callback(self.chores.discard)
 
         asyncio.get_running_loop().call_later(GONE_AFTER_S, look)
 
-    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self.chores.add(task)
-        task.add_done_callback(self.chores.discard)
-
     async def close(self) -> None:
         """Answer every held poll now, with nothing, and finish what is under way."""
-        self.closing.set()
+        settle_future(self.closing, None)
         if self.chores:
             await asyncio.wait(self.chores, timeout=STOP_S)
 
@@ -4276,8 +4205,7 @@ def worker_of(request: web.BaseRequest) -> str:
     """The worker's id, client-made: in every path, and taken as it is."""
     worker_id: str = request[GIVEN]["worker_id"]
     if len(worker_id) > 255 or CONTROL.search(worker_id):
-        raise InvalidInput("worker id: send up to 255 characters, no control "
-                           "characters")
+        raise InvalidInput("worker id: send up to 255 characters, none of control")
     return worker_id
 
 async def post_worker(api: Api, request: web.BaseRequest) -> web.Response:
@@ -4296,8 +4224,7 @@ async def post_worker(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def post_heartbeat(api: Api, request: web.BaseRequest) -> web.Response:
     """Renew the leases of the jobs that are listed: Python drops one to let it end."""
-    body = Fields(await api.read_json(request))
-    worker_id = worker_of(request)
+    body, worker_id = Fields(await api.read_json(request)), worker_of(request)
     await api.desk.heard_of(worker_id)
     if job_ids := [job.text("jobId") for job in body.objects("jobs")]:
         await api.journal.write(heartbeat, worker_id, job_ids, api.limits)
@@ -4371,9 +4298,9 @@ def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
     if fence is None or status not in ("completed", "failed", "yielded"):
         raise wrong
     log.warning("the report on %s cannot be kept: %s", job_id, wrong.message)
-    message = f"the worker's report cannot be kept: {wrong.message}"
-    error = {"message": message, "code": "INVALID_REPORT"}
-    return Report("failed", fence, None, error=error)
+    return Report("failed", fence, None, error={
+        "message": f"the worker's report cannot be kept: {wrong.message}",
+        "code": "INVALID_REPORT"})
 
 def status_in(body: bytes, wrong: IronflowError) -> Any:
     """The status of an unreadable report, for whose JSON a laxer reader may do."""
@@ -4390,9 +4317,8 @@ async def put_updates(api: Api, request: web.BaseRequest) -> web.Response:
     Ours, for our own client: {"updates": [{"job_id", "status", ...}]}, where `status`
     may also be `ack`. The answer's `results` hold a status and a body for each.
     """
-    updates = Fields(await api.read_json(request)).objects("updates")
-    if len(updates) > UPDATES_PER_REQUEST:
-        raise InvalidInput(f"{len(updates)} updates: send up to {UPDATES_PER_REQUEST}")
+    body = Fields(await api.read_json(request))
+    updates = body.objects("updates", UPDATES_PER_REQUEST)
     size = (request.content_length or KIB) // max(1, len(updates))
     results = await asyncio.gather(*[take_update(api, item, size) for item in updates])
     return answer(join({"results": listed(results)}))
