@@ -262,9 +262,7 @@ class Run:
     retry: Json
     parent_run_id: str | None  # of an invoked run
     parent_step_id: str | None
-    lane: str | None  # the value of its function's concurrency key,
-    gate: str | None  # throttle key,
-    actor_id: str | None  # and actor key; None: no such bound
+    actor_id: str | None
     created_at: Instant
     status: RunStatus
     attempt: int  # from 1; grows when a try fails, not on a replay
@@ -274,7 +272,7 @@ class Run:
     worker_id: str | None
     acked: int  # 1 once the holder of the lease was heard of
     due_at: Instant | None  # when queued: since; when waiting: until
-    held: int  # 1 while queued, but one of its bounds has no room yet
+    held: int | None  # 1 while in line for a place, see `let_in`; None: needs none
     lost_leases: int  # that ended in a row without a newly recorded step
     settled_fence: int | None  # the last lease that reported an end ...
     settled_as: str | None  # ... and how: completed, failed, yielded
@@ -289,13 +287,6 @@ class Run:
     @property
     def policy(self) -> Retry:
         return Retry.from_text(self.retry)
-
-    @property
-    def bounds(self) -> dict[str, str]:
-        """By column, what it shares a bound with others by; a gate is passed once."""
-        found = {"lane": self.lane, "actor_id": self.actor_id,
-                 "gate": self.gate if self.started_at is None else None}
-        return {column: value for column, value in found.items() if value is not None}
 
     @property
     def job_id(self) -> str:
@@ -361,11 +352,10 @@ class Timer:
     """Something that a function has to come at an instant.
 
     A `tick`: `key` is the cron expression, `event` what it emits. A `debounce`: `key`
-    is the value, `seq` the event that starts a run when there was silence. A `gate`:
-    the throttle's next start of those with the value `key`.
+    is the value, `seq` the event that starts a run when there was silence.
     """
 
-    kind: Literal["tick", "debounce", "gate"]
+    kind: Literal["tick", "debounce"]
     function_id: str
     key: str
     event: str
@@ -885,9 +875,9 @@ def waiting(run: Run, until: float) -> Run:
 def queued(run: Run, now: float) -> Run:
     """Due: the next worker that asks gets it, those queued before it first.
 
-    One that has bounds stands in line first, if it does not have its place already.
+    One that needs places stands in line for them, unless it has them already.
     """
-    held = int(bool(run.bounds) and run.status != "running")
+    held = run.held if run.status == "running" or run.held is None else 1
     return replace(run, status="waiting_for_capacity", due_at=now, held=held)
 
 def cancelled(run: Run, reason: str, now: float) -> Run:
@@ -2061,44 +2051,51 @@ def what_it_is(event: NewEvent) -> str:
 def start_run(tx: Transaction, function: Function, event: Event, now: float,
               parent: tuple[str, str] | None = None) -> str:
     """A run of one function for one event, due at once or in line; its id."""
-    run_id, asks, bounds = tx.ids.new("run", now), function.asks, dict[str, str]()
-    for column, name in (("lane", "concurrency"), ("gate", "throttle")):
-        if name in asks:
-            bounds[column] = value_at(asks[name].get("key"), event.data) or ""
+    run_id, asks = tx.ids.new("run", now), function.asks
+    places = {kind: value_at(asks[name].get("key"), event.data) or ""
+              for kind, name in PLACES.items() if name in asks}
     if actor_id := value_at(asks.get("actorKey"), event.data):
-        bounds["actor_id"] = actor_id
-    tx.insert_run(run_id, function, event, now, parent, bounds)
+        places["actor"] = actor_id
+    tx.insert_run(run_id, function, event, now, parent, actor_id, places)
     tx.append("run", "created", run_id,
               {"status": "waiting_for_capacity", "attempt": 1}, now)
-    if bounds:
-        let_in(tx, function.function_id, bounds, now)
+    let_in(tx, function.function_id, places.items())
     for each in asks.get("cancelOn", ()):
         test, value = condition(each["match"], None, event.data)
         if value is not None:  # else no event will ever do
             tx.insert_wait(run_id, None, each["event"], test, value)
     return run_id
 
-def let_in(tx: Transaction, function_id: str, bounds: dict[str, str],
-           now: float) -> None:
-    """Runs that stand in line for what a bound has room for, the longest due first.
+PLACES = {"lane": "concurrency", "gate": "throttle"}
 
-    A run that is ready or running has its place; who lets go of it, sleeps or waits
-    leaves it to the next. A throttle's places come back a period after each start.
+def let_in(tx: Transaction, function_id: str, places: Iterable[tuple[str, str]]
+           ) -> None:
+    """Give free places to the runs that stand in line for them, oldest first.
+
+    A bound of a function (concurrency, throttle, actor) has so many places for each
+    value of its key. A run needs all of its places to be ready; it keeps them until it
+    sleeps, waits or ends; that of a throttle for a period after its first start.
     """
-    function = tx.find(Function, function_id=function_id)
-    asks = function.asks if function else {}
-    throttle = asks.get("throttle", {})
-    limits = {"lane": asks.get("concurrency", {}).get("limit", MAX_INT32),
-              "actor_id": 1 if "actorKey" in asks else MAX_INT32,
-              "gate": throttle.get("limit", MAX_INT32)}
-    period_s = throttle.get("periodMs", 0) / 1000
-    for column, value in bounds.items():
-        while tx.let_next_in(function_id, column, value, limits, now - period_s):
-            pass
-        if column == "gate":
-            opens = tx.nth_start(function_id, value, limits["gate"]) + period_s
-            if opens > now and tx.in_line(function_id, value):
-                tx.save(Timer("gate", function_id, value, "", opens))
+    for kind, value in places:
+        function = tx.find(Function, function_id=function_id)
+        asks = function.asks if function else {}
+        limits = {"actor": 1 if "actorKey" in asks else MAX_INT32, **{
+            each: asks.get(name, {}).get("limit", MAX_INT32)
+            for each, name in PLACES.items()}}
+        while tx.places_taken(function_id, kind, value) < limits[kind]:
+            if not tx.let_next_in(function_id, kind, value, limits):
+                break
+
+def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
+    """Hand on the places of a run that lets go, or stand in line for them again."""
+    if new.status == "running" and old.started_at is None:
+        function = tx.find(Function, function_id=new.function_id)
+        throttle = function.asks.get("throttle", {}) if function else {}
+        tx.pass_gate(new.run_id, now + throttle.get("periodMs", 0) / 1000)
+    elif new.status == "waiting_for_capacity" and new.held:
+        let_in(tx, new.function_id, tx.move(new.run_id, "off", "line", now))
+    elif new.status not in ("running", "waiting_for_capacity"):
+        let_in(tx, new.function_id, tx.move(new.run_id, "in", "off", now))
 
 def debounce(tx: Transaction, function: Function, event: Event, now: float) -> None:
     """Put off the function's one run until there is silence; this is its event now."""
@@ -2152,8 +2149,8 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     tx.update_run(new)
     if new.status == old.status:
         return new
-    if bounds := old.bounds | new.bounds:
-        let_in(tx, new.function_id, bounds, now)
+    if new.held is not None:
+        change_places(tx, old, new, now)
     assert new.status in NEXT[old.status], f"{new.run_id}: {old.status} -> {new.status}"
     change: dict[str, Any] = {"status": new.status, "attempt": new.attempt}
     if new.status == "running":
@@ -2196,14 +2193,9 @@ def register_function(tx: Transaction, new: NewFunction,
     ticks = [Timer("tick", new.function_id, each.cron, each.event,
                    next_tick(each.cron, now)) for each in new.triggers if each.cron]
     tx.set_ticks(new.function_id, ticks)
-    stand_in_line(tx, new.function_id, now)
+    let_in(tx, new.function_id, tx.line_up(new.function_id))  # bounds may have changed
     say_of_function(tx, "updated" if old else "registered", function, now)
     return function, old is None
-
-def stand_in_line(tx: Transaction, function_id: str, now: float) -> None:
-    """Let the queued runs of a function in anew: its bounds have changed."""
-    for bounds in tx.hold_queued(function_id):
-        let_in(tx, function_id, bounds, now)
 
 def say_of_function(tx: Transaction, verb: str, function: Function,
                     now: float) -> None:
@@ -2225,7 +2217,7 @@ def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
     function = known(tx, Function, function_id)
     tx.delete_function(function_id)
-    stand_in_line(tx, function_id, now)
+    let_in(tx, function_id, tx.line_up(function_id))
     say_of_function(tx, "deleted", function, now)
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
@@ -2378,7 +2370,7 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(
-            held, event, tx.done_steps(run.run_id, offer.knows_failures),
+            held, event, tx.steps(run.run_id, "told" if offer.knows_failures else "done"),
             tx.next_sequence(run.run_id), secrets[run.function_id]))
 
 # --- Reports --------------------------------------------------------------------------
@@ -2614,7 +2606,7 @@ def wait_on(tx: Transaction, run: Run, now: float) -> Run:
     """What a run that let go does now: it waits for the next deadline of its steps,
     is due because of one that is over, or failed because nothing answered a wait."""
     deadlines, over = [], False
-    for step in tx.pending_steps(run.run_id):
+    for step in tx.steps(run.run_id, "pending"):
         if step.deadline > now:
             deadlines.append(step.deadline)
             continue
@@ -2671,11 +2663,13 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
         become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
     for timer in tx.overdue_timers(now):
         strike(tx, timer, now)
+    for function_id, kind, value in tx.free_gates(now):
+        let_in(tx, function_id, [(kind, value)])
     return tx.next_instant()
 
 def strike(tx: Transaction, timer: Timer, now: float) -> None:
-    """A tick emits its event, once for all that were missed; a debounce starts its run;
-    a gate is open."""
+    """A tick emits its event, once for all that were missed; a debounce starts its run.
+    """
     function = tx.find(Function, function_id=timer.function_id)
     if timer.kind == "tick":
         tx.save(replace(timer, due_at=next_tick(timer.key, now)))
@@ -2684,9 +2678,7 @@ def strike(tx: Transaction, timer: Timer, now: float) -> None:
             accept_event(tx, NewEvent(timer.event, data, source="cron"), now)
         return
     tx.delete_timer(timer)
-    if timer.kind == "gate":
-        let_in(tx, timer.function_id, {"gate": timer.key}, now)
-    elif function is not None and (event := tx.find(Event, seq=timer.seq)) is not None:
+    if function is not None and (event := tx.find(Event, seq=timer.seq)) is not None:
         start_run(tx, function, event, now)
 
 def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
@@ -2879,32 +2871,32 @@ SELECT seq, datetime(at, 'unixepoch') AS utc,
   FROM journal WHERE source IS NOT 'invoke';
 """
 LANGUAGE = """
--- A child knows who invoked it; lane, gate and actor are what a run shares bounds by.
+-- A child knows who invoked it.
 ALTER TABLE run ADD COLUMN parent_run_id TEXT;
 ALTER TABLE run ADD COLUMN parent_step_id TEXT;
-ALTER TABLE run ADD COLUMN lane TEXT;
-ALTER TABLE run ADD COLUMN gate TEXT;
 ALTER TABLE run ADD COLUMN actor_id TEXT;
-ALTER TABLE run ADD COLUMN held INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE run ADD COLUMN held INTEGER CHECK (held IN (0, 1));
 ALTER TABLE run ADD COLUMN woken_fence INTEGER;
 ALTER TABLE run ADD COLUMN woken_seq INTEGER;
 DROP INDEX run_due;
 CREATE INDEX run_due ON run (function_id, due_at, run_id)
-  WHERE status = 'waiting_for_capacity' AND held = 0;
-CREATE INDEX run_by_lane ON run (function_id, lane, held, due_at, run_id)
-  WHERE lane IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
-CREATE INDEX run_by_actor_id ON run (function_id, actor_id, held, due_at, run_id)
-  WHERE actor_id IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
-CREATE INDEX run_by_gate ON run (function_id, gate, held, due_at, run_id)
-  WHERE gate IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
-CREATE INDEX run_started ON run (function_id, gate, started_at)
-  WHERE gate IS NOT NULL AND started_at IS NOT NULL;
+  WHERE status = 'waiting_for_capacity' AND held IS NOT 1;
+
+-- The places that a run needs in the bounds of its function, for the value of each key.
+CREATE TABLE place (
+  run_id TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('lane', 'actor', 'gate')),
+  function_id TEXT NOT NULL, value TEXT NOT NULL,
+  state  TEXT NOT NULL CHECK (state IN ('in', 'line', 'off', 'passed')),
+  due_at REAL NOT NULL,              -- in line since; a gate passed: taken until
+  PRIMARY KEY (run_id, kind)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX place_in ON place (function_id, kind, value, state, due_at, run_id);
+CREATE INDEX place_passed ON place (due_at) WHERE state = 'passed';
 
 ALTER TABLE step ADD COLUMN wait_event_name TEXT;
 ALTER TABLE step ADD COLUMN wait_timeout REAL;
 ALTER TABLE step ADD COLUMN child_run_id TEXT;
 ALTER TABLE step ADD COLUMN input TEXT;                -- JSON
-CREATE INDEX step_pending ON step (run_id) WHERE status IN ('sleeping', 'waiting');
 
 -- What runs listen for; without a step: what cancels them. `taken`: the answer's seq.
 CREATE TABLE wait (
@@ -2916,9 +2908,9 @@ CREATE TABLE wait (
 CREATE INDEX wait_for ON wait (event, test, value, wait_id) WHERE taken IS NULL;
 CREATE INDEX wait_of ON wait (run_id);
 
--- What functions have to come: cron ticks, debounced events, throttled starts.
+-- What functions have to come: cron ticks, debounced events.
 CREATE TABLE timer (
-  kind     TEXT NOT NULL CHECK (kind IN ('tick', 'debounce', 'gate')),
+  kind     TEXT NOT NULL CHECK (kind IN ('tick', 'debounce')),
   function_id TEXT NOT NULL, key TEXT NOT NULL, event TEXT NOT NULL,
   due_at   REAL NOT NULL,
   seq      INTEGER REFERENCES journal (seq), first_at REAL,
@@ -2964,7 +2956,7 @@ JOURNAL_ROW = ("seq", "at", "kind", "name", "subject", "step", "data", "event_id
                "version", "source", "idempotency_key", "metadata")
 RUN_ROW = ("run_id", "function_id", "function_version", "event_seq", "event_id",
            "event_name", "retry", "status", "created_at", "due_at", "updated_at",
-           "parent_run_id", "parent_step_id", "lane", "gate", "actor_id", "held")
+           "parent_run_id", "parent_step_id", "actor_id", "held")
 
 @lru_cache(maxsize=64)
 def columns(row: Any, form: str = "{}", after: str = "") -> str:
@@ -3161,9 +3153,16 @@ class Queries:
         return int(self._value("SELECT count(*) FROM run WHERE status IN"
                                " ('waiting_for_capacity', 'running', 'waiting')"))
 
-    def steps(self, run_id: str) -> list[Step]:
-        """The recorded steps of a run, in sequence."""
-        return self._rows(Step, "step WHERE run_id = :id ORDER BY sequence", id=run_id)
+    STEPS = {"all": "1", "done": "status = 'completed'",
+             "told": "(status = 'completed' OR status = 'failed'"
+                     " AND type = 'invoke_function')",
+             "pending": "status IN ('sleeping', 'waiting')"}
+
+    def steps(self, run_id: str, which: str = "all") -> list[Step]:
+        """The recorded steps of a run, in sequence: all, those done, those pending;
+        `told` are those done and the invokes that failed."""
+        source = f"step WHERE run_id = :id AND {self.STEPS[which]} ORDER BY sequence"
+        return self._rows(Step, source, id=run_id)
 
     def taken(self, run_id: str, event: str, test: str, value: str | None
               ) -> list[int | None]:
@@ -3383,13 +3382,16 @@ class Transaction(Queries):
         return super().run_ids_of(event_seq)
 
     def insert_run(self, run_id: str, function: Function, event: Event, now: float,
-                   parent: tuple[str, str] | None, bounds: dict[str, str]) -> None:
+                   parent: tuple[str, str] | None, actor_id: str | None,
+                   places: dict[str, str]) -> None:
         self.touched.add(function.function_id)
         self._new_runs[run_id] = (
             run_id, function.function_id, function.version, event.seq, event.event_id,
             event.name, function.retry, "waiting_for_capacity", now, now, now,
-            *(parent or (None, None)), *map(bounds.get, ("lane", "gate", "actor_id")),
-            int(bool(bounds)))
+            *(parent or (None, None)), actor_id, 1 if places else None)
+        for kind, value in places.items():
+            self._db.execute("INSERT INTO place VALUES (?, ?, ?, ?, 'line', ?)",
+                             (run_id, kind, function.function_id, value, now))
 
     def update_run(self, run: Run) -> None:
         """Everything of a run that can change."""
@@ -3414,8 +3416,8 @@ class Transaction(Queries):
         if self._new_runs:
             self.flush()
         return self._rows(Run, f"""
-            run WHERE function_id = :id AND status = 'waiting_for_capacity' AND held = 0
-               AND (actor_id IS NULL OR NOT EXISTS (
+            run WHERE function_id = :id AND status = 'waiting_for_capacity'
+               AND held IS NOT 1 AND (actor_id IS NULL OR NOT EXISTS (
                  SELECT 1 FROM {self.BOUND} AND instr(:workers, '"' || worker_id || '"')
                      = 0))
              ORDER BY due_at, run_id LIMIT :limit""",
@@ -3441,66 +3443,72 @@ class Transaction(Queries):
     def delete_actors(self, worker_id: str) -> None:
         self._db.execute("DELETE FROM actor WHERE worker_id = ?", (worker_id,))
 
-    PLACES = "run AS other INDEXED BY run_by_{0} WHERE other.function_id = :id" \
-             " AND other.{0} = {1} AND other.held = 0 AND status IN" \
-             " ('waiting_for_capacity', 'running')"
-    ROOM = {  # by column, whether a bound of the run in line has a place left
-        "lane": f"(SELECT count(*) FROM {PLACES}) < :lane",
-        "actor_id": f"(SELECT count(*) FROM {PLACES}) < :actor_id",
-        "gate": f"(SELECT count(*) FROM {PLACES} AND other.started_at IS NULL)"
-                " + (SELECT count(*) FROM run AS other INDEXED BY run_started WHERE"
-                " other.function_id = :id AND other.gate = {1}"
-                " AND other.started_at > :since) < :gate"}
+    # A place is `off` while its run sleeps or waits, in `line`, or taken: `in`, and a
+    # gate that was `passed` until it is free again.
 
-    def let_next_in(self, function_id: str, column: str, value: str,
-                    limits: dict[str, int], since: float) -> bool:
-        """Give a place to the run that is first in line, if there is one for it."""
+    TAKEN = """SELECT count(*) FROM place WHERE function_id = {id} AND kind = {kind}
+                  AND value = {value} AND state IN ('in', 'passed')"""
+
+    def places_taken(self, function_id: str, kind: str, value: str) -> int:
+        return int(self._value(
+            self.TAKEN.format(id=":id", kind=":kind", value=":value"), id=function_id,
+            kind=kind, value=value))
+
+    def let_next_in(self, function_id: str, kind: str, value: str,
+                    limits: dict[str, int]) -> bool:
+        """Give all its places to the first in line for whom there are any."""
         self.flush()
-        given = limits | {"id": function_id, "value": value, "since": since}
-        if not self._value(f"SELECT {self.ROOM[column].format(column, ':value')}",
-                           **given):
-            return False
-        fits = " AND ".join(
-            f"(line.{name} IS NULL OR {room.format(name, f'line.{name}')}"
-            + (" OR line.started_at IS NOT NULL)" if name == "gate" else ")")
-            for name, room in self.ROOM.items())
+        taken = self.TAKEN.format(id="mine.function_id", kind="mine.kind",
+                                  value="mine.value")
         run_id = self._value(
             f"""
-            SELECT run_id FROM run AS line INDEXED BY run_by_{column}
-             WHERE function_id = :id AND {column} = :value AND held = 1
-               AND status IN ('waiting_for_capacity', 'running') AND {fits}
+            SELECT run_id FROM place AS first
+             WHERE function_id = :id AND kind = :kind AND value = :value
+               AND state = 'line' AND NOT EXISTS (
+                 SELECT 1 FROM place AS mine
+                  WHERE mine.run_id = first.run_id AND mine.state = 'line'
+                    AND ({taken}) >= CASE mine.kind WHEN 'lane' THEN :lane
+                                     WHEN 'gate' THEN :gate ELSE :actor END)
              ORDER BY due_at, run_id LIMIT 1
-            """, **given)
-        self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
-        self.touched.add(function_id)
+            """, **limits, id=function_id, kind=kind, value=value)
+        if run_id is not None:
+            self.move(run_id, "line", "in", None)
+            self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
+            self.touched.add(function_id)
         return run_id is not None
 
-    def in_line(self, function_id: str, gate: str) -> bool:
-        return bool(self._value(
-            "SELECT 1 FROM run INDEXED BY run_by_gate WHERE function_id = :id"
-            " AND gate = :gate AND held = 1 AND started_at IS NULL"
-            " AND status IN ('waiting_for_capacity', 'running')",
-            id=function_id, gate=gate))
+    def move(self, run_id: str, old: str, new: str, due_at: float | None
+             ) -> list[tuple[str, str]]:
+        """Change the state of a run's places; who goes off leaves the line as well."""
+        return self._db.execute(
+            """
+            UPDATE place SET state = :new, due_at = coalesce(:due_at, due_at)
+             WHERE run_id = :id AND state IN (:old, iif(:new = 'off', 'line', :old))
+            RETURNING kind, value
+            """, {"id": run_id, "old": old, "new": new, "due_at": due_at}).fetchall()
 
-    def nth_start(self, function_id: str, gate: str, n: int) -> float:
-        """When the last but n - 1 of a gate's runs started; 0 for never."""
-        return self._value(
-            "SELECT started_at FROM run INDEXED BY run_started WHERE function_id = :id"
-            " AND gate = :gate AND started_at IS NOT NULL"
-            " ORDER BY started_at DESC LIMIT 1 OFFSET :n - 1",
-            id=function_id, gate=gate, n=n) or 0.0
+    def pass_gate(self, run_id: str, free_at: float) -> None:
+        self.alarm = min(self.alarm, free_at)
+        self._db.execute("UPDATE place SET state = 'passed', due_at = ?"
+                         " WHERE run_id = ? AND kind = 'gate'", (free_at, run_id))
 
-    def hold_queued(self, function_id: str) -> list[dict[str, str]]:
+    def free_gates(self, now: float) -> list[tuple[str, str, str]]:
+        return self._db.execute(
+            "DELETE FROM place WHERE state = 'passed' AND due_at <= ?"
+            " RETURNING function_id, kind, value", (now,)).fetchall()
+
+    def line_up(self, function_id: str) -> list[tuple[str, str]]:
         """Send the queued runs of a function back to their lines; those lines."""
         self.flush()
-        some = "function_id = ? AND status = 'waiting_for_capacity'"
-        self._db.execute(f"UPDATE run SET held = 1 WHERE {some} AND coalesce(lane, gate,"
-                         " actor_id) IS NOT NULL", (function_id,))
-        lines = self._db.execute(f"SELECT DISTINCT lane, gate, actor_id FROM run WHERE"
-                                 f" {some} AND held = 1", (function_id,)).fetchall()
-        names = ("lane", "gate", "actor_id")
-        return [{name: value for name, value in zip(names, line, strict=True)
-                 if value is not None} for line in lines]
+        some = """run_id IN (SELECT run_id FROM run WHERE function_id = :id
+                    AND status = 'waiting_for_capacity' AND held IS NOT NULL)"""
+        for change in ("place SET state = 'line'", "run SET held = 1"):
+            taken = "AND state = 'in'" if "place" in change else ""
+            self._db.execute(f"UPDATE {change} WHERE {some} {taken}",
+                             {"id": function_id})
+        return self._db.execute(
+            "SELECT DISTINCT kind, value FROM place WHERE function_id = ?"
+            " AND state = 'line'", (function_id,)).fetchall()
 
     # --- what runs listen for
 
@@ -3555,25 +3563,15 @@ class Transaction(Queries):
     def next_instant(self) -> float:
         """When the next lease ends or the next sleeper is due; infinity for never."""
         return min(self._value(sql) or math.inf for sql in [
-            "SELECT min(due_at) FROM timer", *[
+            "SELECT min(due_at) FROM timer",
+            "SELECT min(due_at) FROM place WHERE state = 'passed'", *[
                 f"SELECT min({instant}) FROM run INDEXED BY {index}"
                 f" WHERE status = '{status}' AND {instant} IS NOT NULL"
                 for status, (index, instant) in self.TIMERS.items()]])
 
-    def done_steps(self, run_id: str, failures: bool) -> list[Step]:
-        """What a replay finds done; failed invokes too, for who understands those."""
-        also = "OR status = 'failed' AND type = 'invoke_function'" if failures else ""
-        return self._rows(Step, f"step WHERE run_id = :id AND (status = 'completed'"
-                          f" {also}) ORDER BY sequence", id=run_id)
-
-    def pending_steps(self, run_id: str) -> list[Step]:
-        return self._rows(Step, """step INDEXED BY step_pending WHERE run_id = :id
-                          AND status IN ('sleeping', 'waiting') ORDER BY sequence""",
-                          id=run_id)
-
     def children_waited_for(self, run_id: str) -> list[Run]:
         found = [self.find(Run, run_id=step.child_run_id)
-                 for step in self.pending_steps(run_id) if step.child_run_id]
+                 for step in self.steps(run_id, "pending") if step.child_run_id]
         return [child for child in found if child is not None]
 
     def next_sequence(self, run_id: str) -> int:
@@ -3588,7 +3586,7 @@ class Transaction(Queries):
         some = """(SELECT run_id FROM run
                     WHERE status IN ('completed', 'failed', 'cancelled')
                       AND run_id < :id AND ended_at < :before LIMIT :limit)"""
-        for table in ("step", "wait"):
+        for table in ("step", "wait", "place"):
             self._db.execute(f"DELETE FROM {table} WHERE run_id IN {some}", params)
         gone = self._db.execute(f"DELETE FROM run WHERE run_id IN {some}", params)
         return gone.rowcount > 0
