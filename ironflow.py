@@ -72,25 +72,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from errno import EADDRINUSE
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 
-NO_AIOHTTP = (
-    "ironflow.py needs aiohttp, which this Python does not have: "
-    "run `pip install aiohttp`, or start it with `uv run ironflow.py`.")
 try:
     from aiohttp import web
     from aiohttp.http import HttpProcessingError
 except ModuleNotFoundError as missing:
-    if missing.name != "aiohttp":
+    if missing.name != "aiohttp" or __name__ != "__main__":
         raise
-    if __name__ != "__main__":
-        raise ModuleNotFoundError(NO_AIOHTTP, name="aiohttp") from None
-    print(NO_AIOHTTP, file=sys.stderr)
+    print("ironflow.py needs aiohttp, which this Python does not have: run `pip install"
+          " aiohttp`, or start it with `uv run ironflow.py`.", file=sys.stderr)
     raise SystemExit(2) from None
 
 try:  # the extra `speed`; the verdict on any input is the same with and without it
@@ -652,6 +648,8 @@ class StartError(Exception):
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 PLAIN = re.compile(r"[^*>\s\x00-\x1f\x7f-\x9f.]+(\.[^*>\s\x00-\x1f\x7f-\x9f.]+)*")
+PATTERN = re.compile(r"((\*|[^*>.]*)\.)*(\*|>|[^*>.]*)")
+RESERVED = ("events:", "system.", "entity:", "public.")
 
 def check_event_name(name: str) -> str:
     """An event's name, as given: free text without wildcards or control characters."""
@@ -666,38 +664,30 @@ def check_event_name(name: str) -> str:
                            " has a plain name")
     return name
 
-RESERVED = ("events:", "system.", "entity:", "public.")
-
-def check_topic(topic: str) -> str:
-    """A topic to publish on. Raises InvalidInput for one that none could watch."""
-    if not PLAIN.fullmatch(topic):
-        raise InvalidInput(f"topic {topic[:80]!r}: use words with dots between them, "
-                           "no `*`, `>`, blank or empty one, such as orders.shipped")
-    if topic.startswith(RESERVED):
-        raise InvalidInput(f"topic {topic[:80]!r}: {', '.join(RESERVED)} are the "
-                           "server's own: choose another beginning")
-    return topic
-
 def check_trigger(pattern: str) -> str:
     """A trigger's event name or pattern. Raises InvalidInput if it could not match."""
     if CONTROL.search(pattern):
         raise InvalidInput("trigger event holds a control character: leave it out")
-    segments, trigger = pattern.split("."), f"trigger {pattern[:80]!r}"
-    for i, segment in enumerate(segments, 1):
-        if segment == ">" and i < len(segments):
-            raise InvalidInput(f"{trigger}: `>` can only be the last segment")
-        if segment not in ("*", ">") and re.search("[*>]", segment):
-            raise InvalidInput(f"{trigger}: `*` and `>` stand for whole segments, "
-                               f"{segment[:40]!r} mixes one with text")
+    if not PATTERN.fullmatch(pattern):
+        raise InvalidInput(f"trigger {pattern[:80]!r}: `*` and `>` stand for whole "
+                           "segments, and `>` can only be the last")
     return pattern
 
-def check_function_id(function_id: str) -> str:
-    """A function's id: dot segments, no wildcard, blank or control character."""
-    if not PLAIN.fullmatch(function_id):
-        raise InvalidInput(f"function id {function_id[:80]!r}: use letters, digits, "
-                           "`-`, `_`, `/` and dots between them; no `*`, `>`, blank or "
-                           "empty segment")
-    return function_id
+def check_plain(what: str, name: str) -> str:
+    """Dot segments, none empty; no wildcard, blank or control character."""
+    if not PLAIN.fullmatch(name):
+        raise InvalidInput(f"{what} {name[:80]!r}: use words with dots between them, no"
+                           " `*`, `>`, blank or empty one, such as orders.shipped")
+    return name
+
+check_function_id = partial(check_plain, "function id")
+
+def check_topic(topic: str) -> str:
+    """A topic to publish on. Raises InvalidInput for one that none could watch."""
+    if check_plain("topic", topic).startswith(RESERVED):
+        raise InvalidInput(f"topic {topic[:80]!r}: {', '.join(RESERVED)} are the "
+                           "server's own: choose another beginning")
+    return topic
 
 def is_wild(pattern: str) -> bool:
     return not {"*", ">"}.isdisjoint(pattern.split("."))
@@ -706,9 +696,7 @@ def matches(pattern: str, name: str) -> bool:
     """Whether `name` is one of those that `pattern` stands for."""
     wanted, found = pattern.split("."), name.split(".")
     if wanted[-1] == ">":  # for one segment or more
-        if len(found) < len(wanted):
-            return False
-        wanted, found = wanted[:-1], found[: len(wanted) - 1]
+        wanted[-1:] = ["*"] * max(1, len(found) - len(wanted) + 1)
     return len(wanted) == len(found) and all(
         w in ("*", f) for w, f in zip(wanted, found, strict=True))
 
