@@ -571,8 +571,7 @@ class IronflowError(Exception):
     the workers of the SDKs read the two fence codes there (Python 0.53).
     """
 
-    status = 500
-    code = "internal"
+    status, code = 500, "internal"
     error: str | None = None
     retry_after_s: int | None = None
 
@@ -580,61 +579,55 @@ class IronflowError(Exception):
         super().__init__(message)
         self.message = message
 
-class InvalidInput(IronflowError):
+    def __init_subclass__(cls, **answer: Any) -> None:
+        for name, value in answer.items():
+            setattr(cls, name, value)
+
+class InvalidInput(IronflowError, status=400, code="invalid_argument"):
     """The request cannot be understood, or asks for what cannot be."""
-    status, code = 400, "invalid_argument"
 
-class FailedPrecondition(IronflowError):
+class FailedPrecondition(IronflowError, status=400, code="failed_precondition"):
     """Understood, but not possible in the state that things are in."""
-    status, code = 400, "failed_precondition"
 
-class Unauthenticated(IronflowError):
+class Unauthenticated(IronflowError, status=401, code="unauthenticated"):
     """No key, or not the right one. Workers stop for good when they hear this."""
-    status, code = 401, "unauthenticated"
 
-class Forbidden(IronflowError):
+class Forbidden(IronflowError, status=403, code="permission_denied"):
     """A host or an origin that this server does not answer."""
-    status, code = 403, "permission_denied"
 
-class NotFound(IronflowError):
-    status, code = 404, "not_found"
+class NotFound(IronflowError, status=404, code="not_found"):
+    """No such run, event, function, worker or door."""
 
-class MethodNotAllowed(IronflowError):
-    status, code = 405, "unimplemented"
+class MethodNotAllowed(IronflowError, status=405, code="unimplemented"):
+    """There is such a door, for other methods."""
 
-class AlreadyExists(IronflowError):
+class AlreadyExists(IronflowError, status=409, code="already_exists"):
     """An idempotency key that belongs to something else."""
-    status, code = 409, "already_exists"
 
-class StaleFence(IronflowError):
+class StaleFence(IronflowError, status=409, code="aborted", error="STALE_EXECUTION"):
     """A report with an old fence: the run was leased again, or ended, after that."""
-    status, code, error = 409, "aborted", "STALE_EXECUTION"
 
-class RunNotRunning(IronflowError):
+class RunNotRunning(IronflowError, status=409, code="aborted", error="RUN_NOT_RUNNING"):
     """A final report for a run that ended some other way."""
-    status, code, error = 409, "aborted", "RUN_NOT_RUNNING"
 
-class TooLarge(IronflowError):
+class TooLarge(IronflowError, status=413, code="resource_exhausted"):
     """A limit was exceeded; the sentence names it, the size, and the flag."""
-    status, code = 413, "resource_exhausted"
 
     def __init__(self, what: str, size: int, limit: int, flag: str) -> None:
         super().__init__(f"{what} is {size} bytes, the limit is {limit}: send less, or "
                          f"start the server with a larger {flag}")
 
-class Unimplemented(IronflowError):
-    status, code = 501, "unimplemented"
+class Unimplemented(IronflowError, status=501, code="unimplemented"):
+    """In the protocol, but not in this server."""
 
-class Unavailable(IronflowError):
+class Unavailable(IronflowError, status=503, code="unavailable", retry_after_s=1):
     """The journal cannot be written right now; whether this was kept is unknown."""
-    status, code, retry_after_s = 503, "unavailable", 1
 
 class Overloaded(Unavailable):
     """Too much is in flight; nothing of this request was kept."""
 
-class DiskFull(IronflowError):
+class DiskFull(IronflowError, status=507, code="resource_exhausted", retry_after_s=5):
     """No room on the disk. Writing resumes by itself when there is."""
-    status, code, retry_after_s = 507, "resource_exhausted", 5
 
 class StartError(Exception):
     """The server cannot start; the message is the one sentence to show."""
