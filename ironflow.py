@@ -72,7 +72,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from errno import EADDRINUSE
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
@@ -80,18 +80,14 @@ from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 from weakref import WeakValueDictionary
 
-NO_AIOHTTP = (
-    "ironflow.py needs aiohttp, which this Python does not have: "
-    "run `pip install aiohttp`, or start it with `uv run ironflow.py`.")
 try:
     from aiohttp import web
     from aiohttp.http import HttpProcessingError
 except ModuleNotFoundError as missing:
-    if missing.name != "aiohttp":
+    if missing.name != "aiohttp" or __name__ != "__main__":
         raise
-    if __name__ != "__main__":
-        raise ModuleNotFoundError(NO_AIOHTTP, name="aiohttp") from None
-    print(NO_AIOHTTP, file=sys.stderr)
+    print("ironflow.py needs aiohttp, which this Python does not have: run `pip install"
+          " aiohttp`, or start it with `uv run ironflow.py`.", file=sys.stderr)
     raise SystemExit(2) from None
 
 try:  # the extra `speed`; the verdict on any input is the same with and without it
@@ -517,15 +513,12 @@ TOO_DEEP = f"body is nested deeper than {MAX_NESTING} levels"
 def parse_json(body: bytes) -> Any:
     """The value that `body` holds. Raises InvalidInput that says what is wrong."""
     opened = body.count(b"[") + body.count(b"{") if len(body) > 2 * MAX_NESTING else 0
-    if opened <= MAX_NESTING and not SUSPECT.search(body):
-        with contextlib.suppress(ValueError, RecursionError):
-            return orjson.loads(body) if orjson else _from_text.decode(body.decode())
-    return parse_strictly(body)  # for the sentence, and so that one judge decides
-
-def parse_strictly(body: bytes) -> Any:
+    harmless = opened <= MAX_NESTING and not SUSPECT.search(body)
     try:
-        value = json.loads(body.decode(), parse_int=check_integer,
-                           parse_float=check_float, parse_constant=refuse_constant)
+        if harmless and orjson:
+            with contextlib.suppress(ValueError):  # for the sentence, ask json again
+                return orjson.loads(body)
+        value = _from_text.decode(body.decode())
     except UnicodeDecodeError as error:
         raise InvalidInput(
             f"body is not UTF-8 at byte {error.start}: send UTF-8") from None
@@ -534,7 +527,8 @@ def parse_strictly(body: bytes) -> Any:
                            f"column {error.colno}") from None
     except RecursionError:
         raise InvalidInput(TOO_DEEP) from None
-    check_value(value)
+    if not harmless:
+        check_value(value)
     return value
 
 def check_integer(digits: str) -> int:
@@ -566,7 +560,8 @@ def check_value(value: Any, depth: int = 0) -> None:
             check_value(inner, depth + 1)
 
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-_from_text = json.JSONDecoder(parse_constant=refuse_constant)
+_from_text = json.JSONDecoder(parse_int=check_integer, parse_float=check_float,
+                              parse_constant=refuse_constant)
 
 def dumps(value: Any) -> Json:
     """Compact JSON text of a value that came through `parse_json`, or of our own."""
@@ -633,8 +628,7 @@ class IronflowError(Exception):
     the workers of the SDKs read the two fence codes there (Python 0.53).
     """
 
-    status = 500
-    code = "internal"
+    status, code = 500, "internal"
     error: str | None = None
     headers: dict[str, str] = {}
 
@@ -642,61 +636,58 @@ class IronflowError(Exception):
         super().__init__(message)
         self.message = message
 
-class InvalidInput(IronflowError):
+    def __init_subclass__(cls, **answer: Any) -> None:
+        for name, value in answer.items():
+            setattr(cls, name, value)
+
+class InvalidInput(IronflowError, status=400, code="invalid_argument"):
     """The request cannot be understood, or asks for what cannot be."""
-    status, code = 400, "invalid_argument"
 
-class FailedPrecondition(IronflowError):
+class FailedPrecondition(IronflowError, status=400, code="failed_precondition"):
     """Understood, but not possible in the state that things are in."""
-    status, code = 400, "failed_precondition"
 
-class Unauthenticated(IronflowError):
+class Unauthenticated(IronflowError, status=401, code="unauthenticated",
+                      headers={"WWW-Authenticate": "Bearer"}):
     """No key, or not the right one. Workers stop for good when they hear this."""
-    status, code, headers = 401, "unauthenticated", {"WWW-Authenticate": "Bearer"}
 
-class Forbidden(IronflowError):
+class Forbidden(IronflowError, status=403, code="permission_denied"):
     """A host or an origin that this server does not answer."""
-    status, code = 403, "permission_denied"
 
-class NotFound(IronflowError):
-    status, code = 404, "not_found"
+class NotFound(IronflowError, status=404, code="not_found"):
+    """No such run, event, function, worker or door."""
 
-class MethodNotAllowed(IronflowError):
-    status, code = 405, "unimplemented"
+class MethodNotAllowed(IronflowError, status=405, code="unimplemented"):
+    """There is such a door, for other methods."""
 
-class AlreadyExists(IronflowError):
+class AlreadyExists(IronflowError, status=409, code="already_exists"):
     """An idempotency key that belongs to something else."""
-    status, code = 409, "already_exists"
 
-class StaleFence(IronflowError):
+class StaleFence(IronflowError, status=409, code="aborted", error="STALE_EXECUTION"):
     """A report with an old fence: the run was leased again, or ended, after that."""
-    status, code, error = 409, "aborted", "STALE_EXECUTION"
 
-class RunNotRunning(IronflowError):
+class RunNotRunning(IronflowError, status=409, code="aborted", error="RUN_NOT_RUNNING"):
     """A final report for a run that ended some other way."""
-    status, code, error = 409, "aborted", "RUN_NOT_RUNNING"
 
-class TooLarge(IronflowError):
+class TooLarge(IronflowError, status=413, code="resource_exhausted"):
     """A limit was exceeded; the sentence names it, the size, and the flag."""
-    status, code = 413, "resource_exhausted"
 
     def __init__(self, what: str, size: int, limit: int, flag: str) -> None:
         super().__init__(f"{what} is {size} bytes, the limit is {limit}: send less, or "
                          f"start the server with a larger {flag}")
 
-class Unimplemented(IronflowError):
-    status, code = 501, "unimplemented"
+class Unimplemented(IronflowError, status=501, code="unimplemented"):
+    """In the protocol, but not in this server."""
 
-class Unavailable(IronflowError):
+class Unavailable(IronflowError, status=503, code="unavailable",
+                  headers={"Retry-After": "1"}):
     """The journal cannot be written right now; whether this was kept is unknown."""
-    status, code, headers = 503, "unavailable", {"Retry-After": "1"}
 
 class Overloaded(Unavailable):
     """Too much is in flight; nothing of this request was kept."""
 
-class DiskFull(IronflowError):
+class DiskFull(IronflowError, status=507, code="resource_exhausted",
+               headers={"Retry-After": "5"}):
     """No room on the disk. Writing resumes by itself when there is."""
-    status, code, headers = 507, "resource_exhausted", {"Retry-After": "5"}
 
 class StartError(Exception):
     """The server cannot start; the message is the one sentence to show."""
@@ -710,6 +701,8 @@ class StartError(Exception):
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 PLAIN = re.compile(r"[^*>\s\x00-\x1f\x7f-\x9f.]+(\.[^*>\s\x00-\x1f\x7f-\x9f.]+)*")
+PATTERN = re.compile(r"((\*|[^*>.]*)\.)*(\*|>|[^*>.]*)")
+RESERVED = ("events:", "system.", "entity:", "public.")
 
 def check_event_name(name: str) -> str:
     """An event's name, as given: free text without wildcards or control characters."""
@@ -724,38 +717,30 @@ def check_event_name(name: str) -> str:
                            " has a plain name")
     return name
 
-RESERVED = ("events:", "system.", "entity:", "public.")
-
-def check_topic(topic: str) -> str:
-    """A topic to publish on. Raises InvalidInput for one that none could watch."""
-    if not PLAIN.fullmatch(topic):
-        raise InvalidInput(f"topic {topic[:80]!r}: use words with dots between them, "
-                           "no `*`, `>`, blank or empty one, such as orders.shipped")
-    if topic.startswith(RESERVED):
-        raise InvalidInput(f"topic {topic[:80]!r}: {', '.join(RESERVED)} are the "
-                           "server's own: choose another beginning")
-    return topic
-
 def check_trigger(pattern: str) -> str:
     """A trigger's event name or pattern. Raises InvalidInput if it could not match."""
     if CONTROL.search(pattern):
         raise InvalidInput("trigger event holds a control character: leave it out")
-    segments, trigger = pattern.split("."), f"trigger {pattern[:80]!r}"
-    for i, segment in enumerate(segments, 1):
-        if segment == ">" and i < len(segments):
-            raise InvalidInput(f"{trigger}: `>` can only be the last segment")
-        if segment not in ("*", ">") and re.search("[*>]", segment):
-            raise InvalidInput(f"{trigger}: `*` and `>` stand for whole segments, "
-                               f"{segment[:40]!r} mixes one with text")
+    if not PATTERN.fullmatch(pattern):
+        raise InvalidInput(f"trigger {pattern[:80]!r}: `*` and `>` stand for whole "
+                           "segments, and `>` can only be the last")
     return pattern
 
-def check_function_id(function_id: str) -> str:
-    """A function's id: dot segments, no wildcard, blank or control character."""
-    if not PLAIN.fullmatch(function_id):
-        raise InvalidInput(f"function id {function_id[:80]!r}: use letters, digits, "
-                           "`-`, `_`, `/` and dots between them; no `*`, `>`, blank or "
-                           "empty segment")
-    return function_id
+def check_plain(what: str, name: str) -> str:
+    """Dot segments, none empty; no wildcard, blank or control character."""
+    if not PLAIN.fullmatch(name):
+        raise InvalidInput(f"{what} {name[:80]!r}: use words with dots between them, no"
+                           " `*`, `>`, blank or empty one, such as orders.shipped")
+    return name
+
+check_function_id = partial(check_plain, "function id")
+
+def check_topic(topic: str) -> str:
+    """A topic to publish on. Raises InvalidInput for one that none could watch."""
+    if check_plain("topic", topic).startswith(RESERVED):
+        raise InvalidInput(f"topic {topic[:80]!r}: {', '.join(RESERVED)} are the "
+                           "server's own: choose another beginning")
+    return topic
 
 def is_wild(pattern: str) -> bool:
     return not {"*", ">"}.isdisjoint(pattern.split("."))
@@ -764,9 +749,7 @@ def matches(pattern: str, name: str) -> bool:
     """Whether `name` is one of those that `pattern` stands for."""
     wanted, found = pattern.split("."), name.split(".")
     if wanted[-1] == ">":  # for one segment or more
-        if len(found) < len(wanted):
-            return False
-        wanted, found = wanted[:-1], found[: len(wanted) - 1]
+        wanted[-1:] = ["*"] * max(1, len(found) - len(wanted) + 1)
     return len(wanted) == len(found) and all(
         w in ("*", f) for w, f in zip(wanted, found, strict=True))
 
@@ -4722,9 +4705,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def commands() -> dict[str, tuple[Deed, str, str, str]]:
     """Every command: its handler, its purpose, an example, its arguments."""
-    v1, an_id = "/api/v1", "06f5x0m2k7n8q1r3s4t6"
+    an_id = "06f5x0m2k7n8q1r3s4t6"
     return {
-        "serve": (serve, "run the server (the default)", "--db orders.db", ""),
+        "serve": (serve, "run the server (the default)", "--db orders.db",
+                  "--host --port --db --env --log-level --lease-seconds --dev"
+                  " --cors-origin --allow-host --cache-mb --retain --secrets-file"
+                  " --max-event-bytes --max-step-bytes --max-body-bytes --max-steps"
+                  " --max-lost-leases"),
         "version": (lambda _: print(__version__), "print the version", "", ""),
         "backup": (copy_journal, "copy the journal, also of a running server",
                    "copy.db --db orders.db", "target --db"),
@@ -4732,27 +4719,18 @@ def commands() -> dict[str, tuple[Deed, str, str, str]]:
                  """order.placed --data '{"total": 5}' --wait""",
                  "name --data --data-file --metadata --version --idempotency-key --wait"
                  " --timeout"),
-        "run list": (
-            rest(f"GET {v1}/runs", "id status function_id event_name created_at"),
-            "list runs, newest first", "--status failed",
-            "--status --function --limit"),
-        "run get": (run_get, "show a run and its steps", f"run_{an_id}", "id"),
-        "run cancel": (rest(f"POST {v1}/runs/{{id}}/cancel", "id status"), "end a run",
-                       f"run_{an_id} --reason 'ordered twice'", "id --reason"),
-        "event list": (rest(f"GET {v1}/events", "id name timestamp source data"),
-                       "list events, newest first", "--name order. --since 1h",
+        "run list": (show_rows, "list runs, newest first", "--status failed",
+                     "--status --function --limit"),
+        "run get": (show_run, "show a run and its steps", f"run_{an_id}", "id"),
+        "run cancel": (cancel_it, "end a run", f"run_{an_id} --reason 'ordered twice'",
+                       "id --reason"),
+        "event list": (show_rows, "list events, newest first", "--since 1h",
                        "--name --source --search --since --until --limit"),
-        "event get": (rest(f"GET {v1}/events/{{id}}"), "show an event", f"evt_{an_id}",
-                      "id"),
-        "function list": (
-            rest(f"GET {v1}/functions", "id status workers triggers updated_at"),
-            "list functions, and how many workers carry each", "", "--limit"),
-        "function get": (rest(f"GET {v1}/functions/{{id}}"), "show a function",
-                         "process-order", "id"),
-        "worker list": (
-            rest(f"GET {v1}/workers", "id hostname active_jobs max_concurrent"
-                 " last_heartbeat function_ids"),
-            "list the workers that are connected", "", ""),
+        "event get": (show_row, "show an event", f"evt_{an_id}", "id"),
+        "function list": (show_rows, "list functions, and how many workers carry each",
+                          "", "--limit"),
+        "function get": (show_row, "show a function", "process-order", "id"),
+        "worker list": (show_rows, "list the workers that are connected", "", ""),
     }
 
 def parser() -> argparse.ArgumentParser:
@@ -4760,80 +4738,98 @@ def parser() -> argparse.ArgumentParser:
         prog="ironflow.py",
         description="Turn events into durable work. One file, one journal.",
         epilog="example: python ironflow.py --db orders.db --port 9123")
-    group = top.add_subparsers(metavar="COMMAND", required=True)
-    for name, (do, purpose, example, arguments) in commands().items():
+    group, known = top.add_subparsers(metavar="COMMAND", required=True), arguments()
+    for name, (do, purpose, example, names) in commands().items():
         made = group.add_parser(
             name, help=purpose, description=purpose,
             epilog=f"example: python ironflow.py {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter)
-        made.set_defaults(do=do, server=os.environ.get("IRONFLOW_SERVER_URL") or HOME)
-        names = arguments.split() + ["-s/--server", "--json"] * (name not in LOCAL)
-        either = made.add_mutually_exclusive_group() if "--data" in names else made
-        for each in names:
+        made.set_defaults(do=do, rows=f"{name.split()[0]}s")
+        either = made.add_mutually_exclusive_group() if name == "emit" else made
+        for each in names.split() + ["-s/--server", "--json"] * (name not in LOCAL):
             place = either if each.startswith("--data") else made
-            place.add_argument(*each.split("/"), **ARGUMENTS[each])
-    serve = group.choices["serve"]
-    serve.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    serve.description = (
-        "environment: IRONFLOW_API_KEY (every request then needs it), "
-        "IRONFLOW_ENV, IRONFLOW_LEASE_SECONDS, LOG_LEVEL; a flag beats a variable")
-    limits, env, add = Limits(), os.environ, serve.add_argument
-    add("--host", help="address to listen on; without it both loopback addresses")
-    add("--port", type=within(0, 65_535), default=9123, help="0 takes a free one")
-    add("--db", default="ironflow.db", metavar="FILE", help="the journal")
-    add("--env", default=env.get("IRONFLOW_ENV") or "default",
-        help="environment to serve")
-    add("--log-level", default=env.get("LOG_LEVEL") or "info", type=told(log_level),
-        metavar="LEVEL", help="debug, info, warning or error: what goes to stderr")
-    add("--lease-seconds", type=within(0.1, 86_400 * 365, float), dest="lease_s",
-        metavar="S", default=env.get("IRONFLOW_LEASE_SECONDS") or limits.lease_s,
-        help="how long a silent worker keeps a run; the SDKs' workers speak every 30 s,"
-        " so 60 or more is wise")
-    add("--dev", action="store_true",
-        help="no key, any address, any origin: only where nobody else is")
-    add("--cors-origin", action="append", default=[], metavar="ORIGIN",
-        help="a web page's origin that may call, such as https://app.example")
-    add("--allow-host", action="append", default=[], metavar="NAME",
-        help="a Host name to answer beside the loopback ones")
-    add("--cache-mb", type=within(1, 2**53), default=16, help="SQLite's page cache")
-    add("--retain", type=told(duration_s), metavar="TIME", dest="retain_s",
-        help="delete what is older, such as 30d; without it everything is kept")
-    add("--secrets-file", type=Path, metavar="FILE",
-        help="secrets for functions: a JSON object, or lines NAME=VALUE; mode 600")
-    for name, what in {
-        "event_bytes": "one event's name, data and metadata",
-        "step_bytes": "one step's output, or one run's",
-        "body_bytes": "one request",
-        "steps": "steps of one run",
-        "lost_leases":
-            "workers lost in a row, without a new step, before a run is paused",
-    }.items():
-        add(f"--max-{name.replace('_', '-')}", dest=name, metavar="N", help=what,
-            type=within(1, 2**53), default=getattr(limits, name))
+            place.add_argument(*each.split("/"), **known[each])
+    group.choices["serve"].description = (
+        "environment: IRONFLOW_API_KEY (every request then needs it), IRONFLOW_ENV,\n"
+        "IRONFLOW_LEASE_SECONDS, LOG_LEVEL; a flag beats a variable")
     return top
 
-def told(read: Callable[[str], Any], wanted: str = "") -> Callable[[str], Any]:
-    """A type for argparse: what `read` refuses is a bad call that names the flag."""
-    def given(text: str) -> Any:
+def arguments() -> dict[str, dict[str, Any]]:
+    env, most, size = os.environ.get, Limits(), within(1, 2**53)
+    a_time = "a time such as 2026-01-01T00:00:00Z, or how long ago, 1h30m"
+    return {
+        "id": arg("as a list shows it"),
+        "name": arg("of the event"),
+        "target": arg("the copy", Path, metavar="FILE"),
+        "-s/--server": arg("its key comes from IRONFLOW_API_KEY", server_url,
+                           env("IRONFLOW_SERVER_URL") or HOME, f"a URL such as {HOME}"),
+        "--json": arg("print the server's JSON", bool),
+        "--data": arg("JSON", lambda text: parse_json(text.encode()), {}),
+        "--data-file": arg("JSON; - is stdin", json_of, dest="data", metavar="FILE"),
+        "--metadata": arg("KEY=VALUE, as often as you like", pair, [], "KEY=VALUE"),
+        "--version": arg("of the data's shape", within(1, MAX_INT32)),
+        "--idempotency-key": arg("default: a new one", metavar="KEY"),
+        "--wait": arg("until its runs end; 1 if one fails", bool),
+        "--timeout": arg("of --wait, such as 1h30m", duration_s, "60s"),
+        "--status": arg(choices=sorted(NEXT)),
+        "--function": arg("its id", dest="function_id"),
+        "--reason": arg("kept with the run"),
+        "--limit": arg("how many", within(1, MAX_INT32), 50),
+        "--name": arg("a part of it"),
+        "--source": arg("where they came from, such as api"),
+        "--search": arg("a part of the data"),
+        "--since": arg("a time with its offset, or how long ago", moment, None, a_time),
+        "--until": arg("the same", moment, None, a_time),
+        "--host": arg("address to listen on; without it both loopback addresses"),
+        "--port": arg("0 takes a free one", within(0, 65_535), 9123),
+        "--db": arg("the journal", Path, "ironflow.db"),
+        "--env": arg("environment to serve", str, env("IRONFLOW_ENV") or "default"),
+        "--log-level": arg("what goes to stderr: debug, info, warning or error",
+                           lambda text: logging.Logger("", text.upper()).level,
+                           env("LOG_LEVEL") or "info", "one of these"),
+        "--lease-seconds": arg(
+            "how long a silent worker keeps a run; the SDKs' workers speak every 30 s, "
+            "so 60 or more is wise", within(0.1, 86_400 * 365, float),
+            env("IRONFLOW_LEASE_SECONDS") or most.lease_s),
+        "--dev": arg("no key, any address or origin: only where nobody else is", bool),
+        "--cors-origin": arg("origin of a web page that may call", str, []),
+        "--allow-host": arg("a Host name to answer beside the loopback ones", str, []),
+        "--cache-mb": arg("SQLite's page cache", size, 16),
+        "--retain": arg("delete what is older, such as 30d; else keep all", duration_s),
+        "--secrets-file": arg("a JSON object of texts, or lines NAME=VALUE; mode 600",
+                              Path),
+        "--max-event-bytes": arg("its name, data and metadata", size, most.event_bytes),
+        "--max-step-bytes": arg("its output, or its run's", size, most.step_bytes),
+        "--max-body-bytes": arg("of one request", size, most.body_bytes),
+        "--max-steps": arg("of one run", size, most.steps),
+        "--max-lost-leases": arg("workers lost in a row, without a new step, before a "
+                                 "run is paused", size, most.lost_leases),
+    }
+
+def arg(what: str = "", read: Callable[[str], Any] = str, default: Any = None,
+        wanted: str = "", **more: Any) -> dict[str, Any]:
+    """For argparse: what `read` refuses is a bad call that names the argument."""
+    def told(text: str) -> Any:
         try:
             return read(text)
         except (ValueError, OverflowError, OSError, IronflowError) as error:
-            flaw = str(error).removeprefix("body is ")
-            why = f"{text[:80]}: give {wanted}" if wanted else flaw
-            raise argparse.ArgumentTypeError(why) from None
-    return given
+            flaw = f"{text[:80]}: give {wanted}" if wanted else str(error)
+            raise argparse.ArgumentTypeError(flaw.removeprefix("body is ")) from None
+
+    if read is bool:
+        return {"help": what, "action": "store_true"}
+    if default == []:  # may be said many times
+        more["action"] = "append"
+    shown = f"{what} (default: %(default)s)" if default else what
+    return {"help": shown, "type": told, "default": default, **more}
 
 def within(low: float, high: float, kind: Callable[[str], float] = int) -> Any:
     def read(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise ValueError
-        return kind(text)
-    return told(read, f"{low} to {high}")
-
-def log_level(text: str) -> str:
-    if text.lower() not in ("debug", "info", "warning", "error"):
-        raise ValueError(f"{text}: give debug, info, warning or error")
-    return text.lower()
+        with contextlib.suppress(ValueError):
+            if low <= (number := kind(text)) <= high:
+                return number
+        raise ValueError(f"{text[:80]}: give {low} to {high}")
+    return read
 
 def server_url(text: str) -> SplitResult:
     url = urlsplit(text)
@@ -4842,9 +4838,9 @@ def server_url(text: str) -> SplitResult:
         raise ValueError
     return url
 
-def json_of(name: str) -> Json:
-    body = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    return dumps(parse_json(body))
+def json_of(name: str) -> Any:
+    return parse_json(sys.stdin.buffer.read() if name == "-"
+                      else Path(name).read_bytes())
 
 def pair(text: str) -> list[str]:
     key, value = text.split("=", 1)
@@ -4856,53 +4852,21 @@ def moment(text: str) -> str:
         return to_rfc3339(Clock().wall() - duration_s(text))
     return to_rfc3339(from_rfc3339(text))
 
-A_TIME = told(moment, "a time such as 2026-01-01T00:00:00Z, or how long ago, 1h30m")
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "id": {"help": "as a list shows it"},
-    "name": {"help": "of the event"},
-    "target": {"type": Path, "metavar": "FILE"},
-    "-s/--server": {"type": told(server_url, f"a URL such as {HOME}"), "metavar": "URL",
-                    "help": f"default: IRONFLOW_SERVER_URL, else {HOME}; its key comes "
-                    "from IRONFLOW_API_KEY"},
-    "--json": {"action": "store_true", "help": "print the server's JSON"},
-    "--data": {"type": told(lambda text: dumps(parse_json(text.encode()))),
-               "metavar": "JSON"},
-    "--data-file": {"type": told(json_of), "dest": "data", "metavar": "FILE",
-                    "help": "- is stdin"},
-    "--metadata": {"type": told(pair, "KEY=VALUE"), "action": "append",
-                   "metavar": "KEY=VALUE"},
-    "--version": {"type": within(1, MAX_INT32), "help": "of the data's shape"},
-    "--idempotency-key": {"metavar": "KEY", "help": "default: a new one"},
-    "--wait": {"action": "store_true", "help": "until its runs end; 1 if one fails"},
-    "--timeout": {"type": told(duration_s), "default": "60s",
-                  "help": "of --wait, such as 1h30m; default 60s"},
-    "--status": {"choices": sorted(NEXT)},
-    "--function": {"dest": "function_id", "metavar": "ID"},
-    "--reason": {"help": "kept with the run"},
-    "--limit": {"type": within(1, MAX_INT32), "default": 50, "metavar": "N",
-                "help": "default 50"},
-    "--name": {"help": "a part of it"},
-    "--source": {"help": "where they came from, such as api"},
-    "--search": {"help": "a part of the data"},
-    "--since": {"type": A_TIME, "help": "a time with its offset, or how long ago"},
-    "--until": {"type": A_TIME},
-    "--db": {"default": "ironflow.db", "type": Path, "metavar": "FILE"},
-}
-
 def serve(asked: argparse.Namespace) -> int:
     """Until SIGTERM or SIGINT. 0: a clean stop; 1: the disk failed; 2: cannot start."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s",
-                        level=asked.log_level.upper(), stream=sys.stderr)
-    api_key = os.environ.get("IRONFLOW_API_KEY") or None
+                        level=asked.log_level, stream=sys.stderr)
+    api_key = os.environ.get("IRONFLOW_API_KEY")
     if asked.dev:
         log.warning("--dev: anyone who reaches this port may do anything%s",
                     "; IRONFLOW_API_KEY is ignored" if api_key else "")
-    limits = Limits(**{name: getattr(asked, name) for name in column_names(Limits)})
+    limits = Limits(lease_s=asked.lease_seconds, **{
+        name: getattr(asked, f"max_{name}") for name in column_names(Limits)[:-1]})
     server = Server(
         db=asked.db, host=asked.host, port=asked.port, environment=asked.env,
         api_key=api_key, dev=asked.dev, allow_hosts=asked.allow_host,
-        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb,
-        retain_s=asked.retain_s, secrets_file=asked.secrets_file, limits=limits)
+        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb, retain_s=asked.retain,
+        secrets_file=asked.secrets_file, limits=limits)
     try:  # the extra `speed`
         from uvloop import new_event_loop as factory
     except ModuleNotFoundError:
@@ -4911,18 +4875,11 @@ def serve(asked: argparse.Namespace) -> int:
         with asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(serve_until_stopped(server))
     except StartError as error:
-        print(f"ironflow.py: {error}", file=sys.stderr)
+        tell(str(error))
         return 2
 
 async def serve_until_stopped(server: Server) -> int:
-    stop: Future = stop_requested()
-    async with server:
-        print(f"ironflow is ready on {server.url}, journal {server.db}", flush=True)
-        await asyncio.wait({stop, server.failed}, return_when=asyncio.FIRST_COMPLETED)
-        return 1 if server.failed.done() else 0
-
-def stop_requested() -> Future:
-    """Done at the first SIGTERM or SIGINT; a second one ends the process at once."""
+    """Until the first SIGTERM or SIGINT; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
     stop: Future = loop.create_future()
 
@@ -4933,11 +4890,23 @@ def stop_requested() -> Future:
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, first)
-    return stop
+    async with server:
+        print(f"ironflow is ready on {server.url}, journal {server.db}", flush=True)
+        await asyncio.wait({stop, server.failed}, return_when=asyncio.FIRST_COMPLETED)
+        return 1 if server.failed.done() else 0
 
 # --- Ask ------------------------------------------------------------------------------
 
-def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = None,
+COLUMNS = {
+    "runs": "id status function_id event_name created_at",
+    "events": "id name timestamp source data",
+    "functions": "id status workers triggers updated_at",
+    "workers": "id hostname active_jobs max_concurrent last_heartbeat function_ids",
+    "steps": "name status attempt started_at duration_ms result",
+    "results": "run_id function_id status duration_ms result",
+}
+
+def ask(asked: argparse.Namespace, method: str, path: str, body: Any = None,
         wait_s: float = 30.0, holds: str = "", **query: Any) -> dict[str, Any]:
     """What the server answers. Raises IronflowError with a sentence to show.
 
@@ -4954,11 +4923,11 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = N
         try:
             named = path.replace("{id}", quote(getattr(asked, "id", ""), safe=""))
             target = f"{url.path.rstrip('/')}{named}?{urlencode(query)}"
+            data = None if body is None else _to_text.encode(body).encode()
             with contextlib.closing(kind(url.netloc, timeout=wait_s)) as line:
-                line.request(method, target, body and body.encode(), headers)
+                line.request(method, target, data, headers)
                 reply = line.getresponse()
-                answer = json.loads(reply.read(), parse_float=check_float,
-                                    parse_constant=refuse_constant)
+                answer = _from_text.decode(reply.read().decode())
             if reply.status < 300 and holds in {"", *answer}:
                 return {**answer}
             status, trouble = reply.status, str(answer["message"])
@@ -4973,54 +4942,54 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = N
             raise IronflowError(trouble)
         time.sleep(delays_s.pop())
 
-def rest(door: str, names: str = "") -> Deed:
-    """A handler that asks at a door, and shows the rows or the row that it is given."""
-    method, path = door.split()
-    what = path.rpartition("/")[2]
+def show_rows(asked: argparse.Namespace) -> None:
+    what, columns = asked.rows, COLUMNS[asked.rows]
+    query = {name: value for name, value in vars(asked).items()
+             if name not in ("do", "rows", "server", "json") and value is not None}
+    page = ask(asked, "GET", f"/api/v1/{what}", holds=what, **query)
+    rows = page[what]
+    while page.get("next_cursor") and len(rows) < asked.limit:  # a short page
+        query |= {"cursor": page["next_cursor"], "limit": asked.limit - len(rows)}
+        page = ask(asked, "GET", f"/api/v1/{what}", holds=what, **query)
+        rows += page[what]
+    show(asked, page | {what: rows, "count": len(rows)}, table(rows, columns))
+    if not asked.json and (not rows or page.get("next_cursor")):
+        tell(f"there are more {what}: see --limit" if rows else f"no {what}")
 
-    def ask_and_show(asked: argparse.Namespace) -> None:
-        query = {name: value for name, value in vars(asked).items()
-                 if name not in ("do", "server", "json", "id") and value is not None}
-        page = ask(asked, method, path, **query)
-        if what not in page:
-            return show(asked, page, sheet(page, names))
-        rows = page[what]
-        while page.get("next_cursor") and len(rows) < asked.limit:  # a short page
-            query |= {"cursor": page["next_cursor"], "limit": asked.limit - len(rows)}
-            page = ask(asked, method, path, **query)
-            rows += page[what]
-        show(asked, page | {what: rows, "count": len(rows)}, table(rows, names))
-        if not asked.json and (not rows or page.get("next_cursor")):
-            tell(f"there are more {what}: see --limit" if rows else f"no {what}")
-    return ask_and_show
+def show_row(asked: argparse.Namespace) -> None:
+    row = ask(asked, "GET", f"/api/v1/{asked.rows}/{{id}}")
+    show(asked, row, sheet(row))
 
-def run_get(asked: argparse.Namespace) -> None:
+def show_run(asked: argparse.Namespace) -> None:
     run = ask(asked, "GET", "/api/v1/runs/{id}", holds="status")
     steps = ask(asked, "GET", "/api/v1/runs/{id}/steps", holds="steps")["steps"]
-    below = table(steps, "name status attempt started_at duration_ms result")
+    below = table(steps, COLUMNS["steps"])
     show(asked, run | {"steps": steps}, [*sheet(run), *([""] if below else []), *below])
+
+def cancel_it(asked: argparse.Namespace) -> None:
+    reason = asked.reason or ""
+    run = ask(asked, "POST", "/api/v1/runs/{id}/cancel", reason=reason)
+    show(asked, run, sheet(run, "id status"))
 
 def emit(asked: argparse.Namespace) -> int:
     """Hand in an event under a key; with --wait, show how each of its runs ended."""
-    key = asked.idempotency_key or secrets.token_hex(10)
-    body = {"name": asked.name, "event": asked.name, "idempotencyKey": key,
-            "version": asked.version, "metadata": dict(asked.metadata or ())}
-    event = {name: _to_text.encode(value) if value else None
-             for name, value in body.items()} | {"data": asked.data}
+    event = {"name": asked.name, "event": asked.name, "data": asked.data,
+             "version": asked.version, "metadata": dict(asked.metadata) or None,
+             "idempotencyKey": asked.idempotency_key or secrets.token_hex(10)}
     if not asked.wait:
-        answer = ask(asked, "POST", "/api/v1/events", join(event), holds="run_ids")
+        answer = ask(asked, "POST", "/api/v1/events", event, holds="run_ids")
         show(asked, answer, [*map(tame, [answer["event_id"], *answer["run_ids"]])])
         return 0
     deadline, late = time.monotonic() + min(asked.timeout, 1e6), True
     while late:  # a server that stops answers early: the next one is asked
         left_ms = round(1000 * (deadline - time.monotonic()))
-        event["timeoutMs"] = str(max(left_ms, 1))
         answer = ask(asked, "POST", f"{CONNECT}IronflowService/TriggerSync",
-                     join(event), left_ms / 1000 + 30, "results")
+                     event | {"timeoutMs": max(left_ms, 1)}, left_ms / 1000 + 30,
+                     holds="results")
         late = left_ms > 0 and any(run["waitTimedOut"] for run in answer["results"])
         time.sleep(0.1 * late)
     runs = [{snake(k): v for k, v in run.items()} for run in answer["results"]]
-    below = table(runs, "run_id function_id status duration_ms result")
+    below = table(runs, COLUMNS["results"])
     show(asked, answer, [tame(answer["eventId"]), *below])
     if any(run["wait_timed_out"] for run in runs):
         tell("not all of its runs ended in time")
@@ -5063,9 +5032,9 @@ def label(name: str) -> str:
 
 def table(rows: list[Any], columns: str) -> list[str]:
     """A header and a line for each row; no lines without rows."""
-    names, lines = columns.split(), list[str]()
-    grid = [[label(name).upper() for name in names]]
-    grid += [[cell(row, name) for name in names] for row in rows]
+    names = columns.split()
+    grid = [[cell(row, name) for name in names] for row in rows]
+    grid.insert(0, [label(name).upper() for name in names])
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     room = shutil.get_terminal_size().columns - 2 * len(names) + 2
     for whole, floor in (f"id|status|{TIMES}", 8), ("id|status", 8), ("id", 4), ("", 1):
@@ -5074,12 +5043,12 @@ def table(rows: list[Any], columns: str) -> list[str]:
             cap -= 1
             widths = [width if re.fullmatch(whole, name) else min(width, cap)
                       for name, width in zip(names, widths, strict=True)]
-    for row in grid if rows else []:
-        cells = [text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
-                 for text, width in zip(row, widths, strict=True)]
-        line = "  ".join(map(paint, cells)).rstrip()
-        lines.append(line if lines else paint(line, "1"))
-    return lines
+    head, *lines = [
+        "  ".join(paint(text.ljust(width) if len(text) <= width else
+                        text[: width - 1] + "…")
+                  for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in grid]
+    return [paint(head, "1"), *lines] if rows else []
 
 def paint(text: str, colour: str = "") -> str:
     """A status in its colour, on a terminal whose owner wants it (no-color.org)."""
