@@ -875,14 +875,15 @@ def cancelled(run: Run, reason: str, now: float) -> Run:
 # that 7, 7.0 and "7" are the same, whichever language wrote them.
 
 PATH = re.compile(r"[^\s=!<>&|()\[\]'\"+*?,]+")
-EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|[\w.-]+)")
+EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|-?[0-9]+(\.[0-9]+)?|"
+                    "true|false|null)")
 
 def value_at(path: str | None, data: Json) -> str | None:
     """The value at a path into an event's data, as text; None if there is none."""
     if not path:
         return None
     value = parsed(data)
-    for key in re.sub(r"^(\$\.)?(event\.)?(data\.)?", "", path).split("."):
+    for key in re.sub(r"^((\$\.|event\.)?data|\$)\.", "", path).split("."):
         if not isinstance(value, dict) or key not in value:
             return None
         value = value[key]
@@ -913,8 +914,9 @@ def compiled(expression: str) -> Any:
 def holds(expression: str, event: NewEvent) -> bool:
     """Whether an event passes; one without what the expression looks at does not."""
     data, metadata = parsed(event.data), json.loads(event.metadata or "{}")
-    about = {"name": event.name, "version": event.version, "data": data,
-             "metadata": metadata, "source": event.source}
+    about = columns_of(event) | {"data": data, "metadata": metadata}
+    if isinstance(event, Event):
+        about |= {"id": event.event_id, "timestamp": to_rfc3339(event.at)}
     try:
         return compiled(expression).execute(about | {"event": about}) is True
     except InvalidInput as error:  # the extra was there when this was registered
@@ -938,8 +940,8 @@ def condition(match: str, given: Json | None, trigger: Json) -> tuple[str, str |
     if not match or given is not None:
         return match, as_text(json.loads(given)) if match and given else ""
     if found := EQUALS.fullmatch(match):
-        literal = found[2]
-        return found[1], (literal[1:-1] if literal[0] in "'\"" else literal)
+        quoted = found[2][0] in "'\""
+        return found[1], found[2][1:-1] if quoted else as_text(json.loads(found[2]))
     if PATH.fullmatch(match):
         return match, value_at(match, trigger)
     compiled(match)
@@ -974,7 +976,7 @@ def cron_fields(expression: str) -> list[list[int]]:
 
 def cron_range(part: str, low: int, high: int, names: list[str]) -> range:
     """The values of *, 5, 1-5, */2, 1-5/2 or 5/2 (from 5 on). Raises ValueError."""
-    numbers = re.sub("[a-z]+", lambda word: str(names.index(word[0]) + low), part)
+    numbers = re.sub(r"\b[a-z]+\b", lambda word: str(names.index(word[0]) + low), part)
     if not (found := re.fullmatch(r"(\*|([0-9]+)(-[0-9]+)?)(/[0-9]+)?", numbers)):
         raise ValueError
     _, first, last, step = found.groups()
@@ -1328,6 +1330,13 @@ class Fields:
         """The object under a name; an empty one if it is unset."""
         return Fields(self._typed(names, dict, "an object", {}), self.where + names[0])
 
+    def judge(self, name: str, test: Callable[[], object]) -> None:
+        """Say where it stands, if a test refuses a member."""
+        try:
+            test()
+        except InvalidInput as error:
+            raise InvalidInput(f"{self.where}{name}: {error}") from None
+
     def number(self, *names: str) -> float | None:
         return self._typed(names, (int, float), "a number", None)
 
@@ -1537,7 +1546,7 @@ async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerSync: an event, and how the runs that it started ended."""
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     wait_s = patience(request, body)
-    accepted = await hand_in(api, run_id, accept_event, body, "event")
+    accepted = await hand_in(api, run_id, accept_awaited, body, "event")
     results = await wait_for_ends(api, request, accepted.run_ids, wait_s)
     return answer(join({"eventId": dumps(accepted.event_id),
                         "results": listed(results)}))
@@ -1546,7 +1555,7 @@ async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/InvokeFunction, and InvokeFunctionSync, which waits."""
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     wait_s = patience(request, body)
-    accepted = await hand_in(api, run_id, invoke, body, "functionId",
+    accepted = await hand_in(api, run_id, accept_event, body, "functionId",
                              check=check_function_id, source="invoke")
     waits, found = request.raw_path.endswith("Sync"), accepted.run_ids
     if waits:
@@ -1642,8 +1651,8 @@ def read_function(body: Fields) -> NewFunction:
     config = {
         "id": function_id, "name": body.text("name") or function_id,
         "description": body.text("description"),
-        "triggers": [{name: text for name, text in columns_of(each).items() if text}
-                     for each in triggers],
+        "triggers": [{name: text for name in ("event", "expression", "cron")
+                      if (text := item.text(name))} for item in body.objects("triggers")],
         "retry": {camel(name): value for name, value in columns_of(retry).items()},
         "timeoutMs": body.whole("timeoutMs", high=MAX_INT32),
         "preferredMode": read_mode(body), "recording": body.flag("recording"),
@@ -1702,14 +1711,11 @@ def read_trigger(item: Fields, function_id: str) -> Trigger:
     if not event and not cron:
         raise InvalidInput(f"{item.where}event is empty: name the event that starts"
                            " the function, or send cron")
-    try:
-        if cron:
-            next_tick(cron, 0.0)
-            event = check_event_name(event or f"cron.{function_id}")
-        if test:
-            compiled(test)
-    except InvalidInput as error:
-        raise InvalidInput(f"{item.where[:-1]}: {error}") from None
+    if cron:
+        event = check_event_name(event or f"cron.{function_id}")
+        item.judge("cron", lambda: next_tick(cron, 0.0))
+    if test:
+        item.judge("expression", lambda: compiled(test))
     return Trigger(check_trigger(event), test, cron)
 
 def read_retry(body: Fields) -> Retry:
@@ -1930,8 +1936,9 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
         return join(found)
     found["step_type"] = f'"STEP_TYPE_{step.type.upper()}"'
     found["status"] = f'"STEP_STATUS_{step.status.upper()}"'
-    if step.output is not None and not step.output.startswith("{"):
-        found["output_value"] = found.pop("output")
+    for name in ("input", "output"):
+        if not (found[name] or "{").startswith("{"):
+            found[f"{name}_value"] = found.pop(name)
     return join(in_camel(found))
 
 # ======================================================================================
@@ -1942,25 +1949,32 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
 # one that refuses has changed nothing, so its neighbours in the same commit need not
 # notice. What a rule changes, a row of `journal` says in the same transaction.
 
-def accept_event(tx: Transaction, event: NewEvent, now: float, started_by:
-                 Callable[[Transaction, NewEvent], list[Function]] | None = None
-                 ) -> Accepted:
+def accept_event(tx: Transaction, event: NewEvent, now: float, *, or_named: bool = False,
+                 awaited: bool = False) -> Accepted:
     """Record an event and a run for each function it triggers: all or nothing.
 
     A repeat, by its idempotency key, gets the answer that the first one got and leaves
-    no trace. Raises AlreadyExists if the key belongs to something else.
+    no trace. Raises AlreadyExists if the key belongs to something else; for an event
+    whose runs are `awaited`, FailedPrecondition if one is debounced; for an invocation,
+    NotFound, and FailedPrecondition if the function is paused or archived.
     """
     if (first := find_original(tx, event, {})) is not None:
         return Accepted(first.event_id, tx.run_ids_of(first.seq))
-    functions = (started_by or triggered)(tx, event)
+    if awaited and any("debounce" in each.asks for each in triggered(tx, event)):
+        raise FailedPrecondition(f"{what_it_is(event)} starts a function with debounce: "
+                                 "its run comes later, emit without waiting")
+    called = [the_named(tx, event)] if event.source == "invoke" else []
     kept = tx.append_event(event, tx.ids.new("evt", now), now)
-    if event.source == "invoke":
-        return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions])
-    hear(tx, kept, now)  # before its own runs begin to listen
-    for function in functions:
-        debounce(tx, function, kept, now)
+    functions = called or triggered(tx, kept)
+    if not called:
+        hear(tx, kept, now)  # before its own runs begin to listen
+        named = tx.find(Function, function_id=event.name) if or_named else None
+        if not functions and named is not None and named.status == "active":
+            functions = [named]
+        for function in functions:
+            debounce(tx, function, kept, now)
     return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions
-                                    if "debounce" not in f.asks])
+                                    if called or "debounce" not in f.asks])
 
 def triggered(tx: Transaction, event: NewEvent) -> list[Function]:
     """Active functions with a trigger that the event passes, in the order of ids."""
@@ -1969,25 +1983,18 @@ def triggered(tx: Transaction, event: NewEvent) -> list[Function]:
 
 def accept_call(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """As `accept_event`; if it triggers nothing, its name may be a function's id."""
-    return accept_event(tx, event, now, triggered_or_named)
+    return accept_event(tx, event, now, or_named=True)
 
-def triggered_or_named(tx: Transaction, event: NewEvent) -> list[Function]:
-    named = tx.find(Function, function_id=event.name, status="active")
-    return triggered(tx, event) or ([named] if named else [])
+def accept_awaited(tx: Transaction, event: NewEvent, now: float) -> Accepted:
+    return accept_event(tx, event, now, awaited=True)
 
-def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
-    """Start a run of the function that the event is named after, and of no other.
-
-    Raises NotFound, and FailedPrecondition if it is paused or archived.
-    """
-    return accept_event(tx, event, now, the_named)
-
-def the_named(tx: Transaction, event: NewEvent) -> list[Function]:
+def the_named(tx: Transaction, event: NewEvent) -> Function:
+    """The function that an invocation is named after, if it may be started."""
     function = known(tx, Function, event.name)
     if function.status != "active":
         raise FailedPrecondition(f"function {event.name!r} is {function.status}: set "
                                  "its status to active to start runs of it")
-    return [function]
+    return function
 
 def publish(tx: Transaction, event: NewEvent, now: float) -> tuple[int, bool]:
     """Record data for a topic; its `seq`, and whether it was there before.
@@ -2065,9 +2072,16 @@ def let_in(tx: Transaction, function_id: str, places: Iterable[tuple[str, str]]
         limits = {"actor": 1 if "actorKey" in asks else MAX_INT32, **{
             each: asks.get(name, {}).get("limit", MAX_INT32)
             for each, name in PLACES.items()}}
+        full: set[str] = set()  # bounds that keep others in this line waiting
         while tx.places_taken(function_id, kind, value) < limits[kind]:
-            if not tx.let_next_in(function_id, kind, value, limits):
+            if (run_id := tx.first_in_line(function_id, kind, value, full)) is None:
                 break
+            lines = tx.lines_of(run_id)
+            other = [f"{each} {key}" for each, key in lines
+                     if tx.places_taken(function_id, each, key) >= limits[each]]
+            full.update(other)
+            if not other:
+                tx.let_in(run_id, function_id)
 
 def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
     """Hand on the places of a run that lets go, or stand in line for them again."""
@@ -2211,6 +2225,7 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
     tx.save(worker)
     if old is not None and old.function_ids != worker.function_ids:
         tx.delete_actors(worker.worker_id)
+        tx.touched.update(json.loads(old.function_ids))
     if old is None or not old.connected:
         tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
 
@@ -2243,7 +2258,6 @@ class Offer:
     slots: int
     answer: Callable[[list[Job] | IronflowError], None]
     acked: bool = False
-    knows_failures: bool = False  # its SDK raises for a failed step, not reads success
     functions: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     error: IronflowError | None = None
@@ -2290,7 +2304,6 @@ class Offers:
                 self.take(offer)
                 continue
             offer.functions = json.loads(worker.function_ids)
-            offer.knows_failures = '"runtime":"python-' in worker.version
             for function_id in offer.functions:
                 self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
@@ -2298,8 +2311,8 @@ class Offers:
             self.look_anew = False
             tx.touched.update(self._standing)
         wanted = [f for f in tx.touched if self._standing.get(f)]
-        if wanted:
-            lease_to_offers(tx, self, wanted, self._limits, now)
+        while wanted and lease_to_offers(tx, self, wanted, self._limits, now):
+            pass  # some went to workers of their own: perhaps there is room for others
 
     def standing(self, function_id: str) -> list[Offer]:
         return [offer for offer in self._standing.get(function_id, ())
@@ -2332,8 +2345,12 @@ class Offers:
             self.add(offer)
 
 def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
-                    limits: Limits, now: float) -> None:
-    """Lease due runs of `functions` to the offers that stand, the longest due first."""
+                    limits: Limits, now: float) -> bool:
+    """Lease due runs of `functions` to the offers that stand, the longest due first.
+
+    Returns whether it leased some and left others out.
+    """
+    some, others = False, False
     room, due, secrets = offers.room(functions), [], dict[str, dict[str, str]]()
     for function_id in functions:
         function = tx.find(Function, function_id=function_id)
@@ -2344,7 +2361,9 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
         bound_to = tx.worker_of_actor(run)
         if (offer := offers.best_for(run.function_id, bound_to)) is None:
+            others = True
             continue
+        some = True
         hold_s = limits.lease_s if offer.acked else limits.reservation_s
         held = leased(run, offer.worker_id, tx.ids.token(), hold_s, offer.acked, now)
         become(tx, run, held, now)
@@ -2353,8 +2372,10 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(
-            held, event, tx.steps(run.run_id, "told" if offer.knows_failures else "done"),
+            held, event, tx.steps(run.run_id, "told" if knows_failures(
+                tx, offer.worker_id) else "done"),
             tx.next_sequence(run.run_id), secrets[run.function_id]))
+    return some and others
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -2455,7 +2476,7 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
         step = tx.find(Step, run_id=run.run_id, step_id=wish.step_id)
         if step is None:
             step = begin_step(tx, run, wish, limits, now)
-        if step.status == "failed":  # not known to a worker of JS or Go: see Offer
+        if step.status == "failed" and not knows_failures(tx, run.worker_id):
             cause = json.loads(step.error or "{}").get("message", "it failed")
             raise Unkept("INVOKE_FAILED", f"step {step.name!r}: {cause}")
         if step.status not in PENDING:
@@ -2463,6 +2484,11 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
     if run.woken_fence == run.fence:  # something ended that the worker did not know of
         return queued(run, now)
     return wait_on(tx, run, now)
+
+def knows_failures(tx: Transaction, worker_id: str | None) -> bool:
+    """Whether a worker's SDK raises for a failed call; JS and Go read it as success."""
+    worker = tx.find(Worker, worker_id=worker_id)
+    return worker is not None and '"runtime":"python-' in worker.version
 
 # --- Waits: sleeps, events, other runs ------------------------------------------------
 # Each is a step that is pending until it ends by what it waits for, or by its deadline.
@@ -2503,7 +2529,7 @@ def begin_child(tx: Transaction, run: Run, wish: Yield, step: Step, limits: Limi
                      subject=run.run_id)
     check_output(f"the input of {wish.target!r}", event.data, limits)
     try:
-        (function,) = the_named(tx, event)
+        function = the_named(tx, event)
     except IronflowError as error:
         keep_step(tx, None, step)
         return invoke_failed(tx, step, "not_found", error.message, now)
@@ -3415,7 +3441,7 @@ class Transaction(Queries):
         if run.actor_id is None:
             return None
         found: str | None = self._value(
-            f"SELECT worker_id FROM run JOIN {self.BOUND} AND run_id = :id",
+            f"SELECT actor.worker_id FROM run JOIN {self.BOUND} AND run_id = :id",
             id=run.run_id)
         return found
 
@@ -3429,36 +3455,36 @@ class Transaction(Queries):
     # A place is `off` while its run sleeps or waits, in `line`, or taken: `in`, and a
     # gate that was `passed` until it is free again.
 
-    TAKEN = """SELECT count(*) FROM place WHERE function_id = {id} AND kind = {kind}
-                  AND value = {value} AND state IN ('in', 'passed')"""
-
     def places_taken(self, function_id: str, kind: str, value: str) -> int:
         return int(self._value(
-            self.TAKEN.format(id=":id", kind=":kind", value=":value"), id=function_id,
-            kind=kind, value=value))
+            """
+            SELECT count(*) FROM place WHERE function_id = :id AND kind = :kind
+               AND value = :value AND state IN ('in', 'passed')
+            """, id=function_id, kind=kind, value=value))
 
-    def let_next_in(self, function_id: str, kind: str, value: str,
-                    limits: dict[str, int]) -> bool:
-        """Give all its places to the first in line for whom there are any."""
-        self.flush()
-        taken = self.TAKEN.format(id="mine.function_id", kind="mine.kind",
-                                  value="mine.value")
-        run_id = self._value(
-            f"""
+    def first_in_line(self, function_id: str, kind: str, value: str, full: set[str]
+                      ) -> str | None:
+        """The run that has waited longest, of those not in line for what is full."""
+        found: str | None = self._value(
+            """
             SELECT run_id FROM place AS first
              WHERE function_id = :id AND kind = :kind AND value = :value
                AND state = 'line' AND NOT EXISTS (
-                 SELECT 1 FROM place AS mine
-                  WHERE mine.run_id = first.run_id AND mine.state = 'line'
-                    AND ({taken}) >= CASE mine.kind WHEN 'lane' THEN :lane
-                                     WHEN 'gate' THEN :gate ELSE :actor END)
+                 SELECT 1 FROM place WHERE run_id = first.run_id AND state = 'line'
+                    AND kind || ' ' || value IN (SELECT value FROM json_each(:full)))
              ORDER BY due_at, run_id LIMIT 1
-            """, **limits, id=function_id, kind=kind, value=value)
-        if run_id is not None:
-            self.move(run_id, "line", "in", None)
-            self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
-            self.touched.add(function_id)
-        return run_id is not None
+            """, id=function_id, kind=kind, value=value, full=dumps(list(full)))
+        return found
+
+    def lines_of(self, run_id: str) -> list[tuple[str, str]]:
+        return self._db.execute("SELECT kind, value FROM place WHERE run_id = ?"
+                                " AND state = 'line'", (run_id,)).fetchall()
+
+    def let_in(self, run_id: str, function_id: str) -> None:
+        self.flush()
+        self.move(run_id, "line", "in", None)
+        self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
+        self.touched.add(function_id)
 
     def move(self, run_id: str, old: str, new: str, due_at: float | None
              ) -> list[tuple[str, str]]:
@@ -4405,7 +4431,7 @@ def step_name(step_id: str) -> str:
 # close, held polls are answered, the queue is committed, the log folded into the file.
 
 CLOCK_CHECK_S = 30.0  # how long a step of the wall clock can go unnoticed
-SECRETS_CHECK_S = 1.0  # between two looks at their file, while a run waits for one
+SECRETS_CHECK_S = 1.0  # between two looks at their file
 CLOCK_STEP_S = 1.0  # less than this is drift
 RETRY_S = 1.0  # between two tries of the timers to write
 SWEEP_EVERY_S, SWEEP_PAUSE_S = 3600.0, 0.05  # between sweeps; between parts of one
@@ -4419,23 +4445,18 @@ class Secrets:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path, self._values = path, dict[str, str]()
-        self._seen = (0, 0)  # when the file was written, and its size
-        self.wanting = False  # somebody waits for one that is not there
+        self.path, self._values = path, dict[str, str]()
+        self._seen: Any = None  # what the file looked like, when it was read
         self._read()
 
     def of(self, function: Function | None) -> tuple[dict[str, str], list[str]]:
         """Of the secrets it asks for, the values, and the names of those not there."""
-        if not (names := function.asks.get("secrets", []) if function else []):
-            return {}, []
-        self.refresh()
-        values = self._values
-        missing = [name for name in names if name not in values]
-        self.wanting |= bool(missing)
-        return {name: values[name] for name in names if name in values}, missing
+        values, names = self._values, function.asks.get("secrets", []) if function else []
+        return ({name: values[name] for name in names if name in values},
+                [name for name in names if name not in values])
 
     def refresh(self) -> bool:
-        """Whether the file has changed."""
+        """Whether the file has changed for the better."""
         try:
             return self._read()
         except StartError as error:
@@ -4443,11 +4464,13 @@ class Secrets:
             return False
 
     def _read(self) -> bool:
-        if (path := self._path) is None:
+        if (path := self.path) is None:
             return False
+        seen, self._seen = self._seen, str(path)
         try:
-            about, seen = path.stat(), self._seen
-            self._seen = (about.st_mtime_ns, about.st_size)
+            about = path.stat()
+            self._seen = (about.st_mode, about.st_ino, about.st_size, about.st_mtime_ns,
+                          about.st_ctime_ns)
             if seen == self._seen:
                 return False
             if os.name == "posix" and about.st_mode & 0o077:
@@ -4461,11 +4484,13 @@ class Secrets:
             if not all(isinstance(value, str) for value in found.values()):
                 raise ValueError
         except OSError as error:
+            if seen == self._seen:
+                return False  # it was not there before either
             raise StartError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, IronflowError):  # which may quote a secret
             raise StartError(f"{path} is neither a JSON object of texts nor lines "
                              "NAME=VALUE") from None
-        self._values, self.wanting = dict(found), False
+        self._values = dict(found)
         return True
 
 class Timekeeper:
@@ -4490,7 +4515,7 @@ class Timekeeper:
         while True:
             self._rung.clear()
             secrets = self._desk.offers.secrets
-            patience_s = SECRETS_CHECK_S if secrets.wanting else CLOCK_CHECK_S
+            patience_s = SECRETS_CHECK_S if secrets.path else CLOCK_CHECK_S
             delay_s = min(max(self._next_at - clock.wall(), 0.0), patience_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
@@ -4501,7 +4526,7 @@ class Timekeeper:
                 log.warning("the machine's clock was set by %+.1f s: leases start anew",
                             step_s)
                 await self._turn(keep_leases)
-            if secrets.wanting and secrets.refresh():
+            if secrets.refresh():
                 self._desk.offers.look_anew, self._next_at = True, wall
             with contextlib.suppress(DiskFull, Unavailable):  # again in half a minute
                 await self._desk.miss_the_silent()
