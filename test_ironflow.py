@@ -8415,7 +8415,8 @@ class Witness:
             self.touched.add(run_id)
 
     def starts(self, function_id: str, name: str) -> bool:
-        triggers = [t for t in self.functions[function_id].events if fits(t, name)]
+        triggers = [trigger.event for trigger in self.functions[function_id].triggers
+                    if fits(trigger.event, name)]
         self.seen["wildcard started a run"] += bool(triggers) and name not in triggers
         return bool(triggers)
 
@@ -8506,8 +8507,8 @@ class Witness:
             self.ended(life, said, "completed")
         elif said.status == "failed":
             self.ended(life, said, self.failed(life, said.error))
-        elif said.yielded is not None:
-            self.slept(life, said.yielded)
+        elif said.status == "yielded":
+            self.slept(life, said.yields[0])
             self.ended(life, said, None)
         return None
 
@@ -8530,7 +8531,6 @@ class Witness:
 
     def slept(self, life: Life, wish: ironflow.Yield) -> None:
         """The first yield of a sleep says how long; later ones change nothing."""
-        assert wish.until is not None
         self.seen["sleep was yielded again"] += wish.step_id in life.sleeps
         self.seen["sleep was over when it was yielded"] += wish.until <= self.now
         life.not_before = life.sleeps.setdefault(wish.step_id, wish.until)
@@ -9013,7 +9013,7 @@ class World:
             yield call
 
     def register(self, new: ironflow.NewFunction) -> Moves[None]:
-        label = f"{new.function_id} on {' and '.join(new.events)}"
+        label = f"{new.function_id} on {' and '.join(t.event for t in new.triggers)}"
         yield from insist(Call("register", label, ironflow.register_function, (new,)))
 
     def cancel(self, life: Life) -> Moves[None]:
@@ -9054,7 +9054,7 @@ class World:
 
     def work(self, worker: Peer, job: ironflow.Job) -> Moves[None]:
         """Steps whose result came with the job are not run again."""
-        done = {step.step_id: str(step.output) for step in job.completed}
+        done = {step.step_id: str(step.output) for step in job.steps}
         tail: list[ironflow.ReportedStep] = []  # finished, not reported
         outputs = []
         for part in self.programs[job.run.function_id]:
@@ -9063,7 +9063,7 @@ class World:
                 if step_id not in done or self.chance(0.1):  # branches yield it again
                     until = self.now + part.seconds
                     wish = ironflow.Yield("sleep", step_id, part.name, until)
-                    yield from self.tell(worker, job, "yielded", tail, yielded=wish)
+                    yield from self.tell(worker, job, "yielded", tail, yields=[wish])
                     return
                 continue
             if step_id not in done:
@@ -9167,7 +9167,8 @@ class World:
         )
         triggers = self.draw.sample(TRIGGERS, self.draw.randint(1, 2))
         config = json.dumps({"triggers": triggers})
-        return ironflow.NewFunction(function_id, config, policy.to_text(), triggers)
+        return ironflow.NewFunction(
+            function_id, config, policy.to_text(), list(map(ironflow.Trigger, triggers)))
 
     def somebody_cancels(self) -> str:
         life = self.pick(list(self.witness.lives.values())[-20:])
@@ -9492,15 +9493,14 @@ def test_the_simulator_sees_an_ended_lease_that_spends_an_attempt(
 def test_the_simulator_sees_a_completed_step_that_is_not_sent_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = ironflow.Transaction.steps
+    real = ironflow.Transaction.done_steps
 
-    def steps(
-        tx: ironflow.Transaction, run_id: str, status: str | None = None
+    def done_steps(
+        tx: ironflow.Transaction, run_id: str, failures: bool
     ) -> list[ironflow.Step]:
-        found = real(tx, run_id, status)
-        return found[1:] if status == "completed" else found
+        return real(tx, run_id, failures)[1:]
 
-    monkeypatch.setattr(ironflow.Transaction, "steps", steps)
+    monkeypatch.setattr(ironflow.Transaction, "done_steps", done_steps)
     caught("ran .* again, job .* had completed it")
 
 
