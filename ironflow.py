@@ -3692,12 +3692,10 @@ class Timekeeper:
         """
         while True:
             self._next_at = math.inf
-            try:
-                instant = await self._desk.journal.write(rule, self._desk.limits)
-                break
-            except (DiskFull, Unavailable):  # the journal said so in the log
-                await asyncio.sleep(RETRY_S)
-        self._next_at = min(self._next_at, instant)
+            with contextlib.suppress(DiskFull, Unavailable):  # the log has it already
+                due_at = await self._desk.journal.write(rule, self._desk.limits)
+                return self.ring(due_at)
+            await asyncio.sleep(RETRY_S)
 
 async def sweep(journal: Journal, retain_s: float) -> None:
     """Delete what is too old, a little at a time, so that no caller waits for it."""
@@ -3735,24 +3733,16 @@ class Server:
     ids: Ids = field(default_factory=Ids)
     url: str = field(default="", init=False)  # set by `start`
 
-    def __post_init__(self) -> None:
-        self._running = contextlib.AsyncExitStack()
-        self._guard = Guard(
-            None if self.dev else self.api_key or None, self.dev,
-            frozenset(map(host_name, self.allow_hosts)),
-            frozenset(origin.rstrip("/") for origin in self.cors_origins))
+    _running: contextlib.AsyncExitStack = field(
+        default_factory=contextlib.AsyncExitStack, init=False, repr=False)
 
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def start(self) -> None:
+    async def start(self) -> Self:
         """Open the journal, listen. `url` is set when this returns."""
+        guard = Guard(None if self.dev else self.api_key or None, self.dev,
+                      frozenset(map(host_name, self.allow_hosts)),
+                      frozenset(origin.rstrip("/") for origin in self.cors_origins))
         async with contextlib.AsyncExitStack() as stack:
-            sockets = listen(self.host, self.port, self._guard)
+            sockets = listen(self.host, self.port, guard)
             for sock in sockets:
                 stack.callback(sock.close)
             offers = Offers(self.limits)
@@ -3773,11 +3763,12 @@ class Server:
             for task in map(asyncio.create_task, loops):
                 task.add_done_callback(self._time_stopped)
                 stack.push_async_callback(end_task, task)
-            api = Api(journal, desk, self._guard, self.limits, self.environment,
+            api = Api(journal, desk, guard, self.limits, self.environment,
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
             stack.push_async_callback(desk.close)
             self._running = stack.pop_all()
+        return self
 
     async def _open_doors(self, stack: contextlib.AsyncExitStack,
                           sockets: list[socket.socket], api: Api) -> None:
@@ -3798,9 +3789,11 @@ class Server:
             log.critical("timers stopped", exc_info=error)
             settle_future(self.failed, [error])
 
-    async def stop(self) -> None:
+    async def stop(self, *_: object) -> None:
         """Answer who waits, take no more, commit what is queued, close the file."""
         await self._running.aclose()
+
+    __aenter__, __aexit__ = start, stop
 
 def is_our_mistake(record: logging.LogRecord) -> bool:
     """Whether to log it: a port scanner's broken HTTP, answered 400, is not ours."""
@@ -3819,31 +3812,27 @@ def listen(host: str | None, port: int, guard: Guard) -> list[socket.socket]:
                              "set IRONFLOW_API_KEY, or leave out --host to serve "
                              "loopback only (or use --dev where nobody else is)")
         return [bind(host, port)]
-    for _ in range(20):
-        first = bind("127.0.0.1", port)
-        try:
-            return [first, bind("::1", first.getsockname()[1])]
-        except StartError as error:
-            if getattr(error.__cause__, "errno", None) != EADDRINUSE:
-                return [first]  # a machine without IPv6
-            first.close()
-            if port != 0:
-                raise  # the number is taken on ::1
-    raise StartError("no port is free on both 127.0.0.1 and ::1: name one with --port")
+    first = bind("127.0.0.1", port)
+    try:
+        return [first, bind("::1", first.getsockname()[1])]
+    except StartError as error:
+        if getattr(error.__cause__, "errno", None) != EADDRINUSE:
+            return [first]  # a machine without IPv6
+        first.close()
+        if port != 0:
+            raise  # the number is taken on ::1
+        return listen(host, port, guard)
 
 def bind(host: str, port: int) -> socket.socket:
     try:  # SO_REUSEADDR where it is harmless, and IPv6 without IPv4: by create_server
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                   flags=socket.AI_PASSIVE)
-        family, address = found[0][0], found[0][4]
-        sock = socket.create_server(address, family=family, backlog=1024)
-        sock.setblocking(False)
-        return sock
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=1024)
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]
-        raise StartError(f"cannot listen on {host} port {port}: {why}; stop who has it,"
-                         " or choose another with --port (0 takes a free one)"
-                         ) from error
+        raise StartError(
+            f"cannot listen on {host} port {port}: {why}; stop who has it, or choose "
+            "another with --port (0 takes a free one)") from error
 
 # ======================================================================================
 # 13. The command line
