@@ -76,7 +76,7 @@ from functools import lru_cache, partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 from weakref import WeakValueDictionary
 
@@ -424,8 +424,7 @@ def column_names(row: Any) -> tuple[str, ...]:
 
 def columns_of(row: Any) -> dict[str, Any]:
     """A row as a dict. `asdict` would copy every value, at ten times the price."""
-    kind: Any = type(row)
-    return {name: getattr(row, name) for name in column_names(kind)}
+    return {name: getattr(row, name) for name in column_names(row.__class__)}
 
 class Clock:
     """The machine's clocks, in seconds, read here alone. Tests have their own."""
@@ -519,12 +518,8 @@ def parse_json(body: bytes) -> Any:
             with contextlib.suppress(ValueError):  # for the sentence, ask json again
                 return orjson.loads(body)
         value = _from_text.decode(body.decode())
-    except UnicodeDecodeError as error:
-        raise InvalidInput(
-            f"body is not UTF-8 at byte {error.start}: send UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"body is not JSON: {error.msg} at line {error.lineno}, "
-                           f"column {error.colno}") from None
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise InvalidInput(f"body is not JSON: {error}") from None
     except RecursionError:
         raise InvalidInput(TOO_DEEP) from None
     if not harmless:
@@ -538,12 +533,10 @@ def check_integer(digits: str) -> int:
     return int(digits)
 
 def check_float(digits: str) -> float:
-    if math.isinf(number := float(digits)):
-        raise InvalidInput(f"number {digits[:24]} is larger than a double can hold")
+    if not math.isfinite(number := float(digits)):
+        raise InvalidInput(
+            f"{digits[:24]} is no finite double: send null or a string instead")
     return number
-
-def refuse_constant(name: str) -> NoReturn:
-    raise InvalidInput(f"{name} is not JSON: send null or a string instead")
 
 def check_value(value: Any, depth: int = 0) -> None:
     """Refuse what a JSON text can spell but nobody else could read back."""
@@ -561,7 +554,7 @@ def check_value(value: Any, depth: int = 0) -> None:
 
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _from_text = json.JSONDecoder(parse_int=check_integer, parse_float=check_float,
-                              parse_constant=refuse_constant)
+                              parse_constant=check_float)
 
 def dumps(value: Any) -> Json:
     """Compact JSON text of a value that came through `parse_json`, or of our own."""
@@ -588,9 +581,8 @@ def stamp(instant: Instant) -> Json:
 
 def members(row: Any, names: str) -> dict[str, Json | None]:
     """Attributes of a row as JSON text; `id=run_id` is one under another name."""
-    kind: Any = type(row)
     return {wire: None if (value := get(row)) is None else write(value)
-            for wire, get, write in spelled(kind, names)}
+            for wire, get, write in spelled(row.__class__, names)}
 
 @lru_cache(maxsize=64)
 def spelled(row: Any, names: str) -> list[tuple[str, Any, Callable[[Any], Json]]]:
@@ -607,8 +599,7 @@ def in_camel(members: dict[str, Json | None]) -> dict[str, Json | None]:
 
 @lru_cache(maxsize=1024)
 def camel(snake: str) -> str:
-    head, *rest = snake.split("_")
-    return head + "".join(word[:1].upper() + word[1:] for word in rest)
+    return re.sub("_(.?)", lambda found: found[1].upper(), snake)
 
 @lru_cache(maxsize=1024)
 def snake(camel: str) -> str:
@@ -4520,9 +4511,9 @@ class Timekeeper:
                 return self.ring(due_at)
             await asyncio.sleep(RETRY_S)
 
-async def sweep(journal: Journal, retain_s: float) -> None:
+async def sweep(journal: Journal, retain_s: float | None) -> None:
     """Delete what is too old, a little at a time, so that no caller waits for it."""
-    while True:
+    while retain_s is not None:
         after: int | None = 0
         with contextlib.suppress(DiskFull, Unavailable):  # again with the next sweep
             while after is not None:
@@ -4581,10 +4572,8 @@ class Server:
             for worker in await journal.read(Queries.connected_workers):
                 desk.remember(worker.worker_id)
             timekeeper = Timekeeper(desk)
-            loops = [timekeeper.keep()]
-            if self.retain_s is not None:
-                loops.append(sweep(journal, self.retain_s))
-            for task in map(asyncio.create_task, loops):
+            for loop in timekeeper.keep(), sweep(journal, self.retain_s):
+                task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)
                 stack.push_async_callback(end_task, task)
             api = Api(journal, desk, guard, self.limits, self.environment,
@@ -4662,7 +4651,7 @@ def bind(host: str, port: int) -> socket.socket:
 # 13. The command line
 # ======================================================================================
 # `serve` is the server. The other commands are its clients, over HTTP like any other:
-# each is a row in `commands`, its arguments are names in ARGUMENTS, and its handler
+# each is a row in `commands`, its arguments are names in `arguments`, and its handler
 # makes two moves, ask and show. Data goes to stdout, all else to stderr; times are UTC.
 
 HOME = "http://localhost:9123"
@@ -4785,8 +4774,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "--allow-host": arg("a Host name to answer beside the loopback ones", str, []),
         "--cache-mb": arg("SQLite's page cache", size, 16),
         "--retain": arg("delete what is older, such as 30d; else keep all", duration_s),
-        "--secrets-file": arg("a JSON object of texts, or lines NAME=VALUE; mode 600",
-                              Path),
+        "--secrets-file": arg("JSON object or lines NAME=VALUE; mode 600", Path),
         "--max-event-bytes": arg("its name, data and metadata", size, most.event_bytes),
         "--max-step-bytes": arg("its output, or its run's", size, most.step_bytes),
         "--max-body-bytes": arg("of one request", size, most.body_bytes),
@@ -4992,8 +4980,7 @@ def copy_journal(asked: argparse.Namespace) -> None:
 # What a server says is a stranger's text: `tame` keeps it from steering the terminal.
 
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-COLOURS = {"completed": "32", "failed": "31", "cancelled": "33", "paused": "33",
-           "running": "36"}
+COLOURS = {"completed": 32, "failed": 31, "cancelled": 33, "paused": 33, "running": 36}
 RESULTS = ("output", "output_value", "error", "sleep_until")
 TIMES = "timestamp|.*_(at|heartbeat)"
 
@@ -5037,15 +5024,14 @@ def table(rows: list[Any], columns: str) -> list[str]:
                         text[: width - 1] + "…")
                   for text, width in zip(row, widths, strict=True)).rstrip()
         for row in grid]
-    return [paint(head, "1"), *lines] if rows else []
+    return [paint(head, 1), *lines] if rows else []
 
-def paint(text: str, colour: str = "") -> str:
+def paint(text: str, colour: int = 0) -> str:
     """A status in its colour, on a terminal whose owner wants it (no-color.org)."""
-    colour = colour or COLOURS.get(text.rstrip(), "")
+    colour = colour or COLOURS.get(text.rstrip(), 0)
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if not colour or plain or not sys.stdout.isatty():
-        return text
-    return f"\x1b[{colour}m{text}\x1b[0m"
+    wanted = colour and not plain and sys.stdout.isatty()
+    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
 
 def cell(row: dict[str, Any], name: str) -> str:
     """A member of a row as people read it; JSON where it has no form of its own."""
