@@ -56,7 +56,6 @@ import logging
 import math
 import os
 import queue
-import random
 import re
 import secrets
 import shutil
@@ -443,16 +442,14 @@ class Ids:
     Ordered, so that new rows go to the right end of each index however large the file
     is, and so that "newest first" is the order of the names. Within one millisecond,
     or when the clock steps back, the next is a little more than the one before.
-    `randbits` takes the place of both sources of chance, for a life that repeats.
+    `randbits` is the source of chance: another one makes a life that repeats.
     """
 
     ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # for reading aloud, typing by hand
     PAIRS = ["".join(pair) for pair in product(ALPHABET, repeat=2)]  # ten bits each
 
-    def __init__(self, randbits: Callable[[int], int] | None = None) -> None:
-        self._randbits = randbits or random.Random(secrets.randbits(256)).getrandbits
-        self._secret_bits = randbits or secrets.randbits
-        self._last = 0
+    def __init__(self, randbits: Callable[[int], int] = secrets.randbits) -> None:
+        self._randbits, self._last = randbits, 0
 
     def new(self, prefix: str, now: float) -> str:
         """`prefix`, an underscore and 20 characters."""
@@ -469,7 +466,7 @@ class Ids:
 
     def token(self) -> str:
         """A secret that a lease's holder proves itself with."""
-        return f"lt_{self._spell(self._secret_bits(100))}"
+        return f"lt_{self._spell(self._randbits(100))}"
 
     @classmethod
     def _spell(cls, number: int) -> str:
@@ -4548,9 +4545,6 @@ class Server:
     ids: Ids = field(default_factory=Ids)
     url: str = field(default="", init=False)  # set by `start`
 
-    _running: contextlib.AsyncExitStack = field(
-        default_factory=contextlib.AsyncExitStack, init=False, repr=False)
-
     async def start(self) -> Self:
         """Open the journal, listen. `url` is set when this returns."""
         guard = Guard(None if self.dev else self.api_key or None, self.dev,
@@ -4944,8 +4938,7 @@ def show_run(asked: argparse.Namespace) -> None:
     show(asked, run | {"steps": steps}, [*sheet(run), *([""] if below else []), *below])
 
 def cancel_it(asked: argparse.Namespace) -> None:
-    reason = asked.reason or ""
-    run = ask(asked, "POST", "/api/v1/runs/{id}/cancel", reason=reason)
+    run = ask(asked, "POST", "/api/v1/runs/{id}/cancel", reason=asked.reason or "")
     show(asked, run, sheet(run, "id status"))
 
 def emit(asked: argparse.Namespace) -> int:
@@ -4966,8 +4959,7 @@ def emit(asked: argparse.Namespace) -> int:
         late = left_ms > 0 and any(run["waitTimedOut"] for run in answer["results"])
         time.sleep(0.1 * late)
     runs = [{snake(k): v for k, v in run.items()} for run in answer["results"]]
-    below = table(runs, COLUMNS["results"])
-    show(asked, answer, [tame(answer["eventId"]), *below])
+    show(asked, answer, [tame(answer["eventId"]), *table(runs, COLUMNS["results"])])
     if any(run["wait_timed_out"] for run in runs):
         tell("not all of its runs ended in time")
     return int(any(run["status"] != "completed" for run in runs))
