@@ -56,7 +56,6 @@ import logging
 import math
 import os
 import queue
-import random
 import re
 import secrets
 import shutil
@@ -76,7 +75,7 @@ from functools import lru_cache, partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 from weakref import WeakValueDictionary
 
@@ -424,8 +423,7 @@ def column_names(row: Any) -> tuple[str, ...]:
 
 def columns_of(row: Any) -> dict[str, Any]:
     """A row as a dict. `asdict` would copy every value, at ten times the price."""
-    kind: Any = type(row)
-    return {name: getattr(row, name) for name in column_names(kind)}
+    return {name: getattr(row, name) for name in column_names(row.__class__)}
 
 class Clock:
     """The machine's clocks, in seconds, read here alone. Tests have their own."""
@@ -444,16 +442,14 @@ class Ids:
     Ordered, so that new rows go to the right end of each index however large the file
     is, and so that "newest first" is the order of the names. Within one millisecond,
     or when the clock steps back, the next is a little more than the one before.
-    `randbits` takes the place of both sources of chance, for a life that repeats.
+    `randbits` is the source of chance: another one makes a life that repeats.
     """
 
     ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # for reading aloud, typing by hand
     PAIRS = ["".join(pair) for pair in product(ALPHABET, repeat=2)]  # ten bits each
 
-    def __init__(self, randbits: Callable[[int], int] | None = None) -> None:
-        self._randbits = randbits or random.Random(secrets.randbits(256)).getrandbits
-        self._secret_bits = randbits or secrets.randbits
-        self._last = 0
+    def __init__(self, randbits: Callable[[int], int] = secrets.randbits) -> None:
+        self._randbits, self._last = randbits, 0
 
     def new(self, prefix: str, now: float) -> str:
         """`prefix`, an underscore and 20 characters."""
@@ -470,7 +466,7 @@ class Ids:
 
     def token(self) -> str:
         """A secret that a lease's holder proves itself with."""
-        return f"lt_{self._spell(self._secret_bits(100))}"
+        return f"lt_{self._spell(self._randbits(100))}"
 
     @classmethod
     def _spell(cls, number: int) -> str:
@@ -519,12 +515,8 @@ def parse_json(body: bytes) -> Any:
             with contextlib.suppress(ValueError):  # for the sentence, ask json again
                 return orjson.loads(body)
         value = _from_text.decode(body.decode())
-    except UnicodeDecodeError as error:
-        raise InvalidInput(
-            f"body is not UTF-8 at byte {error.start}: send UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"body is not JSON: {error.msg} at line {error.lineno}, "
-                           f"column {error.colno}") from None
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise InvalidInput(f"body is not JSON: {error}") from None
     except RecursionError:
         raise InvalidInput(TOO_DEEP) from None
     if not harmless:
@@ -538,12 +530,10 @@ def check_integer(digits: str) -> int:
     return int(digits)
 
 def check_float(digits: str) -> float:
-    if math.isinf(number := float(digits)):
-        raise InvalidInput(f"number {digits[:24]} is larger than a double can hold")
+    if not math.isfinite(number := float(digits)):
+        raise InvalidInput(
+            f"{digits[:24]} is no finite double: send null or a string instead")
     return number
-
-def refuse_constant(name: str) -> NoReturn:
-    raise InvalidInput(f"{name} is not JSON: send null or a string instead")
 
 def check_value(value: Any, depth: int = 0) -> None:
     """Refuse what a JSON text can spell but nobody else could read back."""
@@ -561,7 +551,7 @@ def check_value(value: Any, depth: int = 0) -> None:
 
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _from_text = json.JSONDecoder(parse_int=check_integer, parse_float=check_float,
-                              parse_constant=refuse_constant)
+                              parse_constant=check_float)
 
 def dumps(value: Any) -> Json:
     """Compact JSON text of a value that came through `parse_json`, or of our own."""
@@ -588,9 +578,8 @@ def stamp(instant: Instant) -> Json:
 
 def members(row: Any, names: str) -> dict[str, Json | None]:
     """Attributes of a row as JSON text; `id=run_id` is one under another name."""
-    kind: Any = type(row)
     return {wire: None if (value := get(row)) is None else write(value)
-            for wire, get, write in spelled(kind, names)}
+            for wire, get, write in spelled(row.__class__, names)}
 
 @lru_cache(maxsize=64)
 def spelled(row: Any, names: str) -> list[tuple[str, Any, Callable[[Any], Json]]]:
@@ -607,8 +596,7 @@ def in_camel(members: dict[str, Json | None]) -> dict[str, Json | None]:
 
 @lru_cache(maxsize=1024)
 def camel(snake: str) -> str:
-    head, *rest = snake.split("_")
-    return head + "".join(word[:1].upper() + word[1:] for word in rest)
+    return re.sub("_(.?)", lambda found: found[1].upper(), snake)
 
 @lru_cache(maxsize=1024)
 def snake(camel: str) -> str:
@@ -4540,16 +4528,14 @@ class Timekeeper:
         """
         while True:
             self._next_at = math.inf
-            try:
-                instant = await self._desk.journal.write(rule, self._desk.limits)
-                break
-            except (DiskFull, Unavailable):  # the journal said so in the log
-                await asyncio.sleep(RETRY_S)
-        self._next_at = min(self._next_at, instant)
+            with contextlib.suppress(DiskFull, Unavailable):  # the log has it already
+                due_at = await self._desk.journal.write(rule, self._desk.limits)
+                return self.ring(due_at)
+            await asyncio.sleep(RETRY_S)
 
-async def sweep(journal: Journal, retain_s: float) -> None:
+async def sweep(journal: Journal, retain_s: float | None) -> None:
     """Delete what is too old, a little at a time, so that no caller waits for it."""
-    while True:
+    while retain_s is not None:
         after: int | None = 0
         with contextlib.suppress(DiskFull, Unavailable):  # again with the next sweep
             while after is not None:
@@ -4584,24 +4570,13 @@ class Server:
     ids: Ids = field(default_factory=Ids)
     url: str = field(default="", init=False)  # set by `start`
 
-    def __post_init__(self) -> None:
-        self._running = contextlib.AsyncExitStack()
-        self._guard = Guard(
-            None if self.dev else self.api_key or None, self.dev,
-            frozenset(map(host_name, self.allow_hosts)),
-            frozenset(origin.rstrip("/") for origin in self.cors_origins))
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def start(self) -> None:
+    async def start(self) -> Self:
         """Open the journal, listen. `url` is set when this returns."""
+        guard = Guard(None if self.dev else self.api_key or None, self.dev,
+                      frozenset(map(host_name, self.allow_hosts)),
+                      frozenset(origin.rstrip("/") for origin in self.cors_origins))
         async with contextlib.AsyncExitStack() as stack:
-            sockets = listen(self.host, self.port, self._guard)
+            sockets = listen(self.host, self.port, guard)
             for sock in sockets:
                 stack.callback(sock.close)
             offers = Offers(self.limits, Secrets(self.secrets_file))
@@ -4616,17 +4591,16 @@ class Server:
             for worker in await journal.read(Queries.connected_workers):
                 desk.remember(worker.worker_id)
             timekeeper = Timekeeper(desk)
-            loops = [timekeeper.keep()]
-            if self.retain_s is not None:
-                loops.append(sweep(journal, self.retain_s))
-            for task in map(asyncio.create_task, loops):
+            for loop in timekeeper.keep(), sweep(journal, self.retain_s):
+                task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)
                 stack.push_async_callback(end_task, task)
-            api = Api(journal, desk, self._guard, self.limits, self.environment,
+            api = Api(journal, desk, guard, self.limits, self.environment,
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
             stack.push_async_callback(desk.close)
             self._running = stack.pop_all()
+        return self
 
     async def _open_doors(self, stack: contextlib.AsyncExitStack,
                           sockets: list[socket.socket], api: Api) -> None:
@@ -4647,9 +4621,11 @@ class Server:
             log.critical("timers stopped", exc_info=error)
             settle_future(self.failed, [error])
 
-    async def stop(self) -> None:
+    async def stop(self, *_: object) -> None:
         """Answer who waits, take no more, commit what is queued, close the file."""
         await self._running.aclose()
+
+    __aenter__, __aexit__ = start, stop
 
 def is_our_mistake(record: logging.LogRecord) -> bool:
     """Whether to log it: a port scanner's broken HTTP, answered 400, is not ours."""
@@ -4668,37 +4644,33 @@ def listen(host: str | None, port: int, guard: Guard) -> list[socket.socket]:
                              "set IRONFLOW_API_KEY, or leave out --host to serve "
                              "loopback only (or use --dev where nobody else is)")
         return [bind(host, port)]
-    for _ in range(20):
-        first = bind("127.0.0.1", port)
-        try:
-            return [first, bind("::1", first.getsockname()[1])]
-        except StartError as error:
-            if getattr(error.__cause__, "errno", None) != EADDRINUSE:
-                return [first]  # a machine without IPv6
-            first.close()
-            if port != 0:
-                raise  # the number is taken on ::1
-    raise StartError("no port is free on both 127.0.0.1 and ::1: name one with --port")
+    first = bind("127.0.0.1", port)
+    try:
+        return [first, bind("::1", first.getsockname()[1])]
+    except StartError as error:
+        if getattr(error.__cause__, "errno", None) != EADDRINUSE:
+            return [first]  # a machine without IPv6
+        first.close()
+        if port != 0:
+            raise  # the number is taken on ::1
+        return listen(host, port, guard)
 
 def bind(host: str, port: int) -> socket.socket:
     try:  # SO_REUSEADDR where it is harmless, and IPv6 without IPv4: by create_server
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                   flags=socket.AI_PASSIVE)
-        family, address = found[0][0], found[0][4]
-        sock = socket.create_server(address, family=family, backlog=1024)
-        sock.setblocking(False)
-        return sock
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=1024)
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]
-        raise StartError(f"cannot listen on {host} port {port}: {why}; stop who has it,"
-                         " or choose another with --port (0 takes a free one)"
-                         ) from error
+        raise StartError(
+            f"cannot listen on {host} port {port}: {why}; stop who has it, or choose "
+            "another with --port (0 takes a free one)") from error
 
 # ======================================================================================
 # 13. The command line
 # ======================================================================================
 # `serve` is the server. The other commands are its clients, over HTTP like any other:
-# each is a row in `commands`, its arguments are names in ARGUMENTS, and its handler
+# each is a row in `commands`, its arguments are names in `arguments`, and its handler
 # makes two moves, ask and show. Data goes to stdout, all else to stderr; times are UTC.
 
 HOME = "http://localhost:9123"
@@ -4821,8 +4793,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "--allow-host": arg("a Host name to answer beside the loopback ones", str, []),
         "--cache-mb": arg("SQLite's page cache", size, 16),
         "--retain": arg("delete what is older, such as 30d; else keep all", duration_s),
-        "--secrets-file": arg("a JSON object of texts, or lines NAME=VALUE; mode 600",
-                              Path),
+        "--secrets-file": arg("JSON object or lines NAME=VALUE; mode 600", Path),
         "--max-event-bytes": arg("its name, data and metadata", size, most.event_bytes),
         "--max-step-bytes": arg("its output, or its run's", size, most.step_bytes),
         "--max-body-bytes": arg("of one request", size, most.body_bytes),
@@ -4992,8 +4963,7 @@ def show_run(asked: argparse.Namespace) -> None:
     show(asked, run | {"steps": steps}, [*sheet(run), *([""] if below else []), *below])
 
 def cancel_it(asked: argparse.Namespace) -> None:
-    reason = asked.reason or ""
-    run = ask(asked, "POST", "/api/v1/runs/{id}/cancel", reason=reason)
+    run = ask(asked, "POST", "/api/v1/runs/{id}/cancel", reason=asked.reason or "")
     show(asked, run, sheet(run, "id status"))
 
 def emit(asked: argparse.Namespace) -> int:
@@ -5014,8 +4984,7 @@ def emit(asked: argparse.Namespace) -> int:
         late = left_ms > 0 and any(run["waitTimedOut"] for run in answer["results"])
         time.sleep(0.1 * late)
     runs = [{snake(k): v for k, v in run.items()} for run in answer["results"]]
-    below = table(runs, COLUMNS["results"])
-    show(asked, answer, [tame(answer["eventId"]), *below])
+    show(asked, answer, [tame(answer["eventId"]), *table(runs, COLUMNS["results"])])
     if any(run["wait_timed_out"] for run in runs):
         tell("not all of its runs ended in time")
     return int(any(run["status"] != "completed" for run in runs))
@@ -5028,8 +4997,7 @@ def copy_journal(asked: argparse.Namespace) -> None:
 # What a server says is a stranger's text: `tame` keeps it from steering the terminal.
 
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-COLOURS = {"completed": "32", "failed": "31", "cancelled": "33", "paused": "33",
-           "running": "36"}
+COLOURS = {"completed": 32, "failed": 31, "cancelled": 33, "paused": 33, "running": 36}
 RESULTS = ("output", "output_value", "error", "sleep_until")
 TIMES = "timestamp|.*_(at|heartbeat)"
 
@@ -5073,15 +5041,14 @@ def table(rows: list[Any], columns: str) -> list[str]:
                         text[: width - 1] + "…")
                   for text, width in zip(row, widths, strict=True)).rstrip()
         for row in grid]
-    return [paint(head, "1"), *lines] if rows else []
+    return [paint(head, 1), *lines] if rows else []
 
-def paint(text: str, colour: str = "") -> str:
+def paint(text: str, colour: int = 0) -> str:
     """A status in its colour, on a terminal whose owner wants it (no-color.org)."""
-    colour = colour or COLOURS.get(text.rstrip(), "")
+    colour = colour or COLOURS.get(text.rstrip(), 0)
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if not colour or plain or not sys.stdout.isatty():
-        return text
-    return f"\x1b[{colour}m{text}\x1b[0m"
+    wanted = colour and not plain and sys.stdout.isatty()
+    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
 
 def cell(row: dict[str, Any], name: str) -> str:
     """A member of a row as people read it; JSON where it has no form of its own."""
