@@ -1405,9 +1405,8 @@ async def get_ready(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def get_capabilities(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/capabilities: only what is built."""
-    needs_key = api.guard.api_key is not None and not api.guard.dev
-    return answer(dumps({"transports": ["connectrpc"], "features": [],
-                         "version": PROTOCOL_VERSION, "auth_required": needs_key}))
+    return answer(dumps({"transports": ["connectrpc"], "features": [], "version":
+                         PROTOCOL_VERSION, "auth_required": bool(api.guard.api_key)}))
 
 async def get_info(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Info; the runtime stands where the SDKs look for Go's."""
@@ -1881,8 +1880,7 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {spelling: text for name, text in request[GIVEN].items()
-            for spelling in (name, camel(name))}
+    path = {camel(name): text for name, text in request[GIVEN].items()}
     query = {name: text for name, text in request.query.items() if text}
     return Fields({**Fields(body).all, **query, **path})
 
@@ -3915,7 +3913,7 @@ class Journal:
             self.journal_id = self._file.tx.meta("journal_id") or ""
             self._opened = opened.pop_all()
         self._gathered: list[Wish] = []
-        self._queue: queue.SimpleQueue[list[Wish] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Wish]] = queue.SimpleQueue()
         self._queued_bytes, self._open = 0, True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
         self._warn_at = -math.inf  # the next time that a long log is worth a word
@@ -3969,36 +3967,30 @@ class Journal:
 
     def _work(self) -> None:
         """The writer thread: take what is there, commit once, answer all, again."""
-        batch: list[Wish] | None = []
+        batch: list[Wish] = []
         try:
-            while (batch := self._next_batch()) is not None:
-                if batch:
+            while self._open or not self._queue.empty():
+                if batch := self._next_batch():
                     self._commit(batch)
                     self._fold_log()
         except BaseException as error:  # whatever it is: nobody may wait for us now
             log.critical("the journal %s cannot be written any more: %s", self.path,
                          error)
-            self._loop.call_soon_threadsafe(self._fail, error, batch or [])
+            self._loop.call_soon_threadsafe(self._fail, error, batch)
 
-    def _next_batch(self) -> list[Wish] | None:
-        """All that is in the queue, within bounds; None when the journal closes."""
+    def _next_batch(self) -> list[Wish]:
+        """All that is in the queue, within bounds; nothing at times."""
         try:
             chores = self._unfolded or self.last_trouble
-            wishes = self._queue.get(timeout=IDLE_S if chores else None)
+            batch = self._queue.get(timeout=IDLE_S if chores else None)
         except queue.Empty:  # idle: the log's pages go to the file, now or later
             self._unfolded = 0 if self._file.checkpoint("TRUNCATE") else 1
             self._see_whether_it_is_over()
             return []
-        batch: list[Wish] = []
-        while wishes is not None:
-            batch += wishes
-            size = sum(wish.size for wish in batch)
-            if len(batch) >= BATCH_RULES or size >= BATCH_BYTES or self._queue.empty():
-                return batch
-            wishes = self._queue.get()
-        if batch:
-            self._queue.put(None)  # close after this one
-        return batch or None
+        while (not self._queue.empty() and len(batch) < BATCH_RULES
+               and sum(wish.size for wish in batch) < BATCH_BYTES):
+            batch += self._queue.get()
+        return batch
 
     def _commit(self, batch: list[Wish]) -> None:
         file, tx, failure = self._file, self._file.tx, None
@@ -4068,16 +4060,16 @@ class Journal:
         self._open = False
         gone = Unavailable(f"{self.path} cannot be written any more: the server stops")
         while not self._queue.empty():
-            batch += self._queue.get() or []
+            batch += self._queue.get()
         for wish in batch:
             settle_future(wish.future, gone)
         self._on_failure(error)
 
     async def close(self) -> None:
         """Commit what is queued, fold the log into the file, let go of the lock."""
-        self._open = False
         self._hand_over()
-        self._queue.put(None)
+        self._open = False  # the thread ends when it has seen this and an empty queue:
+        self._queue.put([])  # let it look, should it wait
         await asyncio.to_thread(self._thread.join)
         self._pool.shutdown()
         self._opened.close()
@@ -4312,9 +4304,8 @@ def status_in(body: bytes, wrong: IronflowError) -> Any:
     """The status of an unreadable report, for whose JSON a laxer reader may do."""
     if isinstance(wrong, TooLarge):
         return "failed"
-    with contextlib.suppress(ValueError, RecursionError):
-        said = json.loads(body.decode(errors="replace"))
-        return said.get("status") if isinstance(said, dict) else None
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        return json.loads(body.decode(errors="replace")).get("status")
     return None
 
 async def put_updates(api: Api, request: web.BaseRequest) -> web.Response:
@@ -4362,16 +4353,15 @@ def read_report(body: Fields, status: str | None = None) -> Report:
 
 def read_step(body: Fields) -> ReportedStep:
     """A finished step. Go leaves out the times, JS the output of undefined."""
-    step_id, status = body.text("id"), body.text("status", default="completed")
+    status: Any = body.text("status", default="completed")
+    step_id, failed = body.text("id"), status == "failed"
     if not step_id or CONTROL.search(step_id):
         raise InvalidInput("a step's id is empty or holds a control character")
     if status not in ("completed", "failed"):
         raise InvalidInput(f"step {step_id[:80]!r}: status {status[:40]!r} is not "
                            "completed or failed")
-    failed = status == "failed"
     return ReportedStep(
-        step_id, body.text("name") or step_id, body.text("type") or "invoke",
-        "failed" if failed else "completed",
+        step_id, body.text("name") or step_id, body.text("type") or "invoke", status,
         output=None if failed else dumps(body.get("output")),
         error=dumps(read_error(body.get("error"))) if failed else None,
         duration_ms=round(body.number("durationMs") or 0),
