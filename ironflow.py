@@ -1439,7 +1439,6 @@ async def hand_in(api: Api, run_id: str | None, rule: Callable[..., T], body: Fi
     return await api.journal.write(rule, event, size=size_of(event))
 
 async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
-    """IronflowService/Trigger and Emit, PubSubService/Emit: one event."""
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     # the browser's invoke(id) comes by Trigger
     rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
@@ -3674,20 +3673,16 @@ class JournalFile:
         try:
             version = check_owner(self._db, path)
             prepare_to_write(self._db, path)
-            self._migrate(version)
+            for number in range(version, len(MIGRATIONS)):  # each in one transaction
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE; {MIGRATIONS[number]};"
+                    f"PRAGMA application_id = {APPLICATION_ID};"
+                    f"PRAGMA user_version = {number + 1}; COMMIT;")
             self.tx = Transaction(self._db, ids)
             self._christen(environment, now)
         except BaseException:
             self._db.close()
             raise
-
-    def _migrate(self, version: int) -> None:
-        """Bring the file to this program's version, each step in one transaction."""
-        for number in range(version, len(MIGRATIONS)):
-            self._db.executescript(
-                f"BEGIN IMMEDIATE; {MIGRATIONS[number]};"
-                f"PRAGMA application_id = {APPLICATION_ID};"
-                f"PRAGMA user_version = {number + 1}; COMMIT;")
 
     def _christen(self, environment: str, now: float) -> None:
         served = self.tx.meta("environment")
@@ -3885,11 +3880,11 @@ def lock(path: Path) -> int:
 class Journal:
     """The file behind a writer thread: the API's only way to the disk.
 
-    `await write(rule, *args)` returns what the rule returned, after the commit; it
-    raises what the rule raised, Overloaded if the queue is full, DiskFull or
-    Unavailable if the commit failed: then whether it happened is unknown. Cancelling
-    the wait does not take the wish back. `await read(query, *args)` sees every write
-    that was answered before.
+    `await write(rule, *args)` returns what `rule(tx, *args, now)` returned, after the
+    commit; it raises what the rule raised, Overloaded if the queue is full, DiskFull
+    or Unavailable if the commit failed: then whether it happened is unknown.
+    Cancelling the wait does not take the wish back. `await read(query, *args)`, on a
+    connection of its own, sees every write that was answered before.
     """
 
     def __init__(self, path: Path, *, clock: Clock, ids: Ids, offers: Offers,
@@ -3923,7 +3918,6 @@ class Journal:
         self._thread.start()
 
     async def write(self, rule: Callable[..., T], *args: Any, size: int = KIB) -> T:
-        """What `rule(tx, *args, now)` returned, once it is on disk."""
         if not self._open:
             raise Unavailable("the server is stopping: try again when it is back")
         if self._queued_bytes + size > QUEUE_BYTES and self._queued_bytes:
@@ -3942,7 +3936,6 @@ class Journal:
         self._queue.put(gathered)
 
     async def read(self, query: Callable[..., T], *args: Any) -> T:
-        """What `query(queries, *args)` returns, from a connection of its own."""
         return await self._loop.run_in_executor(self._pool, self._read, query, *args)
 
     def _read(self, query: Callable[..., T], *args: Any) -> T:
@@ -3959,10 +3952,7 @@ class Journal:
             self._readers.put(db)
 
     def end_of(self, run_id: str) -> Future:
-        """A future that is done by the commit that ends the run from now on.
-
-        Shared by all who wait for it, and forgotten with the last of them.
-        """
+        """Done by the commit that ends the run; forgotten with the last who waits."""
         return self._ends.setdefault(run_id, self._loop.create_future())
 
     def _work(self) -> None:
