@@ -72,7 +72,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from errno import EADDRINUSE
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
@@ -80,18 +80,14 @@ from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 from weakref import WeakValueDictionary
 
-NO_AIOHTTP = (
-    "ironflow.py needs aiohttp, which this Python does not have: "
-    "run `pip install aiohttp`, or start it with `uv run ironflow.py`.")
 try:
     from aiohttp import web
     from aiohttp.http import HttpProcessingError
 except ModuleNotFoundError as missing:
-    if missing.name != "aiohttp":
+    if missing.name != "aiohttp" or __name__ != "__main__":
         raise
-    if __name__ != "__main__":
-        raise ModuleNotFoundError(NO_AIOHTTP, name="aiohttp") from None
-    print(NO_AIOHTTP, file=sys.stderr)
+    print("ironflow.py needs aiohttp, which this Python does not have: run `pip install"
+          " aiohttp`, or start it with `uv run ironflow.py`.", file=sys.stderr)
     raise SystemExit(2) from None
 
 try:  # the extra `speed`; the verdict on any input is the same with and without it
@@ -262,9 +258,7 @@ class Run:
     retry: Json
     parent_run_id: str | None  # of an invoked run
     parent_step_id: str | None
-    lane: str | None  # the value of its function's concurrency key,
-    gate: str | None  # throttle key,
-    actor_id: str | None  # and actor key; None: no such bound
+    actor_id: str | None
     created_at: Instant
     status: RunStatus
     attempt: int  # from 1; grows when a try fails, not on a replay
@@ -274,7 +268,7 @@ class Run:
     worker_id: str | None
     acked: int  # 1 once the holder of the lease was heard of
     due_at: Instant | None  # when queued: since; when waiting: until
-    held: int  # 1 while queued, but one of its bounds has no room yet
+    held: int | None  # 1 while in line for a place, see `let_in`; None: needs none
     lost_leases: int  # that ended in a row without a newly recorded step
     settled_fence: int | None  # the last lease that reported an end ...
     settled_as: str | None  # ... and how: completed, failed, yielded
@@ -289,13 +283,6 @@ class Run:
     @property
     def policy(self) -> Retry:
         return Retry.from_text(self.retry)
-
-    @property
-    def bounds(self) -> dict[str, str]:
-        """By column, what it shares a bound with others by; a gate is passed once."""
-        found = {"lane": self.lane, "actor_id": self.actor_id,
-                 "gate": self.gate if self.started_at is None else None}
-        return {column: value for column, value in found.items() if value is not None}
 
     @property
     def job_id(self) -> str:
@@ -361,11 +348,10 @@ class Timer:
     """Something that a function has to come at an instant.
 
     A `tick`: `key` is the cron expression, `event` what it emits. A `debounce`: `key`
-    is the value, `seq` the event that starts a run when there was silence. A `gate`:
-    the throttle's next start of those with the value `key`.
+    is the value, `seq` the event that starts a run when there was silence.
     """
 
-    kind: Literal["tick", "debounce", "gate"]
+    kind: Literal["tick", "debounce"]
     function_id: str
     key: str
     event: str
@@ -527,15 +513,12 @@ TOO_DEEP = f"body is nested deeper than {MAX_NESTING} levels"
 def parse_json(body: bytes) -> Any:
     """The value that `body` holds. Raises InvalidInput that says what is wrong."""
     opened = body.count(b"[") + body.count(b"{") if len(body) > 2 * MAX_NESTING else 0
-    if opened <= MAX_NESTING and not SUSPECT.search(body):
-        with contextlib.suppress(ValueError, RecursionError):
-            return orjson.loads(body) if orjson else _from_text.decode(body.decode())
-    return parse_strictly(body)  # for the sentence, and so that one judge decides
-
-def parse_strictly(body: bytes) -> Any:
+    harmless = opened <= MAX_NESTING and not SUSPECT.search(body)
     try:
-        value = json.loads(body.decode(), parse_int=check_integer,
-                           parse_float=check_float, parse_constant=refuse_constant)
+        if harmless and orjson:
+            with contextlib.suppress(ValueError):  # for the sentence, ask json again
+                return orjson.loads(body)
+        value = _from_text.decode(body.decode())
     except UnicodeDecodeError as error:
         raise InvalidInput(
             f"body is not UTF-8 at byte {error.start}: send UTF-8") from None
@@ -544,7 +527,8 @@ def parse_strictly(body: bytes) -> Any:
                            f"column {error.colno}") from None
     except RecursionError:
         raise InvalidInput(TOO_DEEP) from None
-    check_value(value)
+    if not harmless:
+        check_value(value)
     return value
 
 def check_integer(digits: str) -> int:
@@ -576,7 +560,8 @@ def check_value(value: Any, depth: int = 0) -> None:
             check_value(inner, depth + 1)
 
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-_from_text = json.JSONDecoder(parse_constant=refuse_constant)
+_from_text = json.JSONDecoder(parse_int=check_integer, parse_float=check_float,
+                              parse_constant=refuse_constant)
 
 def dumps(value: Any) -> Json:
     """Compact JSON text of a value that came through `parse_json`, or of our own."""
@@ -643,8 +628,7 @@ class IronflowError(Exception):
     the workers of the SDKs read the two fence codes there (Python 0.53).
     """
 
-    status = 500
-    code = "internal"
+    status, code = 500, "internal"
     error: str | None = None
     headers: dict[str, str] = {}
 
@@ -652,61 +636,58 @@ class IronflowError(Exception):
         super().__init__(message)
         self.message = message
 
-class InvalidInput(IronflowError):
+    def __init_subclass__(cls, **answer: Any) -> None:
+        for name, value in answer.items():
+            setattr(cls, name, value)
+
+class InvalidInput(IronflowError, status=400, code="invalid_argument"):
     """The request cannot be understood, or asks for what cannot be."""
-    status, code = 400, "invalid_argument"
 
-class FailedPrecondition(IronflowError):
+class FailedPrecondition(IronflowError, status=400, code="failed_precondition"):
     """Understood, but not possible in the state that things are in."""
-    status, code = 400, "failed_precondition"
 
-class Unauthenticated(IronflowError):
+class Unauthenticated(IronflowError, status=401, code="unauthenticated",
+                      headers={"WWW-Authenticate": "Bearer"}):
     """No key, or not the right one. Workers stop for good when they hear this."""
-    status, code, headers = 401, "unauthenticated", {"WWW-Authenticate": "Bearer"}
 
-class Forbidden(IronflowError):
+class Forbidden(IronflowError, status=403, code="permission_denied"):
     """A host or an origin that this server does not answer."""
-    status, code = 403, "permission_denied"
 
-class NotFound(IronflowError):
-    status, code = 404, "not_found"
+class NotFound(IronflowError, status=404, code="not_found"):
+    """No such run, event, function, worker or door."""
 
-class MethodNotAllowed(IronflowError):
-    status, code = 405, "unimplemented"
+class MethodNotAllowed(IronflowError, status=405, code="unimplemented"):
+    """There is such a door, for other methods."""
 
-class AlreadyExists(IronflowError):
+class AlreadyExists(IronflowError, status=409, code="already_exists"):
     """An idempotency key that belongs to something else."""
-    status, code = 409, "already_exists"
 
-class StaleFence(IronflowError):
+class StaleFence(IronflowError, status=409, code="aborted", error="STALE_EXECUTION"):
     """A report with an old fence: the run was leased again, or ended, after that."""
-    status, code, error = 409, "aborted", "STALE_EXECUTION"
 
-class RunNotRunning(IronflowError):
+class RunNotRunning(IronflowError, status=409, code="aborted", error="RUN_NOT_RUNNING"):
     """A final report for a run that ended some other way."""
-    status, code, error = 409, "aborted", "RUN_NOT_RUNNING"
 
-class TooLarge(IronflowError):
+class TooLarge(IronflowError, status=413, code="resource_exhausted"):
     """A limit was exceeded; the sentence names it, the size, and the flag."""
-    status, code = 413, "resource_exhausted"
 
     def __init__(self, what: str, size: int, limit: int, flag: str) -> None:
         super().__init__(f"{what} is {size} bytes, the limit is {limit}: send less, or "
                          f"start the server with a larger {flag}")
 
-class Unimplemented(IronflowError):
-    status, code = 501, "unimplemented"
+class Unimplemented(IronflowError, status=501, code="unimplemented"):
+    """In the protocol, but not in this server."""
 
-class Unavailable(IronflowError):
+class Unavailable(IronflowError, status=503, code="unavailable",
+                  headers={"Retry-After": "1"}):
     """The journal cannot be written right now; whether this was kept is unknown."""
-    status, code, headers = 503, "unavailable", {"Retry-After": "1"}
 
 class Overloaded(Unavailable):
     """Too much is in flight; nothing of this request was kept."""
 
-class DiskFull(IronflowError):
+class DiskFull(IronflowError, status=507, code="resource_exhausted",
+               headers={"Retry-After": "5"}):
     """No room on the disk. Writing resumes by itself when there is."""
-    status, code, headers = 507, "resource_exhausted", {"Retry-After": "5"}
 
 class StartError(Exception):
     """The server cannot start; the message is the one sentence to show."""
@@ -720,6 +701,8 @@ class StartError(Exception):
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 PLAIN = re.compile(r"[^*>\s\x00-\x1f\x7f-\x9f.]+(\.[^*>\s\x00-\x1f\x7f-\x9f.]+)*")
+PATTERN = re.compile(r"((\*|[^*>.]*)\.)*(\*|>|[^*>.]*)")
+RESERVED = ("events:", "system.", "entity:", "public.")
 
 def check_event_name(name: str) -> str:
     """An event's name, as given: free text without wildcards or control characters."""
@@ -734,38 +717,30 @@ def check_event_name(name: str) -> str:
                            " has a plain name")
     return name
 
-RESERVED = ("events:", "system.", "entity:", "public.")
-
-def check_topic(topic: str) -> str:
-    """A topic to publish on. Raises InvalidInput for one that none could watch."""
-    if not PLAIN.fullmatch(topic):
-        raise InvalidInput(f"topic {topic[:80]!r}: use words with dots between them, "
-                           "no `*`, `>`, blank or empty one, such as orders.shipped")
-    if topic.startswith(RESERVED):
-        raise InvalidInput(f"topic {topic[:80]!r}: {', '.join(RESERVED)} are the "
-                           "server's own: choose another beginning")
-    return topic
-
 def check_trigger(pattern: str) -> str:
     """A trigger's event name or pattern. Raises InvalidInput if it could not match."""
     if CONTROL.search(pattern):
         raise InvalidInput("trigger event holds a control character: leave it out")
-    segments, trigger = pattern.split("."), f"trigger {pattern[:80]!r}"
-    for i, segment in enumerate(segments, 1):
-        if segment == ">" and i < len(segments):
-            raise InvalidInput(f"{trigger}: `>` can only be the last segment")
-        if segment not in ("*", ">") and re.search("[*>]", segment):
-            raise InvalidInput(f"{trigger}: `*` and `>` stand for whole segments, "
-                               f"{segment[:40]!r} mixes one with text")
+    if not PATTERN.fullmatch(pattern):
+        raise InvalidInput(f"trigger {pattern[:80]!r}: `*` and `>` stand for whole "
+                           "segments, and `>` can only be the last")
     return pattern
 
-def check_function_id(function_id: str) -> str:
-    """A function's id: dot segments, no wildcard, blank or control character."""
-    if not PLAIN.fullmatch(function_id):
-        raise InvalidInput(f"function id {function_id[:80]!r}: use letters, digits, "
-                           "`-`, `_`, `/` and dots between them; no `*`, `>`, blank or "
-                           "empty segment")
-    return function_id
+def check_plain(what: str, name: str) -> str:
+    """Dot segments, none empty; no wildcard, blank or control character."""
+    if not PLAIN.fullmatch(name):
+        raise InvalidInput(f"{what} {name[:80]!r}: use words with dots between them, no"
+                           " `*`, `>`, blank or empty one, such as orders.shipped")
+    return name
+
+check_function_id = partial(check_plain, "function id")
+
+def check_topic(topic: str) -> str:
+    """A topic to publish on. Raises InvalidInput for one that none could watch."""
+    if check_plain("topic", topic).startswith(RESERVED):
+        raise InvalidInput(f"topic {topic[:80]!r}: {', '.join(RESERVED)} are the "
+                           "server's own: choose another beginning")
+    return topic
 
 def is_wild(pattern: str) -> bool:
     return not {"*", ">"}.isdisjoint(pattern.split("."))
@@ -774,9 +749,7 @@ def matches(pattern: str, name: str) -> bool:
     """Whether `name` is one of those that `pattern` stands for."""
     wanted, found = pattern.split("."), name.split(".")
     if wanted[-1] == ">":  # for one segment or more
-        if len(found) < len(wanted):
-            return False
-        wanted, found = wanted[:-1], found[: len(wanted) - 1]
+        wanted[-1:] = ["*"] * max(1, len(found) - len(wanted) + 1)
     return len(wanted) == len(found) and all(
         w in ("*", f) for w, f in zip(wanted, found, strict=True))
 
@@ -885,9 +858,9 @@ def waiting(run: Run, until: float) -> Run:
 def queued(run: Run, now: float) -> Run:
     """Due: the next worker that asks gets it, those queued before it first.
 
-    One that has bounds stands in line first, if it does not have its place already.
+    One that needs places stands in line for them, unless it has them already.
     """
-    held = int(bool(run.bounds) and run.status != "running")
+    held = run.held if run.status == "running" or run.held is None else 1
     return replace(run, status="waiting_for_capacity", due_at=now, held=held)
 
 def cancelled(run: Run, reason: str, now: float) -> Run:
@@ -1644,7 +1617,6 @@ async def get_topic_stats(api: Api, request: web.BaseRequest) -> web.Response:
 # --- Functions and workers ------------------------------------------------------------
 
 NOT_YET = ("circuitBreaker", "endpointUrl")
-MIN_DEBOUNCE_MS = 1000
 
 async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/RegisterFunction: an upsert; the same again changes nothing."""
@@ -1652,7 +1624,7 @@ async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     function, created = await api.journal.write(register_function, new)
     warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which "
                 "the server does not have: its runs wait until --secrets-file has it"
-                for name in api.desk.offers.secrets.missing(function)]
+                for name in api.desk.offers.secrets.of(function)[1]]
     for warning in warnings:
         log.warning("%s", warning)
     return answer(join({
@@ -1682,33 +1654,28 @@ def read_function(body: Fields) -> NewFunction:
 def read_bounds(body: Fields) -> dict[str, Any]:
     """What a function asks of its runs beside retries; what is unset is left out."""
     found: dict[str, Any] = {}
-    for name, numbers in {"concurrency": ["limit"], "throttle": ["limit", "periodMs"],
-                          "debounce": ["periodMs", "maxWaitMs"]}.items():
-        said = body.inner(name)
-        if not is_empty(said.all):
-            found[name] = {each: said.whole(each, low=1, high=MAX_INT32,
-                                            default=-(each != "maxWaitMs"))
-                           for each in numbers} | {"key": read_path(said, "key")}
-            found[name] = {each: one for each, one in found[name].items() if one}
-            if -1 in found[name].values():
-                raise InvalidInput(f"{name}: send {' and '.join(numbers[:2])}")
-    if "debounce" in found:
-        shortest = max(found["debounce"]["periodMs"], MIN_DEBOUNCE_MS)
-        found["debounce"]["periodMs"] = shortest
-    cancel_on = []
-    for item in body.objects("cancelOn"):
-        event, match = check_trigger(item.text("event")), item.text("match")
-        if not event:
-            raise InvalidInput(f"{item.where}event is empty: name the event that "
-                               "cancels runs")
-        condition(match, None, "null")
-        cancel_on.append({"event": event, "match": match})
-    names = body.items("secrets")
-    if not all(isinstance(name, str) and name for name in names):
+    for name, needed, more in (("concurrency", "limit", ""), (
+            "throttle", "limit periodMs", ""), ("debounce", "periodMs", "maxWaitMs")):
+        if is_empty((said := body.inner(name)).all):
+            continue
+        numbers = {each: said.whole(each, high=MAX_INT32)
+                   for each in f"{needed} {more}".split()}
+        if not all(map(numbers.get, needed.split())):
+            raise InvalidInput(f"{name}: send {needed.replace(' ', ' and ')}, from 1")
+        members = numbers | {"key": read_path(said, "key")}
+        found[name] = {each: value for each, value in members.items() if value}
+    cancel_on = [{"event": check_trigger(item.text("event")),
+                  "match": item.text("match")} for item in body.objects("cancelOn")]
+    for each in cancel_on:
+        if not each["event"]:
+            raise InvalidInput("cancelOn: name the event that cancels runs")
+        condition(each["match"], None, "null")
+    secrets = body.items("secrets")
+    if not all(isinstance(name, str) and name for name in secrets):
         raise InvalidInput("secrets: send a list of names")
-    more = {"actorKey": read_path(body, "actorKey"), "cancelOn": cancel_on,
-            "secrets": list(dict.fromkeys(names))}
-    return found | {name: value for name, value in more.items() if value}
+    others = {"actorKey": read_path(body, "actorKey"), "cancelOn": cancel_on,
+              "secrets": list(dict.fromkeys(secrets))}
+    return found | {name: value for name, value in others.items() if value}
 
 def read_path(body: Fields, name: str) -> str:
     """A path into an event's data, such as customer.id."""
@@ -1838,7 +1805,7 @@ async def functions_to_wire(api: Api, request: web.BaseRequest,
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
     rows = [function_to_rest(each) | {
         "workers": carried[each.function_id], "next_run": next_run.get(each.function_id),
-        "missing_secrets": api.desk.offers.secrets.missing(each) or None}
+        "missing_secrets": api.desk.offers.secrets.of(each)[1] or None}
         for each in functions]
     return [join(as_texts(row)) for row in rows]
 
@@ -2064,44 +2031,51 @@ def what_it_is(event: NewEvent) -> str:
 def start_run(tx: Transaction, function: Function, event: Event, now: float,
               parent: tuple[str, str] | None = None) -> str:
     """A run of one function for one event, due at once or in line; its id."""
-    run_id, asks, bounds = tx.ids.new("run", now), function.asks, dict[str, str]()
-    for column, name in (("lane", "concurrency"), ("gate", "throttle")):
-        if name in asks:
-            bounds[column] = value_at(asks[name].get("key"), event.data) or ""
+    run_id, asks = tx.ids.new("run", now), function.asks
+    places = {kind: value_at(asks[name].get("key"), event.data) or ""
+              for kind, name in PLACES.items() if name in asks}
     if actor_id := value_at(asks.get("actorKey"), event.data):
-        bounds["actor_id"] = actor_id
-    tx.insert_run(run_id, function, event, now, parent, bounds)
+        places["actor"] = actor_id
+    tx.insert_run(run_id, function, event, now, parent, actor_id, places)
     tx.append("run", "created", run_id,
               {"status": "waiting_for_capacity", "attempt": 1}, now)
-    if bounds:
-        let_in(tx, function.function_id, bounds, now)
+    let_in(tx, function.function_id, places.items())
     for each in asks.get("cancelOn", ()):
         test, value = condition(each["match"], None, event.data)
         if value is not None:  # else no event will ever do
             tx.insert_wait(run_id, None, each["event"], test, value)
     return run_id
 
-def let_in(tx: Transaction, function_id: str, bounds: dict[str, str],
-           now: float) -> None:
-    """Runs that stand in line for what a bound has room for, the longest due first.
+PLACES = {"lane": "concurrency", "gate": "throttle"}
 
-    A run that is ready or running has its place; who lets go of it, sleeps or waits
-    leaves it to the next. A throttle's places come back a period after each start.
+def let_in(tx: Transaction, function_id: str, places: Iterable[tuple[str, str]]
+           ) -> None:
+    """Give free places to the runs that stand in line for them, oldest first.
+
+    A bound of a function (concurrency, throttle, actor) has so many places for each
+    value of its key. A run needs all of its places to be ready; it keeps them until it
+    sleeps, waits or ends; that of a throttle for a period after its first start.
     """
-    function = tx.find(Function, function_id=function_id)
-    asks = function.asks if function else {}
-    throttle = asks.get("throttle", {})
-    limits = {"lane": asks.get("concurrency", {}).get("limit", MAX_INT32),
-              "actor_id": 1 if "actorKey" in asks else MAX_INT32,
-              "gate": throttle.get("limit", MAX_INT32)}
-    period_s = throttle.get("periodMs", 0) / 1000
-    for column, value in bounds.items():
-        while tx.let_next_in(function_id, column, value, limits, now - period_s):
-            pass
-        if column == "gate":
-            opens = tx.nth_start(function_id, value, limits["gate"]) + period_s
-            if opens > now and tx.in_line(function_id, value):
-                tx.save(Timer("gate", function_id, value, "", opens))
+    for kind, value in places:
+        function = tx.find(Function, function_id=function_id)
+        asks = function.asks if function else {}
+        limits = {"actor": 1 if "actorKey" in asks else MAX_INT32, **{
+            each: asks.get(name, {}).get("limit", MAX_INT32)
+            for each, name in PLACES.items()}}
+        while tx.places_taken(function_id, kind, value) < limits[kind]:
+            if not tx.let_next_in(function_id, kind, value, limits):
+                break
+
+def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
+    """Hand on the places of a run that lets go, or stand in line for them again."""
+    if new.status == "running" and old.started_at is None:
+        function = tx.find(Function, function_id=new.function_id)
+        throttle = function.asks.get("throttle", {}) if function else {}
+        tx.pass_gate(new.run_id, now + throttle.get("periodMs", 0) / 1000)
+    elif new.status == "waiting_for_capacity" and new.held:
+        let_in(tx, new.function_id, tx.move(new.run_id, "off", "line", now))
+    elif new.status not in ("running", "waiting_for_capacity"):
+        let_in(tx, new.function_id, tx.move(new.run_id, "in", "off", now))
 
 def debounce(tx: Transaction, function: Function, event: Event, now: float) -> None:
     """Put off the function's one run until there is silence; this is its event now."""
@@ -2109,9 +2083,9 @@ def debounce(tx: Transaction, function: Function, event: Event, now: float) -> N
         return
     key = value_at(quiet.get("key"), event.data) or ""
     old = tx.find(Timer, kind="debounce", function_id=function.function_id, key=key)
-    first_at, due_at = (old and old.first_at) or now, now + quiet["periodMs"] / 1000
-    if "maxWaitMs" in quiet:
-        due_at = min(due_at, first_at + quiet["maxWaitMs"] / 1000)
+    first_at = (old and old.first_at) or now
+    due_at = min(now + max(quiet["periodMs"] / 1000, MIN_DEBOUNCE_S),
+                 first_at + quiet.get("maxWaitMs", math.inf) / 1000)
     tx.save(Timer("debounce", function.function_id, key, "", due_at, event.seq,
                   first_at))
 
@@ -2155,8 +2129,8 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     tx.update_run(new)
     if new.status == old.status:
         return new
-    if bounds := old.bounds | new.bounds:
-        let_in(tx, new.function_id, bounds, now)
+    if new.held is not None:
+        change_places(tx, old, new, now)
     assert new.status in NEXT[old.status], f"{new.run_id}: {old.status} -> {new.status}"
     change: dict[str, Any] = {"status": new.status, "attempt": new.attempt}
     if new.status == "running":
@@ -2199,14 +2173,9 @@ def register_function(tx: Transaction, new: NewFunction,
     ticks = [Timer("tick", new.function_id, each.cron, each.event,
                    next_tick(each.cron, now)) for each in new.triggers if each.cron]
     tx.set_ticks(new.function_id, ticks)
-    stand_in_line(tx, new.function_id, now)
+    let_in(tx, new.function_id, tx.line_up(new.function_id))  # bounds may have changed
     say_of_function(tx, "updated" if old else "registered", function, now)
     return function, old is None
-
-def stand_in_line(tx: Transaction, function_id: str, now: float) -> None:
-    """Let the queued runs of a function in anew: its bounds have changed."""
-    for bounds in tx.hold_queued(function_id):
-        let_in(tx, function_id, bounds, now)
 
 def say_of_function(tx: Transaction, verb: str, function: Function,
                     now: float) -> None:
@@ -2228,7 +2197,7 @@ def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
     function = known(tx, Function, function_id)
     tx.delete_function(function_id)
-    stand_in_line(tx, function_id, now)
+    let_in(tx, function_id, tx.line_up(function_id))
     say_of_function(tx, "deleted", function, now)
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
@@ -2362,12 +2331,11 @@ class Offers:
 def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
                     limits: Limits, now: float) -> None:
     """Lease due runs of `functions` to the offers that stand, the longest due first."""
-    room, due, secrets = offers.room(functions), [], {}
+    room, due, secrets = offers.room(functions), [], dict[str, dict[str, str]]()
     for function_id in functions:
         function = tx.find(Function, function_id=function_id)
-        names = function.asks.get("secrets", ()) if function else ()
-        secrets[function_id] = offers.secrets.of(names)
-        if secrets[function_id] is not None:  # else its runs wait for the file
+        secrets[function_id], missing = offers.secrets.of(function)
+        if not missing:  # else its runs wait for the file
             workers = [offer.worker_id for offer in offers.standing(function_id)]
             due.append(tx.due_runs(function_id, workers, room))
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
@@ -2382,8 +2350,8 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(
-            held, event, tx.done_steps(run.run_id, offer.knows_failures),
-            tx.next_sequence(run.run_id), secrets[run.function_id] or {}))
+            held, event, tx.steps(run.run_id, "told" if offer.knows_failures else "done"),
+            tx.next_sequence(run.run_id), secrets[run.function_id]))
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -2500,6 +2468,7 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
 
 PENDING = ("sleeping", "waiting")
 SLICE = 1_000  # events looked at in one statement
+MIN_DEBOUNCE_S = 1.0
 
 def begin_step(tx: Transaction, run: Run, wish: Yield, limits: Limits,
                now: float) -> Step:
@@ -2617,7 +2586,7 @@ def wait_on(tx: Transaction, run: Run, now: float) -> Run:
     """What a run that let go does now: it waits for the next deadline of its steps,
     is due because of one that is over, or failed because nothing answered a wait."""
     deadlines, over = [], False
-    for step in tx.pending_steps(run.run_id):
+    for step in tx.steps(run.run_id, "pending"):
         if step.deadline > now:
             deadlines.append(step.deadline)
             continue
@@ -2674,11 +2643,13 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
         become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
     for timer in tx.overdue_timers(now):
         strike(tx, timer, now)
+    for function_id, kind, value in tx.free_gates(now):
+        let_in(tx, function_id, [(kind, value)])
     return tx.next_instant()
 
 def strike(tx: Transaction, timer: Timer, now: float) -> None:
-    """A tick emits its event, once for all that were missed; a debounce starts its run;
-    a gate is open."""
+    """A tick emits its event, once for all that were missed; a debounce starts its run.
+    """
     function = tx.find(Function, function_id=timer.function_id)
     if timer.kind == "tick":
         tx.save(replace(timer, due_at=next_tick(timer.key, now)))
@@ -2687,9 +2658,7 @@ def strike(tx: Transaction, timer: Timer, now: float) -> None:
             accept_event(tx, NewEvent(timer.event, data, source="cron"), now)
         return
     tx.delete_timer(timer)
-    if timer.kind == "gate":
-        let_in(tx, timer.function_id, {"gate": timer.key}, now)
-    elif function is not None and (event := tx.find(Event, seq=timer.seq)) is not None:
+    if function is not None and (event := tx.find(Event, seq=timer.seq)) is not None:
         start_run(tx, function, event, now)
 
 def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
@@ -2882,32 +2851,32 @@ SELECT seq, datetime(at, 'unixepoch') AS utc,
   FROM journal WHERE source IS NOT 'invoke';
 """
 LANGUAGE = """
--- A child knows who invoked it; lane, gate and actor are what a run shares bounds by.
+-- A child knows who invoked it.
 ALTER TABLE run ADD COLUMN parent_run_id TEXT;
 ALTER TABLE run ADD COLUMN parent_step_id TEXT;
-ALTER TABLE run ADD COLUMN lane TEXT;
-ALTER TABLE run ADD COLUMN gate TEXT;
 ALTER TABLE run ADD COLUMN actor_id TEXT;
-ALTER TABLE run ADD COLUMN held INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE run ADD COLUMN held INTEGER CHECK (held IN (0, 1));
 ALTER TABLE run ADD COLUMN woken_fence INTEGER;
 ALTER TABLE run ADD COLUMN woken_seq INTEGER;
 DROP INDEX run_due;
 CREATE INDEX run_due ON run (function_id, due_at, run_id)
-  WHERE status = 'waiting_for_capacity' AND held = 0;
-CREATE INDEX run_by_lane ON run (function_id, lane, held, due_at, run_id)
-  WHERE lane IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
-CREATE INDEX run_by_actor_id ON run (function_id, actor_id, held, due_at, run_id)
-  WHERE actor_id IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
-CREATE INDEX run_by_gate ON run (function_id, gate, held, due_at, run_id)
-  WHERE gate IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
-CREATE INDEX run_started ON run (function_id, gate, started_at)
-  WHERE gate IS NOT NULL AND started_at IS NOT NULL;
+  WHERE status = 'waiting_for_capacity' AND held IS NOT 1;
+
+-- The places that a run needs in the bounds of its function, for the value of each key.
+CREATE TABLE place (
+  run_id TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('lane', 'actor', 'gate')),
+  function_id TEXT NOT NULL, value TEXT NOT NULL,
+  state  TEXT NOT NULL CHECK (state IN ('in', 'line', 'off', 'passed')),
+  due_at REAL NOT NULL,              -- in line since; a gate passed: taken until
+  PRIMARY KEY (run_id, kind)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX place_in ON place (function_id, kind, value, state, due_at, run_id);
+CREATE INDEX place_passed ON place (due_at) WHERE state = 'passed';
 
 ALTER TABLE step ADD COLUMN wait_event_name TEXT;
 ALTER TABLE step ADD COLUMN wait_timeout REAL;
 ALTER TABLE step ADD COLUMN child_run_id TEXT;
 ALTER TABLE step ADD COLUMN input TEXT;                -- JSON
-CREATE INDEX step_pending ON step (run_id) WHERE status IN ('sleeping', 'waiting');
 
 -- What runs listen for; without a step: what cancels them. `taken`: the answer's seq.
 CREATE TABLE wait (
@@ -2919,9 +2888,9 @@ CREATE TABLE wait (
 CREATE INDEX wait_for ON wait (event, test, value, wait_id) WHERE taken IS NULL;
 CREATE INDEX wait_of ON wait (run_id);
 
--- What functions have to come: cron ticks, debounced events, throttled starts.
+-- What functions have to come: cron ticks, debounced events.
 CREATE TABLE timer (
-  kind     TEXT NOT NULL CHECK (kind IN ('tick', 'debounce', 'gate')),
+  kind     TEXT NOT NULL CHECK (kind IN ('tick', 'debounce')),
   function_id TEXT NOT NULL, key TEXT NOT NULL, event TEXT NOT NULL,
   due_at   REAL NOT NULL,
   seq      INTEGER REFERENCES journal (seq), first_at REAL,
@@ -2967,7 +2936,7 @@ JOURNAL_ROW = ("seq", "at", "kind", "name", "subject", "step", "data", "event_id
                "version", "source", "idempotency_key", "metadata")
 RUN_ROW = ("run_id", "function_id", "function_version", "event_seq", "event_id",
            "event_name", "retry", "status", "created_at", "due_at", "updated_at",
-           "parent_run_id", "parent_step_id", "lane", "gate", "actor_id", "held")
+           "parent_run_id", "parent_step_id", "actor_id", "held")
 
 @lru_cache(maxsize=64)
 def columns(row: Any, form: str = "{}", after: str = "") -> str:
@@ -3164,9 +3133,16 @@ class Queries:
         return int(self._value("SELECT count(*) FROM run WHERE status IN"
                                " ('waiting_for_capacity', 'running', 'waiting')"))
 
-    def steps(self, run_id: str) -> list[Step]:
-        """The recorded steps of a run, in sequence."""
-        return self._rows(Step, "step WHERE run_id = :id ORDER BY sequence", id=run_id)
+    STEPS = {"all": "1", "done": "status = 'completed'",
+             "told": "(status = 'completed' OR status = 'failed'"
+                     " AND type = 'invoke_function')",
+             "pending": "status IN ('sleeping', 'waiting')"}
+
+    def steps(self, run_id: str, which: str = "all") -> list[Step]:
+        """The recorded steps of a run, in sequence: all, those done, those pending;
+        `told` are those done and the invokes that failed."""
+        source = f"step WHERE run_id = :id AND {self.STEPS[which]} ORDER BY sequence"
+        return self._rows(Step, source, id=run_id)
 
     def taken(self, run_id: str, event: str, test: str, value: str | None
               ) -> list[int | None]:
@@ -3386,13 +3362,16 @@ class Transaction(Queries):
         return super().run_ids_of(event_seq)
 
     def insert_run(self, run_id: str, function: Function, event: Event, now: float,
-                   parent: tuple[str, str] | None, bounds: dict[str, str]) -> None:
+                   parent: tuple[str, str] | None, actor_id: str | None,
+                   places: dict[str, str]) -> None:
         self.touched.add(function.function_id)
         self._new_runs[run_id] = (
             run_id, function.function_id, function.version, event.seq, event.event_id,
             event.name, function.retry, "waiting_for_capacity", now, now, now,
-            *(parent or (None, None)), *map(bounds.get, ("lane", "gate", "actor_id")),
-            int(bool(bounds)))
+            *(parent or (None, None)), actor_id, 1 if places else None)
+        for kind, value in places.items():
+            self._db.execute("INSERT INTO place VALUES (?, ?, ?, ?, 'line', ?)",
+                             (run_id, kind, function.function_id, value, now))
 
     def update_run(self, run: Run) -> None:
         """Everything of a run that can change."""
@@ -3417,8 +3396,8 @@ class Transaction(Queries):
         if self._new_runs:
             self.flush()
         return self._rows(Run, f"""
-            run WHERE function_id = :id AND status = 'waiting_for_capacity' AND held = 0
-               AND (actor_id IS NULL OR NOT EXISTS (
+            run WHERE function_id = :id AND status = 'waiting_for_capacity'
+               AND held IS NOT 1 AND (actor_id IS NULL OR NOT EXISTS (
                  SELECT 1 FROM {self.BOUND} AND instr(:workers, '"' || worker_id || '"')
                      = 0))
              ORDER BY due_at, run_id LIMIT :limit""",
@@ -3444,66 +3423,72 @@ class Transaction(Queries):
     def delete_actors(self, worker_id: str) -> None:
         self._db.execute("DELETE FROM actor WHERE worker_id = ?", (worker_id,))
 
-    PLACES = "run AS other INDEXED BY run_by_{0} WHERE other.function_id = :id" \
-             " AND other.{0} = {1} AND other.held = 0 AND status IN" \
-             " ('waiting_for_capacity', 'running')"
-    ROOM = {  # by column, whether a bound of the run in line has a place left
-        "lane": f"(SELECT count(*) FROM {PLACES}) < :lane",
-        "actor_id": f"(SELECT count(*) FROM {PLACES}) < :actor_id",
-        "gate": f"(SELECT count(*) FROM {PLACES} AND other.started_at IS NULL)"
-                " + (SELECT count(*) FROM run AS other INDEXED BY run_started WHERE"
-                " other.function_id = :id AND other.gate = {1}"
-                " AND other.started_at > :since) < :gate"}
+    # A place is `off` while its run sleeps or waits, in `line`, or taken: `in`, and a
+    # gate that was `passed` until it is free again.
 
-    def let_next_in(self, function_id: str, column: str, value: str,
-                    limits: dict[str, int], since: float) -> bool:
-        """Give a place to the run that is first in line, if there is one for it."""
+    TAKEN = """SELECT count(*) FROM place WHERE function_id = {id} AND kind = {kind}
+                  AND value = {value} AND state IN ('in', 'passed')"""
+
+    def places_taken(self, function_id: str, kind: str, value: str) -> int:
+        return int(self._value(
+            self.TAKEN.format(id=":id", kind=":kind", value=":value"), id=function_id,
+            kind=kind, value=value))
+
+    def let_next_in(self, function_id: str, kind: str, value: str,
+                    limits: dict[str, int]) -> bool:
+        """Give all its places to the first in line for whom there are any."""
         self.flush()
-        given = limits | {"id": function_id, "value": value, "since": since}
-        if not self._value(f"SELECT {self.ROOM[column].format(column, ':value')}",
-                           **given):
-            return False
-        fits = " AND ".join(
-            f"(line.{name} IS NULL OR {room.format(name, f'line.{name}')}"
-            + (" OR line.started_at IS NOT NULL)" if name == "gate" else ")")
-            for name, room in self.ROOM.items())
+        taken = self.TAKEN.format(id="mine.function_id", kind="mine.kind",
+                                  value="mine.value")
         run_id = self._value(
             f"""
-            SELECT run_id FROM run AS line INDEXED BY run_by_{column}
-             WHERE function_id = :id AND {column} = :value AND held = 1
-               AND status IN ('waiting_for_capacity', 'running') AND {fits}
+            SELECT run_id FROM place AS first
+             WHERE function_id = :id AND kind = :kind AND value = :value
+               AND state = 'line' AND NOT EXISTS (
+                 SELECT 1 FROM place AS mine
+                  WHERE mine.run_id = first.run_id AND mine.state = 'line'
+                    AND ({taken}) >= CASE mine.kind WHEN 'lane' THEN :lane
+                                     WHEN 'gate' THEN :gate ELSE :actor END)
              ORDER BY due_at, run_id LIMIT 1
-            """, **given)
-        self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
-        self.touched.add(function_id)
+            """, **limits, id=function_id, kind=kind, value=value)
+        if run_id is not None:
+            self.move(run_id, "line", "in", None)
+            self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
+            self.touched.add(function_id)
         return run_id is not None
 
-    def in_line(self, function_id: str, gate: str) -> bool:
-        return bool(self._value(
-            "SELECT 1 FROM run INDEXED BY run_by_gate WHERE function_id = :id"
-            " AND gate = :gate AND held = 1 AND started_at IS NULL"
-            " AND status IN ('waiting_for_capacity', 'running')",
-            id=function_id, gate=gate))
+    def move(self, run_id: str, old: str, new: str, due_at: float | None
+             ) -> list[tuple[str, str]]:
+        """Change the state of a run's places; who goes off leaves the line as well."""
+        return self._db.execute(
+            """
+            UPDATE place SET state = :new, due_at = coalesce(:due_at, due_at)
+             WHERE run_id = :id AND state IN (:old, iif(:new = 'off', 'line', :old))
+            RETURNING kind, value
+            """, {"id": run_id, "old": old, "new": new, "due_at": due_at}).fetchall()
 
-    def nth_start(self, function_id: str, gate: str, n: int) -> float:
-        """When the last but n - 1 of a gate's runs started; 0 for never."""
-        return self._value(
-            "SELECT started_at FROM run INDEXED BY run_started WHERE function_id = :id"
-            " AND gate = :gate AND started_at IS NOT NULL"
-            " ORDER BY started_at DESC LIMIT 1 OFFSET :n - 1",
-            id=function_id, gate=gate, n=n) or 0.0
+    def pass_gate(self, run_id: str, free_at: float) -> None:
+        self.alarm = min(self.alarm, free_at)
+        self._db.execute("UPDATE place SET state = 'passed', due_at = ?"
+                         " WHERE run_id = ? AND kind = 'gate'", (free_at, run_id))
 
-    def hold_queued(self, function_id: str) -> list[dict[str, str]]:
+    def free_gates(self, now: float) -> list[tuple[str, str, str]]:
+        return self._db.execute(
+            "DELETE FROM place WHERE state = 'passed' AND due_at <= ?"
+            " RETURNING function_id, kind, value", (now,)).fetchall()
+
+    def line_up(self, function_id: str) -> list[tuple[str, str]]:
         """Send the queued runs of a function back to their lines; those lines."""
         self.flush()
-        some = "function_id = ? AND status = 'waiting_for_capacity'"
-        self._db.execute(f"UPDATE run SET held = 1 WHERE {some} AND coalesce(lane, gate,"
-                         " actor_id) IS NOT NULL", (function_id,))
-        lines = self._db.execute(f"SELECT DISTINCT lane, gate, actor_id FROM run WHERE"
-                                 f" {some} AND held = 1", (function_id,)).fetchall()
-        names = ("lane", "gate", "actor_id")
-        return [{name: value for name, value in zip(names, line, strict=True)
-                 if value is not None} for line in lines]
+        some = """run_id IN (SELECT run_id FROM run WHERE function_id = :id
+                    AND status = 'waiting_for_capacity' AND held IS NOT NULL)"""
+        for change in ("place SET state = 'line'", "run SET held = 1"):
+            taken = "AND state = 'in'" if "place" in change else ""
+            self._db.execute(f"UPDATE {change} WHERE {some} {taken}",
+                             {"id": function_id})
+        return self._db.execute(
+            "SELECT DISTINCT kind, value FROM place WHERE function_id = ?"
+            " AND state = 'line'", (function_id,)).fetchall()
 
     # --- what runs listen for
 
@@ -3558,25 +3543,15 @@ class Transaction(Queries):
     def next_instant(self) -> float:
         """When the next lease ends or the next sleeper is due; infinity for never."""
         return min(self._value(sql) or math.inf for sql in [
-            "SELECT min(due_at) FROM timer", *[
+            "SELECT min(due_at) FROM timer",
+            "SELECT min(due_at) FROM place WHERE state = 'passed'", *[
                 f"SELECT min({instant}) FROM run INDEXED BY {index}"
                 f" WHERE status = '{status}' AND {instant} IS NOT NULL"
                 for status, (index, instant) in self.TIMERS.items()]])
 
-    def done_steps(self, run_id: str, failures: bool) -> list[Step]:
-        """What a replay finds done; failed invokes too, for who understands those."""
-        also = "OR status = 'failed' AND type = 'invoke_function'" if failures else ""
-        return self._rows(Step, f"step WHERE run_id = :id AND (status = 'completed'"
-                          f" {also}) ORDER BY sequence", id=run_id)
-
-    def pending_steps(self, run_id: str) -> list[Step]:
-        return self._rows(Step, """step INDEXED BY step_pending WHERE run_id = :id
-                          AND status IN ('sleeping', 'waiting') ORDER BY sequence""",
-                          id=run_id)
-
     def children_waited_for(self, run_id: str) -> list[Run]:
         found = [self.find(Run, run_id=step.child_run_id)
-                 for step in self.pending_steps(run_id) if step.child_run_id]
+                 for step in self.steps(run_id, "pending") if step.child_run_id]
         return [child for child in found if child is not None]
 
     def next_sequence(self, run_id: str) -> int:
@@ -3591,7 +3566,7 @@ class Transaction(Queries):
         some = """(SELECT run_id FROM run
                     WHERE status IN ('completed', 'failed', 'cancelled')
                       AND run_id < :id AND ended_at < :before LIMIT :limit)"""
-        for table in ("step", "wait"):
+        for table in ("step", "wait", "place"):
             self._db.execute(f"DELETE FROM {table} WHERE run_id IN {some}", params)
         gone = self._db.execute(f"DELETE FROM run WHERE run_id IN {some}", params)
         return gone.rowcount > 0
@@ -4420,53 +4395,49 @@ class Secrets:
     """What `--secrets-file` holds: a JSON object of texts, or lines NAME=VALUE.
 
     Read anew when the file changes; one that cannot be read leaves what was there.
-    Values go into assignments, and nowhere else.
+    Values go into assignments, and nowhere else. Raises StartError.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self._path, self._values = path, dict[str, str]()
-        self._seen: Any = None  # when the file was last written, and its size
+        self._seen = (0, 0)  # when the file was written, and its size
         self.wanting = False  # somebody waits for one that is not there
-        if path is not None:
-            self._read(path)
+        self._read()
 
-    def of(self, names: Iterable[str]) -> dict[str, str] | None:
-        """Their values; None if one is not there."""
-        if not names:
-            return {}
+    def of(self, function: Function | None) -> tuple[dict[str, str], list[str]]:
+        """Of the secrets it asks for, the values, and the names of those not there."""
+        if not (names := function.asks.get("secrets", []) if function else []):
+            return {}, []
         self.refresh()
-        found = {name: self._values[name] for name in names if name in self._values}
-        self.wanting |= len(found) < len(set(names))
-        return found if len(found) == len(set(names)) else None
-
-    def missing(self, function: Function) -> list[str]:
-        self.refresh()
-        return [name for name in function.asks.get("secrets", ())
-                if name not in self._values]
+        values = self._values
+        missing = [name for name in names if name not in values]
+        self.wanting |= bool(missing)
+        return {name: values[name] for name in names if name in values}, missing
 
     def refresh(self) -> bool:
         """Whether the file has changed."""
         try:
-            return self._path is not None and self._read(self._path)
+            return self._read()
         except StartError as error:
             log.error("%s; the secrets read before stay", error)
             return False
 
-    def _read(self, path: Path) -> bool:
+    def _read(self) -> bool:
+        if (path := self._path) is None:
+            return False
         try:
-            about = path.stat()
-            seen, self._seen = self._seen, (about.st_mtime_ns, about.st_size)
+            about, seen = path.stat(), self._seen
+            self._seen = (about.st_mtime_ns, about.st_size)
             if seen == self._seen:
                 return False
             if os.name == "posix" and about.st_mode & 0o077:
                 raise StartError(f"{path} can be read by others: chmod 600 {path}")
             text = path.read_text()
             if text.lstrip().startswith("{"):
-                found = parse_json(text.encode())
+                found = Fields(parse_json(text.encode())).all
             else:
-                lines = [line.strip() for line in text.splitlines()]
-                found = dict(line.split("=", 1) for line in lines
-                             if line and not line.startswith("#"))
+                lines = filter(None, map(str.strip, text.splitlines()))
+                found = dict(line.split("=", 1) for line in lines if line[0] != "#")
             if not all(isinstance(value, str) for value in found.values()):
                 raise ValueError
         except OSError as error:
@@ -4474,7 +4445,7 @@ class Secrets:
         except (ValueError, IronflowError):  # which may quote a secret
             raise StartError(f"{path} is neither a JSON object of texts nor lines "
                              "NAME=VALUE") from None
-        self._values, self.wanting = found, False
+        self._values, self.wanting = dict(found), False
         return True
 
 class Timekeeper:
@@ -4714,9 +4685,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def commands() -> dict[str, tuple[Deed, str, str, str]]:
     """Every command: its handler, its purpose, an example, its arguments."""
-    v1, an_id = "/api/v1", "06f5x0m2k7n8q1r3s4t6"
+    an_id = "06f5x0m2k7n8q1r3s4t6"
     return {
-        "serve": (serve, "run the server (the default)", "--db orders.db", ""),
+        "serve": (serve, "run the server (the default)", "--db orders.db",
+                  "--host --port --db --env --log-level --lease-seconds --dev"
+                  " --cors-origin --allow-host --cache-mb --retain --secrets-file"
+                  " --max-event-bytes --max-step-bytes --max-body-bytes --max-steps"
+                  " --max-lost-leases"),
         "version": (lambda _: print(__version__), "print the version", "", ""),
         "backup": (copy_journal, "copy the journal, also of a running server",
                    "copy.db --db orders.db", "target --db"),
@@ -4724,27 +4699,18 @@ def commands() -> dict[str, tuple[Deed, str, str, str]]:
                  """order.placed --data '{"total": 5}' --wait""",
                  "name --data --data-file --metadata --version --idempotency-key --wait"
                  " --timeout"),
-        "run list": (
-            rest(f"GET {v1}/runs", "id status function_id event_name created_at"),
-            "list runs, newest first", "--status failed",
-            "--status --function --limit"),
-        "run get": (run_get, "show a run and its steps", f"run_{an_id}", "id"),
-        "run cancel": (rest(f"POST {v1}/runs/{{id}}/cancel", "id status"), "end a run",
-                       f"run_{an_id} --reason 'ordered twice'", "id --reason"),
-        "event list": (rest(f"GET {v1}/events", "id name timestamp source data"),
-                       "list events, newest first", "--name order. --since 1h",
+        "run list": (show_rows, "list runs, newest first", "--status failed",
+                     "--status --function --limit"),
+        "run get": (show_run, "show a run and its steps", f"run_{an_id}", "id"),
+        "run cancel": (cancel_it, "end a run", f"run_{an_id} --reason 'ordered twice'",
+                       "id --reason"),
+        "event list": (show_rows, "list events, newest first", "--since 1h",
                        "--name --source --search --since --until --limit"),
-        "event get": (rest(f"GET {v1}/events/{{id}}"), "show an event", f"evt_{an_id}",
-                      "id"),
-        "function list": (
-            rest(f"GET {v1}/functions", "id status workers triggers updated_at"),
-            "list functions, and how many workers carry each", "", "--limit"),
-        "function get": (rest(f"GET {v1}/functions/{{id}}"), "show a function",
-                         "process-order", "id"),
-        "worker list": (
-            rest(f"GET {v1}/workers", "id hostname active_jobs max_concurrent"
-                 " last_heartbeat function_ids"),
-            "list the workers that are connected", "", ""),
+        "event get": (show_row, "show an event", f"evt_{an_id}", "id"),
+        "function list": (show_rows, "list functions, and how many workers carry each",
+                          "", "--limit"),
+        "function get": (show_row, "show a function", "process-order", "id"),
+        "worker list": (show_rows, "list the workers that are connected", "", ""),
     }
 
 def parser() -> argparse.ArgumentParser:
@@ -4752,80 +4718,98 @@ def parser() -> argparse.ArgumentParser:
         prog="ironflow.py",
         description="Turn events into durable work. One file, one journal.",
         epilog="example: python ironflow.py --db orders.db --port 9123")
-    group = top.add_subparsers(metavar="COMMAND", required=True)
-    for name, (do, purpose, example, arguments) in commands().items():
+    group, known = top.add_subparsers(metavar="COMMAND", required=True), arguments()
+    for name, (do, purpose, example, names) in commands().items():
         made = group.add_parser(
             name, help=purpose, description=purpose,
             epilog=f"example: python ironflow.py {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter)
-        made.set_defaults(do=do, server=os.environ.get("IRONFLOW_SERVER_URL") or HOME)
-        names = arguments.split() + ["-s/--server", "--json"] * (name not in LOCAL)
-        either = made.add_mutually_exclusive_group() if "--data" in names else made
-        for each in names:
+        made.set_defaults(do=do, rows=f"{name.split()[0]}s")
+        either = made.add_mutually_exclusive_group() if name == "emit" else made
+        for each in names.split() + ["-s/--server", "--json"] * (name not in LOCAL):
             place = either if each.startswith("--data") else made
-            place.add_argument(*each.split("/"), **ARGUMENTS[each])
-    serve = group.choices["serve"]
-    serve.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    serve.description = (
-        "environment: IRONFLOW_API_KEY (every request then needs it), "
-        "IRONFLOW_ENV, IRONFLOW_LEASE_SECONDS, LOG_LEVEL; a flag beats a variable")
-    limits, env, add = Limits(), os.environ, serve.add_argument
-    add("--host", help="address to listen on; without it both loopback addresses")
-    add("--port", type=within(0, 65_535), default=9123, help="0 takes a free one")
-    add("--db", default="ironflow.db", metavar="FILE", help="the journal")
-    add("--env", default=env.get("IRONFLOW_ENV") or "default",
-        help="environment to serve")
-    add("--log-level", default=env.get("LOG_LEVEL") or "info", type=told(log_level),
-        metavar="LEVEL", help="debug, info, warning or error: what goes to stderr")
-    add("--lease-seconds", type=within(0.1, 86_400 * 365, float), dest="lease_s",
-        metavar="S", default=env.get("IRONFLOW_LEASE_SECONDS") or limits.lease_s,
-        help="how long a silent worker keeps a run; the SDKs' workers speak every 30 s,"
-        " so 60 or more is wise")
-    add("--dev", action="store_true",
-        help="no key, any address, any origin: only where nobody else is")
-    add("--cors-origin", action="append", default=[], metavar="ORIGIN",
-        help="a web page's origin that may call, such as https://app.example")
-    add("--allow-host", action="append", default=[], metavar="NAME",
-        help="a Host name to answer beside the loopback ones")
-    add("--cache-mb", type=within(1, 2**53), default=16, help="SQLite's page cache")
-    add("--retain", type=told(duration_s), metavar="TIME", dest="retain_s",
-        help="delete what is older, such as 30d; without it everything is kept")
-    add("--secrets-file", type=Path, metavar="FILE",
-        help="secrets for functions: a JSON object, or lines NAME=VALUE; mode 600")
-    for name, what in {
-        "event_bytes": "one event's name, data and metadata",
-        "step_bytes": "one step's output, or one run's",
-        "body_bytes": "one request",
-        "steps": "steps of one run",
-        "lost_leases":
-            "workers lost in a row, without a new step, before a run is paused",
-    }.items():
-        add(f"--max-{name.replace('_', '-')}", dest=name, metavar="N", help=what,
-            type=within(1, 2**53), default=getattr(limits, name))
+            place.add_argument(*each.split("/"), **known[each])
+    group.choices["serve"].description = (
+        "environment: IRONFLOW_API_KEY (every request then needs it), IRONFLOW_ENV,\n"
+        "IRONFLOW_LEASE_SECONDS, LOG_LEVEL; a flag beats a variable")
     return top
 
-def told(read: Callable[[str], Any], wanted: str = "") -> Callable[[str], Any]:
-    """A type for argparse: what `read` refuses is a bad call that names the flag."""
-    def given(text: str) -> Any:
+def arguments() -> dict[str, dict[str, Any]]:
+    env, most, size = os.environ.get, Limits(), within(1, 2**53)
+    a_time = "a time such as 2026-01-01T00:00:00Z, or how long ago, 1h30m"
+    return {
+        "id": arg("as a list shows it"),
+        "name": arg("of the event"),
+        "target": arg("the copy", Path, metavar="FILE"),
+        "-s/--server": arg("its key comes from IRONFLOW_API_KEY", server_url,
+                           env("IRONFLOW_SERVER_URL") or HOME, f"a URL such as {HOME}"),
+        "--json": arg("print the server's JSON", bool),
+        "--data": arg("JSON", lambda text: parse_json(text.encode()), {}),
+        "--data-file": arg("JSON; - is stdin", json_of, dest="data", metavar="FILE"),
+        "--metadata": arg("KEY=VALUE, as often as you like", pair, [], "KEY=VALUE"),
+        "--version": arg("of the data's shape", within(1, MAX_INT32)),
+        "--idempotency-key": arg("default: a new one", metavar="KEY"),
+        "--wait": arg("until its runs end; 1 if one fails", bool),
+        "--timeout": arg("of --wait, such as 1h30m", duration_s, "60s"),
+        "--status": arg(choices=sorted(NEXT)),
+        "--function": arg("its id", dest="function_id"),
+        "--reason": arg("kept with the run"),
+        "--limit": arg("how many", within(1, MAX_INT32), 50),
+        "--name": arg("a part of it"),
+        "--source": arg("where they came from, such as api"),
+        "--search": arg("a part of the data"),
+        "--since": arg("a time with its offset, or how long ago", moment, None, a_time),
+        "--until": arg("the same", moment, None, a_time),
+        "--host": arg("address to listen on; without it both loopback addresses"),
+        "--port": arg("0 takes a free one", within(0, 65_535), 9123),
+        "--db": arg("the journal", Path, "ironflow.db"),
+        "--env": arg("environment to serve", str, env("IRONFLOW_ENV") or "default"),
+        "--log-level": arg("what goes to stderr: debug, info, warning or error",
+                           lambda text: logging.Logger("", text.upper()).level,
+                           env("LOG_LEVEL") or "info", "one of these"),
+        "--lease-seconds": arg(
+            "how long a silent worker keeps a run; the SDKs' workers speak every 30 s, "
+            "so 60 or more is wise", within(0.1, 86_400 * 365, float),
+            env("IRONFLOW_LEASE_SECONDS") or most.lease_s),
+        "--dev": arg("no key, any address or origin: only where nobody else is", bool),
+        "--cors-origin": arg("origin of a web page that may call", str, []),
+        "--allow-host": arg("a Host name to answer beside the loopback ones", str, []),
+        "--cache-mb": arg("SQLite's page cache", size, 16),
+        "--retain": arg("delete what is older, such as 30d; else keep all", duration_s),
+        "--secrets-file": arg("a JSON object of texts, or lines NAME=VALUE; mode 600",
+                              Path),
+        "--max-event-bytes": arg("its name, data and metadata", size, most.event_bytes),
+        "--max-step-bytes": arg("its output, or its run's", size, most.step_bytes),
+        "--max-body-bytes": arg("of one request", size, most.body_bytes),
+        "--max-steps": arg("of one run", size, most.steps),
+        "--max-lost-leases": arg("workers lost in a row, without a new step, before a "
+                                 "run is paused", size, most.lost_leases),
+    }
+
+def arg(what: str = "", read: Callable[[str], Any] = str, default: Any = None,
+        wanted: str = "", **more: Any) -> dict[str, Any]:
+    """For argparse: what `read` refuses is a bad call that names the argument."""
+    def told(text: str) -> Any:
         try:
             return read(text)
         except (ValueError, OverflowError, OSError, IronflowError) as error:
-            flaw = str(error).removeprefix("body is ")
-            why = f"{text[:80]}: give {wanted}" if wanted else flaw
-            raise argparse.ArgumentTypeError(why) from None
-    return given
+            flaw = f"{text[:80]}: give {wanted}" if wanted else str(error)
+            raise argparse.ArgumentTypeError(flaw.removeprefix("body is ")) from None
+
+    if read is bool:
+        return {"help": what, "action": "store_true"}
+    if default == []:  # may be said many times
+        more["action"] = "append"
+    shown = f"{what} (default: %(default)s)" if default else what
+    return {"help": shown, "type": told, "default": default, **more}
 
 def within(low: float, high: float, kind: Callable[[str], float] = int) -> Any:
     def read(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise ValueError
-        return kind(text)
-    return told(read, f"{low} to {high}")
-
-def log_level(text: str) -> str:
-    if text.lower() not in ("debug", "info", "warning", "error"):
-        raise ValueError(f"{text}: give debug, info, warning or error")
-    return text.lower()
+        with contextlib.suppress(ValueError):
+            if low <= (number := kind(text)) <= high:
+                return number
+        raise ValueError(f"{text[:80]}: give {low} to {high}")
+    return read
 
 def server_url(text: str) -> SplitResult:
     url = urlsplit(text)
@@ -4834,9 +4818,9 @@ def server_url(text: str) -> SplitResult:
         raise ValueError
     return url
 
-def json_of(name: str) -> Json:
-    body = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    return dumps(parse_json(body))
+def json_of(name: str) -> Any:
+    return parse_json(sys.stdin.buffer.read() if name == "-"
+                      else Path(name).read_bytes())
 
 def pair(text: str) -> list[str]:
     key, value = text.split("=", 1)
@@ -4848,53 +4832,21 @@ def moment(text: str) -> str:
         return to_rfc3339(Clock().wall() - duration_s(text))
     return to_rfc3339(from_rfc3339(text))
 
-A_TIME = told(moment, "a time such as 2026-01-01T00:00:00Z, or how long ago, 1h30m")
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "id": {"help": "as a list shows it"},
-    "name": {"help": "of the event"},
-    "target": {"type": Path, "metavar": "FILE"},
-    "-s/--server": {"type": told(server_url, f"a URL such as {HOME}"), "metavar": "URL",
-                    "help": f"default: IRONFLOW_SERVER_URL, else {HOME}; its key comes "
-                    "from IRONFLOW_API_KEY"},
-    "--json": {"action": "store_true", "help": "print the server's JSON"},
-    "--data": {"type": told(lambda text: dumps(parse_json(text.encode()))),
-               "metavar": "JSON"},
-    "--data-file": {"type": told(json_of), "dest": "data", "metavar": "FILE",
-                    "help": "- is stdin"},
-    "--metadata": {"type": told(pair, "KEY=VALUE"), "action": "append",
-                   "metavar": "KEY=VALUE"},
-    "--version": {"type": within(1, MAX_INT32), "help": "of the data's shape"},
-    "--idempotency-key": {"metavar": "KEY", "help": "default: a new one"},
-    "--wait": {"action": "store_true", "help": "until its runs end; 1 if one fails"},
-    "--timeout": {"type": told(duration_s), "default": "60s",
-                  "help": "of --wait, such as 1h30m; default 60s"},
-    "--status": {"choices": sorted(NEXT)},
-    "--function": {"dest": "function_id", "metavar": "ID"},
-    "--reason": {"help": "kept with the run"},
-    "--limit": {"type": within(1, MAX_INT32), "default": 50, "metavar": "N",
-                "help": "default 50"},
-    "--name": {"help": "a part of it"},
-    "--source": {"help": "where they came from, such as api"},
-    "--search": {"help": "a part of the data"},
-    "--since": {"type": A_TIME, "help": "a time with its offset, or how long ago"},
-    "--until": {"type": A_TIME},
-    "--db": {"default": "ironflow.db", "type": Path, "metavar": "FILE"},
-}
-
 def serve(asked: argparse.Namespace) -> int:
     """Until SIGTERM or SIGINT. 0: a clean stop; 1: the disk failed; 2: cannot start."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s",
-                        level=asked.log_level.upper(), stream=sys.stderr)
-    api_key = os.environ.get("IRONFLOW_API_KEY") or None
+                        level=asked.log_level, stream=sys.stderr)
+    api_key = os.environ.get("IRONFLOW_API_KEY")
     if asked.dev:
         log.warning("--dev: anyone who reaches this port may do anything%s",
                     "; IRONFLOW_API_KEY is ignored" if api_key else "")
-    limits = Limits(**{name: getattr(asked, name) for name in column_names(Limits)})
+    limits = Limits(lease_s=asked.lease_seconds, **{
+        name: getattr(asked, f"max_{name}") for name in column_names(Limits)[:-1]})
     server = Server(
         db=asked.db, host=asked.host, port=asked.port, environment=asked.env,
         api_key=api_key, dev=asked.dev, allow_hosts=asked.allow_host,
-        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb,
-        retain_s=asked.retain_s, secrets_file=asked.secrets_file, limits=limits)
+        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb, retain_s=asked.retain,
+        secrets_file=asked.secrets_file, limits=limits)
     try:  # the extra `speed`
         from uvloop import new_event_loop as factory
     except ModuleNotFoundError:
@@ -4903,18 +4855,11 @@ def serve(asked: argparse.Namespace) -> int:
         with asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(serve_until_stopped(server))
     except StartError as error:
-        print(f"ironflow.py: {error}", file=sys.stderr)
+        tell(str(error))
         return 2
 
 async def serve_until_stopped(server: Server) -> int:
-    stop: Future = stop_requested()
-    async with server:
-        print(f"ironflow is ready on {server.url}, journal {server.db}", flush=True)
-        await asyncio.wait({stop, server.failed}, return_when=asyncio.FIRST_COMPLETED)
-        return 1 if server.failed.done() else 0
-
-def stop_requested() -> Future:
-    """Done at the first SIGTERM or SIGINT; a second one ends the process at once."""
+    """Until the first SIGTERM or SIGINT; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
     stop: Future = loop.create_future()
 
@@ -4925,11 +4870,23 @@ def stop_requested() -> Future:
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, first)
-    return stop
+    async with server:
+        print(f"ironflow is ready on {server.url}, journal {server.db}", flush=True)
+        await asyncio.wait({stop, server.failed}, return_when=asyncio.FIRST_COMPLETED)
+        return 1 if server.failed.done() else 0
 
 # --- Ask ------------------------------------------------------------------------------
 
-def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = None,
+COLUMNS = {
+    "runs": "id status function_id event_name created_at",
+    "events": "id name timestamp source data",
+    "functions": "id status workers triggers updated_at",
+    "workers": "id hostname active_jobs max_concurrent last_heartbeat function_ids",
+    "steps": "name status attempt started_at duration_ms result",
+    "results": "run_id function_id status duration_ms result",
+}
+
+def ask(asked: argparse.Namespace, method: str, path: str, body: Any = None,
         wait_s: float = 30.0, holds: str = "", **query: Any) -> dict[str, Any]:
     """What the server answers. Raises IronflowError with a sentence to show.
 
@@ -4946,11 +4903,11 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = N
         try:
             named = path.replace("{id}", quote(getattr(asked, "id", ""), safe=""))
             target = f"{url.path.rstrip('/')}{named}?{urlencode(query)}"
+            data = None if body is None else _to_text.encode(body).encode()
             with contextlib.closing(kind(url.netloc, timeout=wait_s)) as line:
-                line.request(method, target, body and body.encode(), headers)
+                line.request(method, target, data, headers)
                 reply = line.getresponse()
-                answer = json.loads(reply.read(), parse_float=check_float,
-                                    parse_constant=refuse_constant)
+                answer = _from_text.decode(reply.read().decode())
             if reply.status < 300 and holds in {"", *answer}:
                 return {**answer}
             status, trouble = reply.status, str(answer["message"])
@@ -4965,54 +4922,54 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = N
             raise IronflowError(trouble)
         time.sleep(delays_s.pop())
 
-def rest(door: str, names: str = "") -> Deed:
-    """A handler that asks at a door, and shows the rows or the row that it is given."""
-    method, path = door.split()
-    what = path.rpartition("/")[2]
+def show_rows(asked: argparse.Namespace) -> None:
+    what, columns = asked.rows, COLUMNS[asked.rows]
+    query = {name: value for name, value in vars(asked).items()
+             if name not in ("do", "rows", "server", "json") and value is not None}
+    page = ask(asked, "GET", f"/api/v1/{what}", holds=what, **query)
+    rows = page[what]
+    while page.get("next_cursor") and len(rows) < asked.limit:  # a short page
+        query |= {"cursor": page["next_cursor"], "limit": asked.limit - len(rows)}
+        page = ask(asked, "GET", f"/api/v1/{what}", holds=what, **query)
+        rows += page[what]
+    show(asked, page | {what: rows, "count": len(rows)}, table(rows, columns))
+    if not asked.json and (not rows or page.get("next_cursor")):
+        tell(f"there are more {what}: see --limit" if rows else f"no {what}")
 
-    def ask_and_show(asked: argparse.Namespace) -> None:
-        query = {name: value for name, value in vars(asked).items()
-                 if name not in ("do", "server", "json", "id") and value is not None}
-        page = ask(asked, method, path, **query)
-        if what not in page:
-            return show(asked, page, sheet(page, names))
-        rows = page[what]
-        while page.get("next_cursor") and len(rows) < asked.limit:  # a short page
-            query |= {"cursor": page["next_cursor"], "limit": asked.limit - len(rows)}
-            page = ask(asked, method, path, **query)
-            rows += page[what]
-        show(asked, page | {what: rows, "count": len(rows)}, table(rows, names))
-        if not asked.json and (not rows or page.get("next_cursor")):
-            tell(f"there are more {what}: see --limit" if rows else f"no {what}")
-    return ask_and_show
+def show_row(asked: argparse.Namespace) -> None:
+    row = ask(asked, "GET", f"/api/v1/{asked.rows}/{{id}}")
+    show(asked, row, sheet(row))
 
-def run_get(asked: argparse.Namespace) -> None:
+def show_run(asked: argparse.Namespace) -> None:
     run = ask(asked, "GET", "/api/v1/runs/{id}", holds="status")
     steps = ask(asked, "GET", "/api/v1/runs/{id}/steps", holds="steps")["steps"]
-    below = table(steps, "name status attempt started_at duration_ms result")
+    below = table(steps, COLUMNS["steps"])
     show(asked, run | {"steps": steps}, [*sheet(run), *([""] if below else []), *below])
+
+def cancel_it(asked: argparse.Namespace) -> None:
+    reason = asked.reason or ""
+    run = ask(asked, "POST", "/api/v1/runs/{id}/cancel", reason=reason)
+    show(asked, run, sheet(run, "id status"))
 
 def emit(asked: argparse.Namespace) -> int:
     """Hand in an event under a key; with --wait, show how each of its runs ended."""
-    key = asked.idempotency_key or secrets.token_hex(10)
-    body = {"name": asked.name, "event": asked.name, "idempotencyKey": key,
-            "version": asked.version, "metadata": dict(asked.metadata or ())}
-    event = {name: _to_text.encode(value) if value else None
-             for name, value in body.items()} | {"data": asked.data}
+    event = {"name": asked.name, "event": asked.name, "data": asked.data,
+             "version": asked.version, "metadata": dict(asked.metadata) or None,
+             "idempotencyKey": asked.idempotency_key or secrets.token_hex(10)}
     if not asked.wait:
-        answer = ask(asked, "POST", "/api/v1/events", join(event), holds="run_ids")
+        answer = ask(asked, "POST", "/api/v1/events", event, holds="run_ids")
         show(asked, answer, [*map(tame, [answer["event_id"], *answer["run_ids"]])])
         return 0
     deadline, late = time.monotonic() + min(asked.timeout, 1e6), True
     while late:  # a server that stops answers early: the next one is asked
         left_ms = round(1000 * (deadline - time.monotonic()))
-        event["timeoutMs"] = str(max(left_ms, 1))
         answer = ask(asked, "POST", f"{CONNECT}IronflowService/TriggerSync",
-                     join(event), left_ms / 1000 + 30, "results")
+                     event | {"timeoutMs": max(left_ms, 1)}, left_ms / 1000 + 30,
+                     holds="results")
         late = left_ms > 0 and any(run["waitTimedOut"] for run in answer["results"])
         time.sleep(0.1 * late)
     runs = [{snake(k): v for k, v in run.items()} for run in answer["results"]]
-    below = table(runs, "run_id function_id status duration_ms result")
+    below = table(runs, COLUMNS["results"])
     show(asked, answer, [tame(answer["eventId"]), *below])
     if any(run["wait_timed_out"] for run in runs):
         tell("not all of its runs ended in time")
@@ -5055,9 +5012,9 @@ def label(name: str) -> str:
 
 def table(rows: list[Any], columns: str) -> list[str]:
     """A header and a line for each row; no lines without rows."""
-    names, lines = columns.split(), list[str]()
-    grid = [[label(name).upper() for name in names]]
-    grid += [[cell(row, name) for name in names] for row in rows]
+    names = columns.split()
+    grid = [[cell(row, name) for name in names] for row in rows]
+    grid.insert(0, [label(name).upper() for name in names])
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     room = shutil.get_terminal_size().columns - 2 * len(names) + 2
     for whole, floor in (f"id|status|{TIMES}", 8), ("id|status", 8), ("id", 4), ("", 1):
@@ -5066,12 +5023,12 @@ def table(rows: list[Any], columns: str) -> list[str]:
             cap -= 1
             widths = [width if re.fullmatch(whole, name) else min(width, cap)
                       for name, width in zip(names, widths, strict=True)]
-    for row in grid if rows else []:
-        cells = [text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
-                 for text, width in zip(row, widths, strict=True)]
-        line = "  ".join(map(paint, cells)).rstrip()
-        lines.append(line if lines else paint(line, "1"))
-    return lines
+    head, *lines = [
+        "  ".join(paint(text.ljust(width) if len(text) <= width else
+                        text[: width - 1] + "…")
+                  for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in grid]
+    return [paint(head, "1"), *lines] if rows else []
 
 def paint(text: str, colour: str = "") -> str:
     """A status in its colour, on a terminal whose owner wants it (no-color.org)."""
