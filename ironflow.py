@@ -50,7 +50,6 @@ import contextlib
 import heapq
 import hmac
 import http.client
-import ipaddress
 import json
 import logging
 import math
@@ -1128,14 +1127,10 @@ def host_name(host: str) -> str:
     except ValueError:
         return ""
 
-@lru_cache(maxsize=256)
+LOOPBACK = re.compile(r"(.*\.)?localhost|127(\.[0-9]{1,3}){3}|::1")
+
 def is_loopback(name: str) -> bool:
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return LOOPBACK.fullmatch(name) is not None
 
 class Doors:
     """The table of doors: which handler a method and a path lead to."""
