@@ -50,7 +50,6 @@ import contextlib
 import heapq
 import hmac
 import http.client
-import ipaddress
 import json
 import logging
 import math
@@ -1118,14 +1117,10 @@ def host_name(host: str) -> str:
     except ValueError:
         return ""
 
-@lru_cache(maxsize=256)
+LOOPBACK = re.compile(r"(.*\.)?localhost|127(\.[0-9]{1,3}){3}|::1")
+
 def is_loopback(name: str) -> bool:
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return LOOPBACK.fullmatch(name) is not None
 
 class Doors:
     """The table of doors: which handler a method and a path lead to."""
@@ -1375,9 +1370,8 @@ async def get_ready(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def get_capabilities(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/capabilities: only what is built."""
-    needs_key = api.guard.api_key is not None and not api.guard.dev
-    return answer(dumps({"transports": ["connectrpc"], "features": [],
-                         "version": PROTOCOL_VERSION, "auth_required": needs_key}))
+    return answer(dumps({"transports": ["connectrpc"], "features": [], "version":
+                         PROTOCOL_VERSION, "auth_required": bool(api.guard.api_key)}))
 
 async def get_info(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Info; the runtime stands where the SDKs look for Go's."""
@@ -1410,7 +1404,6 @@ async def hand_in(api: Api, run_id: str | None, rule: Callable[..., T], body: Fi
     return await api.journal.write(rule, event, size=size_of(event))
 
 async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
-    """IronflowService/Trigger and Emit, PubSubService/Emit: one event."""
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     # the browser's invoke(id) comes by Trigger
     rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
@@ -1842,8 +1835,7 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {spelling: text for name, text in request[GIVEN].items()
-            for spelling in (name, camel(name))}
+    path = {camel(name): text for name, text in request[GIVEN].items()}
     query = {name: text for name, text in request.query.items() if text}
     return Fields({**Fields(body).all, **query, **path})
 
@@ -3665,20 +3657,16 @@ class JournalFile:
         try:
             version = check_owner(self._db, path)
             prepare_to_write(self._db, path)
-            self._migrate(version)
+            for number in range(version, len(MIGRATIONS)):  # each in one transaction
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE; {MIGRATIONS[number]};"
+                    f"PRAGMA application_id = {APPLICATION_ID};"
+                    f"PRAGMA user_version = {number + 1}; COMMIT;")
             self.tx = Transaction(self._db, ids)
             self._christen(environment, now)
         except BaseException:
             self._db.close()
             raise
-
-    def _migrate(self, version: int) -> None:
-        """Bring the file to this program's version, each step in one transaction."""
-        for number in range(version, len(MIGRATIONS)):
-            self._db.executescript(
-                f"BEGIN IMMEDIATE; {MIGRATIONS[number]};"
-                f"PRAGMA application_id = {APPLICATION_ID};"
-                f"PRAGMA user_version = {number + 1}; COMMIT;")
 
     def _christen(self, environment: str, now: float) -> None:
         served = self.tx.meta("environment")
@@ -3876,11 +3864,11 @@ def lock(path: Path) -> int:
 class Journal:
     """The file behind a writer thread: the API's only way to the disk.
 
-    `await write(rule, *args)` returns what the rule returned, after the commit; it
-    raises what the rule raised, Overloaded if the queue is full, DiskFull or
-    Unavailable if the commit failed: then whether it happened is unknown. Cancelling
-    the wait does not take the wish back. `await read(query, *args)` sees every write
-    that was answered before.
+    `await write(rule, *args)` returns what `rule(tx, *args, now)` returned, after the
+    commit; it raises what the rule raised, Overloaded if the queue is full, DiskFull
+    or Unavailable if the commit failed: then whether it happened is unknown.
+    Cancelling the wait does not take the wish back. `await read(query, *args)`, on a
+    connection of its own, sees every write that was answered before.
     """
 
     def __init__(self, path: Path, *, clock: Clock, ids: Ids, offers: Offers,
@@ -3904,7 +3892,7 @@ class Journal:
             self.journal_id = self._file.tx.meta("journal_id") or ""
             self._opened = opened.pop_all()
         self._gathered: list[Wish] = []
-        self._queue: queue.SimpleQueue[list[Wish] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Wish]] = queue.SimpleQueue()
         self._queued_bytes, self._open = 0, True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
         self._warn_at = -math.inf  # the next time that a long log is worth a word
@@ -3914,7 +3902,6 @@ class Journal:
         self._thread.start()
 
     async def write(self, rule: Callable[..., T], *args: Any, size: int = KIB) -> T:
-        """What `rule(tx, *args, now)` returned, once it is on disk."""
         if not self._open:
             raise Unavailable("the server is stopping: try again when it is back")
         if self._queued_bytes + size > QUEUE_BYTES and self._queued_bytes:
@@ -3933,7 +3920,6 @@ class Journal:
         self._queue.put(gathered)
 
     async def read(self, query: Callable[..., T], *args: Any) -> T:
-        """What `query(queries, *args)` returns, from a connection of its own."""
         return await self._loop.run_in_executor(self._pool, self._read, query, *args)
 
     def _read(self, query: Callable[..., T], *args: Any) -> T:
@@ -3950,44 +3936,35 @@ class Journal:
             self._readers.put(db)
 
     def end_of(self, run_id: str) -> Future:
-        """A future that is done by the commit that ends the run from now on.
-
-        Shared by all who wait for it, and forgotten with the last of them.
-        """
+        """Done by the commit that ends the run; forgotten with the last who waits."""
         return self._ends.setdefault(run_id, self._loop.create_future())
 
     def _work(self) -> None:
         """The writer thread: take what is there, commit once, answer all, again."""
-        batch: list[Wish] | None = []
+        batch: list[Wish] = []
         try:
-            while (batch := self._next_batch()) is not None:
-                if batch:
+            while self._open or not self._queue.empty():
+                if batch := self._next_batch():
                     self._commit(batch)
                     self._fold_log()
         except BaseException as error:  # whatever it is: nobody may wait for us now
             log.critical("the journal %s cannot be written any more: %s", self.path,
                          error)
-            self._loop.call_soon_threadsafe(self._fail, error, batch or [])
+            self._loop.call_soon_threadsafe(self._fail, error, batch)
 
-    def _next_batch(self) -> list[Wish] | None:
-        """All that is in the queue, within bounds; None when the journal closes."""
+    def _next_batch(self) -> list[Wish]:
+        """All that is in the queue, within bounds; nothing at times."""
         try:
             chores = self._unfolded or self.last_trouble
-            wishes = self._queue.get(timeout=IDLE_S if chores else None)
+            batch = self._queue.get(timeout=IDLE_S if chores else None)
         except queue.Empty:  # idle: the log's pages go to the file, now or later
             self._unfolded = 0 if self._file.checkpoint("TRUNCATE") else 1
             self._see_whether_it_is_over()
             return []
-        batch: list[Wish] = []
-        while wishes is not None:
-            batch += wishes
-            size = sum(wish.size for wish in batch)
-            if len(batch) >= BATCH_RULES or size >= BATCH_BYTES or self._queue.empty():
-                return batch
-            wishes = self._queue.get()
-        if batch:
-            self._queue.put(None)  # close after this one
-        return batch or None
+        while (not self._queue.empty() and len(batch) < BATCH_RULES
+               and sum(wish.size for wish in batch) < BATCH_BYTES):
+            batch += self._queue.get()
+        return batch
 
     def _commit(self, batch: list[Wish]) -> None:
         file, tx, failure = self._file, self._file.tx, None
@@ -4057,16 +4034,16 @@ class Journal:
         self._open = False
         gone = Unavailable(f"{self.path} cannot be written any more: the server stops")
         while not self._queue.empty():
-            batch += self._queue.get() or []
+            batch += self._queue.get()
         for wish in batch:
             settle_future(wish.future, gone)
         self._on_failure(error)
 
     async def close(self) -> None:
         """Commit what is queued, fold the log into the file, let go of the lock."""
-        self._open = False
         self._hand_over()
-        self._queue.put(None)
+        self._open = False  # the thread ends when it has seen this and an empty queue:
+        self._queue.put([])  # let it look, should it wait
         await asyncio.to_thread(self._thread.join)
         self._pool.shutdown()
         self._opened.close()
@@ -4301,9 +4278,8 @@ def status_in(body: bytes, wrong: IronflowError) -> Any:
     """The status of an unreadable report, for whose JSON a laxer reader may do."""
     if isinstance(wrong, TooLarge):
         return "failed"
-    with contextlib.suppress(ValueError, RecursionError):
-        said = json.loads(body.decode(errors="replace"))
-        return said.get("status") if isinstance(said, dict) else None
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        return json.loads(body.decode(errors="replace")).get("status")
     return None
 
 async def put_updates(api: Api, request: web.BaseRequest) -> web.Response:
@@ -4351,16 +4327,15 @@ def read_report(body: Fields, status: str | None = None) -> Report:
 
 def read_step(body: Fields) -> ReportedStep:
     """A finished step. Go leaves out the times, JS the output of undefined."""
-    step_id, status = body.text("id"), body.text("status", default="completed")
+    status: Any = body.text("status", default="completed")
+    step_id, failed = body.text("id"), status == "failed"
     if not step_id or CONTROL.search(step_id):
         raise InvalidInput("a step's id is empty or holds a control character")
     if status not in ("completed", "failed"):
         raise InvalidInput(f"step {step_id[:80]!r}: status {status[:40]!r} is not "
                            "completed or failed")
-    failed = status == "failed"
     return ReportedStep(
-        step_id, body.text("name") or step_id, body.text("type") or "invoke",
-        "failed" if failed else "completed",
+        step_id, body.text("name") or step_id, body.text("type") or "invoke", status,
         output=None if failed else dumps(body.get("output")),
         error=dumps(read_error(body.get("error"))) if failed else None,
         duration_ms=round(body.number("durationMs") or 0),
