@@ -1632,8 +1632,8 @@ def read_function(body: Fields) -> NewFunction:
     config = {
         "id": function_id, "name": body.text("name") or function_id,
         "description": body.text("description"),
-        "triggers": [{name: text for name in ("event", "expression", "cron")
-                      if (text := item.text(name))} for item in body.objects("triggers")],
+        "triggers": [{name: text for name, text in columns_of(each).items() if text}
+                     for each in triggers],
         "retry": {camel(name): value for name, value in columns_of(retry).items()},
         "timeoutMs": body.whole("timeoutMs", high=MAX_INT32),
         "preferredMode": read_mode(body), "recording": body.flag("recording"),
@@ -2070,7 +2070,10 @@ def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
         throttle = function.asks.get("throttle", {}) if function else {}
         tx.pass_gate(new.run_id, now + throttle.get("periodMs", 0) / 1000)
     elif new.status == "waiting_for_capacity" and new.held:
-        let_in(tx, new.function_id, tx.move(new.run_id, "off", "line", now))
+        if lines := tx.move(new.run_id, "off", "line", now):
+            let_in(tx, new.function_id, lines)
+        else:  # all it needed was to pass a gate, and it did
+            tx.let_in(new.run_id, new.function_id)
     elif new.status not in ("running", "waiting_for_capacity"):
         let_in(tx, new.function_id, tx.move(new.run_id, "in", "off", now))
 
@@ -2456,11 +2459,14 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
         step = tx.find(Step, run_id=run.run_id, step_id=wish.step_id)
         if step is None:
             step = begin_step(tx, run, wish, limits, now)
-        if step.status == "failed" and not knows_failures(tx, run.worker_id):
+            if step.status not in PENDING:
+                run = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
+        elif step.status == "failed" and run.woken_fence != run.fence:
+            # it failed before this lease: JS and Go are not told, see `knows_failures`
             cause = json.loads(step.error or "{}").get("message", "it failed")
             raise Unkept("INVOKE_FAILED", f"step {step.name!r}: {cause}")
-        if step.status not in PENDING:
-            run = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
+        elif step.status not in PENDING:
+            run = replace(run, woken_fence=run.fence)
     if run.woken_fence == run.fence:  # something ended that the worker did not know of
         return queued(run, now)
     return wait_on(tx, run, now)
@@ -3421,7 +3427,7 @@ class Transaction(Queries):
         if run.actor_id is None:
             return None
         found: str | None = self._value(
-            f"SELECT actor.worker_id FROM run JOIN {self.BOUND} AND run_id = :id",
+            f"SELECT (SELECT worker_id FROM {self.BOUND}) FROM run WHERE run_id = :id",
             id=run.run_id)
         return found
 
@@ -4410,32 +4416,34 @@ class Secrets:
     def __init__(self, path: Path | None = None) -> None:
         self.path, self._values = path, dict[str, str]()
         self._seen: Any = None  # what the file looked like, when it was read
+        self.readings = 0
         self._read()
 
     def of(self, function: Function | None) -> tuple[dict[str, str], list[str]]:
         """Of the secrets it asks for, the values, and the names of those not there."""
-        values, names = self._values, function.asks.get("secrets", []) if function else []
+        names = function.asks.get("secrets", []) if function else []
+        if names:
+            self.refresh()
+        values = self._values
         return ({name: values[name] for name in names if name in values},
                 [name for name in names if name not in values])
 
-    def refresh(self) -> bool:
-        """Whether the file has changed for the better."""
+    def refresh(self) -> None:
         try:
-            return self._read()
+            self._read()
         except StartError as error:
             log.error("%s; the secrets read before stay", error)
-            return False
 
-    def _read(self) -> bool:
+    def _read(self) -> None:
         if (path := self.path) is None:
-            return False
+            return
         seen, self._seen = self._seen, str(path)
         try:
             about = path.stat()
             self._seen = (about.st_mode, about.st_ino, about.st_size, about.st_mtime_ns,
                           about.st_ctime_ns)
             if seen == self._seen:
-                return False
+                return
             if os.name == "posix" and about.st_mode & 0o077:
                 raise StartError(f"{path} can be read by others: chmod 600 {path}")
             text = path.read_text()
@@ -4448,13 +4456,12 @@ class Secrets:
                 raise ValueError
         except OSError as error:
             if seen == self._seen:
-                return False  # it was not there before either
+                return  # it was not there before either
             raise StartError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, IronflowError):  # which may quote a secret
             raise StartError(f"{path} is neither a JSON object of texts nor lines "
                              "NAME=VALUE") from None
-        self._values = dict(found)
-        return True
+        self._values, self.readings = dict(found), self.readings + 1
 
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
@@ -4472,12 +4479,12 @@ class Timekeeper:
 
     async def keep(self) -> None:
         """Until cancelled. An error here ends the server: nothing would ever be due."""
-        clock = self._clock
+        clock, secrets = self._clock, self._desk.offers.secrets
+        readings = secrets.readings
         await self._turn(keep_leases)
         wall, steady = clock.wall(), clock.steady()
         while True:
             self._rung.clear()
-            secrets = self._desk.offers.secrets
             patience_s = SECRETS_CHECK_S if secrets.path else CLOCK_CHECK_S
             delay_s = min(max(self._next_at - clock.wall(), 0.0), patience_s)
             with contextlib.suppress(TimeoutError):
@@ -4489,7 +4496,9 @@ class Timekeeper:
                 log.warning("the machine's clock was set by %+.1f s: leases start anew",
                             step_s)
                 await self._turn(keep_leases)
-            if secrets.refresh():
+            secrets.refresh()
+            if secrets.readings != readings:
+                readings = secrets.readings
                 self._desk.offers.look_anew, self._next_at = True, wall
             with contextlib.suppress(DiskFull, Unavailable):  # again in half a minute
                 await self._desk.miss_the_silent()
