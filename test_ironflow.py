@@ -4593,7 +4593,7 @@ class Alone:
         new = ironflow.NewFunction(function_id, "{}", ironflow.Retry().to_text(), [])
         self.at(now, ironflow.register_function, new)
         event = ironflow.NewEvent(function_id, '{"n":1}', source="invoke")
-        return self.at(now, ironflow.invoke, event).run_ids[0]
+        return self.at(now, ironflow.accept_event, event).run_ids[0]
 
     def forget(self, now: float, retain_s: float) -> int:
         """Delete all that is older; how many parts that took."""
@@ -6717,7 +6717,7 @@ def test_others_are_not_debounced_with_it(stage: Stage) -> None:
 def test_an_invocation_is_not_debounced(stage: Stage) -> None:
     stage.register(debounce={"periodMs": 5000})
     event = ironflow.NewEvent("f", '{"n":1}', source="invoke")
-    (run_id,) = stage.do(ironflow.invoke, event).run_ids
+    (run_id,) = stage.do(ironflow.accept_event, event).run_ids
     assert stage.job()["run_id"] == run_id
 
 
