@@ -8190,8 +8190,9 @@ CALM_ROUNDS = 1_000  # how long it may take after that until every run is over
 LIMITS = ironflow.Limits(lease_s=20.0, lost_leases=3, step_bytes=2_000)
 START = 1_767_225_600.0  # the first of January 2026
 EVENT_NAMES = ("order.placed", "order.paid", "stock.low", "stock.item.gone")
-TRIGGERS = (*EVENT_NAMES, "order.*", "stock.>", "*.low", ">")
-VALUES: tuple[Any, ...] = ("a", "b", 7, "7")  # of `k` in an event's data, if it is there
+TRIGGERS = (*EVENT_NAMES, "order.*", "stock.>", "*.low", "order.>")
+ANSWER = "answer.given"  # what runs wait for most often
+VALUES: tuple[Any, ...] = ("a", 7, "7")  # of `k` in an event's data, if it is there
 CRON = {"*/5 * * * *": 300, "7 * * * *": 3600}  # with the seconds between two ticks
 
 class Broken(AssertionError):
@@ -8281,12 +8282,12 @@ def draw_program(draw: random.Random, below: Sequence[str]) -> Program:
             return Sleep(name, draw.choice([0.0, 0.5, 10.0, 7200.0]))
         if luck < 0.38:
             return draw_wait(name)
-        if luck < 0.52 and not sound:
+        if luck < 0.54 and not sound and (below or draw.random() < 0.2):
             async_ = draw.random() < 0.3
             return Invoke(
-                name, draw.choice([*below, *below, *below, "nobody"]),
+                name, draw.choice([*below, *below, *below, *below, "nobody"]),
                 "invoke_function" + "_async" * async_,
-                draw.choice([3.0, 60.0, 7200.0]), catches=draw.random() < 0.6)
+                draw.choice([3.0, 600.0, 7200.0]), catches=draw.random() < 0.6)
         return Do(
             name,
             fails=0 if sound else draw.choices([0, 1, 2, 9], [70, 14, 7, 9])[0],
@@ -8297,11 +8298,11 @@ def draw_program(draw: random.Random, below: Sequence[str]) -> Program:
         )
 
     def draw_wait(name: str) -> Wait:
-        event = draw.choice([*EVENT_NAMES, "order.*"])
+        event = draw.choice([*EVENT_NAMES, "order.*", "answer.*", *[ANSWER] * 6])
         match, value = draw.choice([
-            ("", None), ("", None), ("k", None), ("k", None), ("data.k", "7"),
+            ("", None), ("", None), ("", None), ("k", None), ("data.k", "7"),
             ('$.k == "a"', None), ("data.n % 2 == 0", None)])
-        return Wait(name, event, match, value, draw.choice([4.0, 60.0, 7200.0]))
+        return Wait(name, event, match, value, draw.choice([4.0, 600.0, 7200.0, 86_400.0]))
 
     parts = [part() for _ in range(draw.randint(1, 4))]
     if draw.random() < 0.35:
@@ -8436,7 +8437,7 @@ class Heard:
         if not wish.match:
             return True
         if "%" in wish.match:
-            return self.data.get("n", 1) % 2 == 0
+            return int(self.data.get("n", 1)) % 2 == 0
         wanted = text_of(trigger.data, "k")
         if wish.match_value or "==" in wish.match:
             wanted = "7" if wish.match_value else "a"
@@ -8691,12 +8692,11 @@ class Witness:
         if life.started_at is None:
             self.started_first(life)
         if "actor" in life.bounds:
-            actor = life.function_id, life.bounds["actor"]
+            worker, actor = str(job.run.worker_id), (life.function_id, life.bounds["actor"])
             bound_to = self.actors.get(actor)
-            if bound_to not in self.connected:
-                self.actors[actor] = bound_to = job.run.worker_id
-            must(bound_to == job.run.worker_id, f"{life} went to {job.run.worker_id}, "
-                                                f"its actor is at {bound_to}")
+            moves = bound_to not in self.connected
+            must(moves or bound_to == worker, f"{life} went to {worker}, its actor to {bound_to}")
+            self.actors[actor] = worker
             self.seen["actor's run went where its last one was"] += 1
 
     def check_replay(self, life: Life, job: ironflow.Job) -> None:
@@ -8714,9 +8714,9 @@ class Witness:
         life.started_at = self.now
         if "gate" in life.bounds:
             throttle = self.asks[life.function_id].get("throttle", {})
-            key = (life.function_id, "gate", life.bounds["gate"])
+            gate = (life.function_id, "gate", life.bounds["gate"])
             until = self.now + throttle.get("periodMs", 0) / 1000
-            self.starts.setdefault(key, {})[life.run_id] = until
+            self.starts.setdefault(gate, {})[life.run_id] = until
 
     def reported(self, life: Life, said: ironflow.Report, wish: ironflow.Wish) -> None:
         """Whoever holds the newest job may report, and repeat its last report."""
@@ -8925,8 +8925,8 @@ class Witness:
             must(event.event_id in self.new_events, f"event {event}: nobody heard a yes")
         for function_id in quiet:
             self.put_off(function_id, event)
-        runs = dict(self.all("SELECT run_id, function_id FROM run WHERE event_seq = ?",
-                             event.seq))
+        started = self.all("SELECT run_id, function_id FROM run WHERE event_seq = ?", event.seq)
+        runs = {run_id: function for run_id, function in started if function not in quiet}
         due = [f for f in functions if f not in quiet]
         answered = self.new_events.pop(event.event_id, sorted(runs))
         must(sorted(runs) == sorted(answered) and sorted(runs.values()) == sorted(due),
@@ -8971,10 +8971,10 @@ class Witness:
             asked.child = self.born(run_id, function_id, event, (parent, asked))
             self.seen["run called a run that called a run"] += parent.parent is not None
             return
-        due = [key for key, burst in self.bursts.items()
-               if key[0] == function_id and burst.last == event]
-        must(due, f"{function_id} started for {event}, for which it has a run")
-        burst = self.bursts.pop(due[0])
+        bursts = [key for key, burst in self.bursts.items()
+                  if key[0] == function_id and burst.last == event]
+        must(bursts, f"{function_id} started for {event}, and nobody asked for that")
+        burst = self.bursts.pop(bursts[0])
         must(burst.due_at <= at, f"{function_id} was to be put off until {burst.due_at}")
         self.born(run_id, function_id, event)
         self.seen["events were put off, and one run came of them"] += burst.first_at < event.at
@@ -8991,6 +8991,8 @@ class Witness:
                     if asked.same not in taken:
                         taken.add(asked.same)
                         asked.answer = event
+                        self.seen["event answered a wait"] += 1
+                        self.seen["event answered while its run was at work"] += life.held
                         self.owed.append((life, asked))
             for name, match in life.ended_by:
                 value = text_of(life.event.data, "k")
@@ -9136,11 +9138,11 @@ class Witness:
         for key in [key for key, due in self.ticks.items() if due <= self.now]:
             self.ticks[key] = self.tick_after(key, self.now)
             self.seen["tick of a paused function was left out"] += 1
-        for key, starts in self.starts.items():
-            self.starts[key] = {run_id: until for run_id, until in starts.items()
-                                if until > self.now}
-        for key, burst in self.bursts.items():
-            must(burst.due_at > self.now, f"{key} was silent, and no run started: {burst}")
+        for gate, starts in self.starts.items():
+            self.starts[gate] = {run_id: until for run_id, until in starts.items()
+                                 if until > self.now}
+        for burst in self.bursts.values():
+            must(burst.due_at > self.now, f"there was silence, and no run started: {burst}")
         for life in self.live():
             if life.status == "waiting" and self.yielded(life):
                 late = [asked.wish.name for asked in life.asked.values()
@@ -9701,7 +9703,7 @@ class World:
 
     def invoke(self, event: ironflow.NewEvent) -> Moves[None]:
         label = f"invoke {event.name} {event.data}"
-        yield Call("invoke", label, ironflow.invoke, (event,))
+        yield Call("invoke", label, ironflow.accept_event, (event,))
 
     def pause(self, function_id: str, status: str) -> Moves[None]:
         args = (function_id, status)
@@ -9919,6 +9921,10 @@ class World:
         name = first if luck < 0.93 else name
         return ironflow.NewEvent(name, data, idempotency_key=key)
 
+    def somebody_answers(self) -> str:
+        event = replace(self.new_event(), name=ANSWER, idempotency_key=None)
+        return self.let(self.caller, "caller", self.emit([event]))
+
     def somebody_registers(self) -> str:
         old = self.draw.choice(list(self.witness.functions.values()))
         new = old if self.chance(0.3) else self.new_function(old.function_id)
@@ -9961,7 +9967,10 @@ class World:
         return f"{gone.name} is missed"
 
     def somebody_cancels(self) -> str:
-        life = self.pick(list(self.witness.lives.values())[-20:])
+        lives = self.witness.lives.values()
+        callers = [life for life in lives if any(
+            asked.child and asked.state == "waiting" for asked in life.asked.values())]
+        life = self.pick(callers or list(lives)[-20:])
         return self.let(self.caller, "caller", self.cancel(life))
 
     def some_worker_dies(self) -> str:
@@ -10075,24 +10084,34 @@ class World:
         """No more trouble, and somebody for every function: now every run must end."""
         helper = Peer("helper", list(self.programs), slots=100)
         self.let(helper, "helper", self.join(helper))
-        for new in self.witness.functions.values():  # no more ticks, or it would never end
-            asks = json.loads(new.config) | {"triggers": [{"event": "order.placed"}]}
-            calm = ironflow.read_function(ironflow.Fields(asks))
-            self.let(self.caller, "caller", self.register(calm))
         awake = {worker.name for worker in self.workers if self.awake(worker)}
         for name in sorted(self.witness.connected - awake):
             self.chores.append(self.note(name, False))
+        answers = 16  # that come now and then
         for _ in range(CALM_ROUNDS):
             for worker in self.free_workers():
                 self.say(self.let(worker, worker.name, self.poll(worker)))
+            if answers and self.draw.random() < 0.05:
+                answers -= 1
+                self.say(self.somebody_answers())
             if self.a_calm_round():
                 continue
+            if answers:
+                answers -= 1
+                self.say(self.somebody_answers())
+            for function_id in sorted({key[0] for key in self.witness.ticks}):
+                self.say(self.stop_ticks(function_id))  # or it would never end
             over = all(life.verdict for life in self.witness.lives.values())
             if over and not self.witness.bursts:
                 return self.wake_the_silent()
             must(self.next_at < math.inf, f"stuck: {self.witness.open_runs()}")
             self.now = round(max(self.now, self.next_at), 3)
         raise Broken(f"stuck: {self.witness.open_runs()}")
+
+    def stop_ticks(self, function_id: str) -> str:
+        asks = self.witness.asks[function_id] | {"triggers": [{"event": "order.placed"}]}
+        calm = ironflow.read_function(ironflow.Fields(asks))
+        return self.let(self.caller, "caller", self.register(calm))
 
     def wake_the_silent(self) -> None:
         """They still believe in the jobs that they have in hand; it must not matter."""
@@ -10124,8 +10143,8 @@ BOUNDS: dict[str, tuple[float, Callable[[random.Random], Any]]] = {
     "debounce": (0.15, lambda draw: {"periodMs": draw.choice([2000, 6000])} | draw_key(draw)
                  | draw.choice([{}, {"maxWaitMs": 9000}])),
     "actorKey": (0.2, lambda draw: "k"),
-    "cancelOn": (0.25, lambda draw: [{
-        "event": draw.choice(TRIGGERS[:5]), "match": draw.choice(["k", "k", ""])}]),
+    "cancelOn": (0.2, lambda draw: [{
+        "event": draw.choice([*EVENT_NAMES, ANSWER]), "match": draw.choice(["k", "k", ""])}]),
 }
 
 def draw_key(draw: random.Random) -> dict[str, str]:
@@ -10141,6 +10160,7 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (5, "", World.some_worker_beats),
     (5, "", World.time_passes),
     (4, "", World.somebody_emits),
+    (4, "", World.somebody_answers),
     (2, "", World.somebody_registers),
     (1, "", World.somebody_cancels),
     (1, "", World.somebody_invokes),
@@ -10187,6 +10207,8 @@ TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
     "sleep was over when it was yielded",
     "wait was yielded again",
     "wait was in vain",
+    "event answered a wait",
+    "event answered while its run was at work",
     "answer came before the question",
     "event answered one of two equal waits",
     "run waited twice for the same at once",
