@@ -50,13 +50,11 @@ import contextlib
 import heapq
 import hmac
 import http.client
-import ipaddress
 import json
 import logging
 import math
 import os
 import queue
-import random
 import re
 import secrets
 import shutil
@@ -76,7 +74,7 @@ from functools import lru_cache, partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 from weakref import WeakValueDictionary
 
@@ -424,8 +422,7 @@ def column_names(row: Any) -> tuple[str, ...]:
 
 def columns_of(row: Any) -> dict[str, Any]:
     """A row as a dict. `asdict` would copy every value, at ten times the price."""
-    kind: Any = type(row)
-    return {name: getattr(row, name) for name in column_names(kind)}
+    return {name: getattr(row, name) for name in column_names(row.__class__)}
 
 class Clock:
     """The machine's clocks, in seconds, read here alone. Tests have their own."""
@@ -444,16 +441,14 @@ class Ids:
     Ordered, so that new rows go to the right end of each index however large the file
     is, and so that "newest first" is the order of the names. Within one millisecond,
     or when the clock steps back, the next is a little more than the one before.
-    `randbits` takes the place of both sources of chance, for a life that repeats.
+    `randbits` is the source of chance: another one makes a life that repeats.
     """
 
     ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # for reading aloud, typing by hand
     PAIRS = ["".join(pair) for pair in product(ALPHABET, repeat=2)]  # ten bits each
 
-    def __init__(self, randbits: Callable[[int], int] | None = None) -> None:
-        self._randbits = randbits or random.Random(secrets.randbits(256)).getrandbits
-        self._secret_bits = randbits or secrets.randbits
-        self._last = 0
+    def __init__(self, randbits: Callable[[int], int] = secrets.randbits) -> None:
+        self._randbits, self._last = randbits, 0
 
     def new(self, prefix: str, now: float) -> str:
         """`prefix`, an underscore and 20 characters."""
@@ -470,7 +465,7 @@ class Ids:
 
     def token(self) -> str:
         """A secret that a lease's holder proves itself with."""
-        return f"lt_{self._spell(self._secret_bits(100))}"
+        return f"lt_{self._spell(self._randbits(100))}"
 
     @classmethod
     def _spell(cls, number: int) -> str:
@@ -519,12 +514,8 @@ def parse_json(body: bytes) -> Any:
             with contextlib.suppress(ValueError):  # for the sentence, ask json again
                 return orjson.loads(body)
         value = _from_text.decode(body.decode())
-    except UnicodeDecodeError as error:
-        raise InvalidInput(
-            f"body is not UTF-8 at byte {error.start}: send UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"body is not JSON: {error.msg} at line {error.lineno}, "
-                           f"column {error.colno}") from None
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise InvalidInput(f"body is not JSON: {error}") from None
     except RecursionError:
         raise InvalidInput(TOO_DEEP) from None
     if not harmless:
@@ -538,12 +529,10 @@ def check_integer(digits: str) -> int:
     return int(digits)
 
 def check_float(digits: str) -> float:
-    if math.isinf(number := float(digits)):
-        raise InvalidInput(f"number {digits[:24]} is larger than a double can hold")
+    if not math.isfinite(number := float(digits)):
+        raise InvalidInput(
+            f"{digits[:24]} is no finite double: send null or a string instead")
     return number
-
-def refuse_constant(name: str) -> NoReturn:
-    raise InvalidInput(f"{name} is not JSON: send null or a string instead")
 
 def check_value(value: Any, depth: int = 0) -> None:
     """Refuse what a JSON text can spell but nobody else could read back."""
@@ -561,7 +550,7 @@ def check_value(value: Any, depth: int = 0) -> None:
 
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _from_text = json.JSONDecoder(parse_int=check_integer, parse_float=check_float,
-                              parse_constant=refuse_constant)
+                              parse_constant=check_float)
 
 def dumps(value: Any) -> Json:
     """Compact JSON text of a value that came through `parse_json`, or of our own."""
@@ -588,9 +577,8 @@ def stamp(instant: Instant) -> Json:
 
 def members(row: Any, names: str) -> dict[str, Json | None]:
     """Attributes of a row as JSON text; `id=run_id` is one under another name."""
-    kind: Any = type(row)
     return {wire: None if (value := get(row)) is None else write(value)
-            for wire, get, write in spelled(kind, names)}
+            for wire, get, write in spelled(row.__class__, names)}
 
 @lru_cache(maxsize=64)
 def spelled(row: Any, names: str) -> list[tuple[str, Any, Callable[[Any], Json]]]:
@@ -607,8 +595,7 @@ def in_camel(members: dict[str, Json | None]) -> dict[str, Json | None]:
 
 @lru_cache(maxsize=1024)
 def camel(snake: str) -> str:
-    head, *rest = snake.split("_")
-    return head + "".join(word[:1].upper() + word[1:] for word in rest)
+    return re.sub("_(.?)", lambda found: found[1].upper(), snake)
 
 @lru_cache(maxsize=1024)
 def snake(camel: str) -> str:
@@ -875,14 +862,15 @@ def cancelled(run: Run, reason: str, now: float) -> Run:
 # that 7, 7.0 and "7" are the same, whichever language wrote them.
 
 PATH = re.compile(r"[^\s=!<>&|()\[\]'\"+*?,]+")
-EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|[\w.-]+)")
+EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|-?[0-9]+(\.[0-9]+)?|"
+                    "true|false|null)")
 
 def value_at(path: str | None, data: Json) -> str | None:
     """The value at a path into an event's data, as text; None if there is none."""
     if not path:
         return None
     value = parsed(data)
-    for key in re.sub(r"^(\$\.)?(event\.)?(data\.)?", "", path).split("."):
+    for key in re.sub(r"^((\$\.|event\.)?data|\$)\.", "", path).split("."):
         if not isinstance(value, dict) or key not in value:
             return None
         value = value[key]
@@ -913,8 +901,9 @@ def compiled(expression: str) -> Any:
 def holds(expression: str, event: NewEvent) -> bool:
     """Whether an event passes; one without what the expression looks at does not."""
     data, metadata = parsed(event.data), json.loads(event.metadata or "{}")
-    about = {"name": event.name, "version": event.version, "data": data,
-             "metadata": metadata, "source": event.source}
+    about = columns_of(event) | {"data": data, "metadata": metadata}
+    if isinstance(event, Event):
+        about |= {"id": event.event_id, "timestamp": to_rfc3339(event.at)}
     try:
         return compiled(expression).execute(about | {"event": about}) is True
     except InvalidInput as error:  # the extra was there when this was registered
@@ -938,8 +927,8 @@ def condition(match: str, given: Json | None, trigger: Json) -> tuple[str, str |
     if not match or given is not None:
         return match, as_text(json.loads(given)) if match and given else ""
     if found := EQUALS.fullmatch(match):
-        literal = found[2]
-        return found[1], (literal[1:-1] if literal[0] in "'\"" else literal)
+        quoted = found[2][0] in "'\""
+        return found[1], found[2][1:-1] if quoted else as_text(json.loads(found[2]))
     if PATH.fullmatch(match):
         return match, value_at(match, trigger)
     compiled(match)
@@ -974,7 +963,7 @@ def cron_fields(expression: str) -> list[list[int]]:
 
 def cron_range(part: str, low: int, high: int, names: list[str]) -> range:
     """The values of *, 5, 1-5, */2, 1-5/2 or 5/2 (from 5 on). Raises ValueError."""
-    numbers = re.sub("[a-z]+", lambda word: str(names.index(word[0]) + low), part)
+    numbers = re.sub(r"\b[a-z]+\b", lambda word: str(names.index(word[0]) + low), part)
     if not (found := re.fullmatch(r"(\*|([0-9]+)(-[0-9]+)?)(/[0-9]+)?", numbers)):
         raise ValueError
     _, first, last, step = found.groups()
@@ -1128,14 +1117,10 @@ def host_name(host: str) -> str:
     except ValueError:
         return ""
 
-@lru_cache(maxsize=256)
+LOOPBACK = re.compile(r"(.*\.)?localhost|127(\.[0-9]{1,3}){3}|::1")
+
 def is_loopback(name: str) -> bool:
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return LOOPBACK.fullmatch(name) is not None
 
 class Doors:
     """The table of doors: which handler a method and a path lead to."""
@@ -1328,6 +1313,13 @@ class Fields:
         """The object under a name; an empty one if it is unset."""
         return Fields(self._typed(names, dict, "an object", {}), self.where + names[0])
 
+    def judge(self, name: str, test: Callable[[], object]) -> None:
+        """Say where it stands, if a test refuses a member."""
+        try:
+            test()
+        except InvalidInput as error:
+            raise InvalidInput(f"{self.where}{name}: {error}") from None
+
     def number(self, *names: str) -> float | None:
         return self._typed(names, (int, float), "a number", None)
 
@@ -1378,9 +1370,8 @@ async def get_ready(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def get_capabilities(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/capabilities: only what is built."""
-    needs_key = api.guard.api_key is not None and not api.guard.dev
-    return answer(dumps({"transports": ["connectrpc"], "features": [],
-                         "version": PROTOCOL_VERSION, "auth_required": needs_key}))
+    return answer(dumps({"transports": ["connectrpc"], "features": [], "version":
+                         PROTOCOL_VERSION, "auth_required": bool(api.guard.api_key)}))
 
 async def get_info(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Info; the runtime stands where the SDKs look for Go's."""
@@ -1413,7 +1404,6 @@ async def hand_in(api: Api, run_id: str | None, rule: Callable[..., T], body: Fi
     return await api.journal.write(rule, event, size=size_of(event))
 
 async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
-    """IronflowService/Trigger and Emit, PubSubService/Emit: one event."""
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     # the browser's invoke(id) comes by Trigger
     rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
@@ -1537,7 +1527,7 @@ async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerSync: an event, and how the runs that it started ended."""
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     wait_s = patience(request, body)
-    accepted = await hand_in(api, run_id, accept_event, body, "event")
+    accepted = await hand_in(api, run_id, accept_awaited, body, "event")
     results = await wait_for_ends(api, request, accepted.run_ids, wait_s)
     return answer(join({"eventId": dumps(accepted.event_id),
                         "results": listed(results)}))
@@ -1546,7 +1536,7 @@ async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/InvokeFunction, and InvokeFunctionSync, which waits."""
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     wait_s = patience(request, body)
-    accepted = await hand_in(api, run_id, invoke, body, "functionId",
+    accepted = await hand_in(api, run_id, accept_event, body, "functionId",
                              check=check_function_id, source="invoke")
     waits, found = request.raw_path.endswith("Sync"), accepted.run_ids
     if waits:
@@ -1702,14 +1692,11 @@ def read_trigger(item: Fields, function_id: str) -> Trigger:
     if not event and not cron:
         raise InvalidInput(f"{item.where}event is empty: name the event that starts"
                            " the function, or send cron")
-    try:
-        if cron:
-            next_tick(cron, 0.0)
-            event = check_event_name(event or f"cron.{function_id}")
-        if test:
-            compiled(test)
-    except InvalidInput as error:
-        raise InvalidInput(f"{item.where[:-1]}: {error}") from None
+    if cron:
+        event = check_event_name(event or f"cron.{function_id}")
+        item.judge("cron", lambda: next_tick(cron, 0.0))
+    if test:
+        item.judge("expression", lambda: compiled(test))
     return Trigger(check_trigger(event), test, cron)
 
 def read_retry(body: Fields) -> Retry:
@@ -1848,8 +1835,7 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {spelling: text for name, text in request[GIVEN].items()
-            for spelling in (name, camel(name))}
+    path = {camel(name): text for name, text in request[GIVEN].items()}
     query = {name: text for name, text in request.query.items() if text}
     return Fields({**Fields(body).all, **query, **path})
 
@@ -1930,8 +1916,9 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
         return join(found)
     found["step_type"] = f'"STEP_TYPE_{step.type.upper()}"'
     found["status"] = f'"STEP_STATUS_{step.status.upper()}"'
-    if step.output is not None and not step.output.startswith("{"):
-        found["output_value"] = found.pop("output")
+    for name in ("input", "output"):
+        if not (found[name] or "{").startswith("{"):
+            found[f"{name}_value"] = found.pop(name)
     return join(in_camel(found))
 
 # ======================================================================================
@@ -1942,25 +1929,32 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
 # one that refuses has changed nothing, so its neighbours in the same commit need not
 # notice. What a rule changes, a row of `journal` says in the same transaction.
 
-def accept_event(tx: Transaction, event: NewEvent, now: float, started_by:
-                 Callable[[Transaction, NewEvent], list[Function]] | None = None
-                 ) -> Accepted:
+def accept_event(tx: Transaction, event: NewEvent, now: float, *, or_named: bool = False,
+                 awaited: bool = False) -> Accepted:
     """Record an event and a run for each function it triggers: all or nothing.
 
     A repeat, by its idempotency key, gets the answer that the first one got and leaves
-    no trace. Raises AlreadyExists if the key belongs to something else.
+    no trace. Raises AlreadyExists if the key belongs to something else; for an event
+    whose runs are `awaited`, FailedPrecondition if one is debounced; for an invocation,
+    NotFound, and FailedPrecondition if the function is paused or archived.
     """
     if (first := find_original(tx, event, {})) is not None:
         return Accepted(first.event_id, tx.run_ids_of(first.seq))
-    functions = (started_by or triggered)(tx, event)
+    if awaited and any("debounce" in each.asks for each in triggered(tx, event)):
+        raise FailedPrecondition(f"{what_it_is(event)} starts a function with debounce: "
+                                 "its run comes later, emit without waiting")
+    called = [the_named(tx, event)] if event.source == "invoke" else []
     kept = tx.append_event(event, tx.ids.new("evt", now), now)
-    if event.source == "invoke":
-        return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions])
-    hear(tx, kept, now)  # before its own runs begin to listen
-    for function in functions:
-        debounce(tx, function, kept, now)
+    functions = called or triggered(tx, kept)
+    if not called:
+        hear(tx, kept, now)  # before its own runs begin to listen
+        named = tx.find(Function, function_id=event.name) if or_named else None
+        if not functions and named is not None and named.status == "active":
+            functions = [named]
+        for function in functions:
+            debounce(tx, function, kept, now)
     return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions
-                                    if "debounce" not in f.asks])
+                                    if called or "debounce" not in f.asks])
 
 def triggered(tx: Transaction, event: NewEvent) -> list[Function]:
     """Active functions with a trigger that the event passes, in the order of ids."""
@@ -1969,25 +1963,18 @@ def triggered(tx: Transaction, event: NewEvent) -> list[Function]:
 
 def accept_call(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """As `accept_event`; if it triggers nothing, its name may be a function's id."""
-    return accept_event(tx, event, now, triggered_or_named)
+    return accept_event(tx, event, now, or_named=True)
 
-def triggered_or_named(tx: Transaction, event: NewEvent) -> list[Function]:
-    named = tx.find(Function, function_id=event.name, status="active")
-    return triggered(tx, event) or ([named] if named else [])
+def accept_awaited(tx: Transaction, event: NewEvent, now: float) -> Accepted:
+    return accept_event(tx, event, now, awaited=True)
 
-def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
-    """Start a run of the function that the event is named after, and of no other.
-
-    Raises NotFound, and FailedPrecondition if it is paused or archived.
-    """
-    return accept_event(tx, event, now, the_named)
-
-def the_named(tx: Transaction, event: NewEvent) -> list[Function]:
+def the_named(tx: Transaction, event: NewEvent) -> Function:
+    """The function that an invocation is named after, if it may be started."""
     function = known(tx, Function, event.name)
     if function.status != "active":
         raise FailedPrecondition(f"function {event.name!r} is {function.status}: set "
                                  "its status to active to start runs of it")
-    return [function]
+    return function
 
 def publish(tx: Transaction, event: NewEvent, now: float) -> tuple[int, bool]:
     """Record data for a topic; its `seq`, and whether it was there before.
@@ -2065,9 +2052,16 @@ def let_in(tx: Transaction, function_id: str, places: Iterable[tuple[str, str]]
         limits = {"actor": 1 if "actorKey" in asks else MAX_INT32, **{
             each: asks.get(name, {}).get("limit", MAX_INT32)
             for each, name in PLACES.items()}}
+        full: set[str] = set()  # bounds that keep others in this line waiting
         while tx.places_taken(function_id, kind, value) < limits[kind]:
-            if not tx.let_next_in(function_id, kind, value, limits):
+            if (run_id := tx.first_in_line(function_id, kind, value, full)) is None:
                 break
+            lines = tx.lines_of(run_id)
+            other = [f"{each} {key}" for each, key in lines
+                     if tx.places_taken(function_id, each, key) >= limits[each]]
+            full.update(other)
+            if not other:
+                tx.let_in(run_id, function_id)
 
 def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
     """Hand on the places of a run that lets go, or stand in line for them again."""
@@ -2076,7 +2070,10 @@ def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
         throttle = function.asks.get("throttle", {}) if function else {}
         tx.pass_gate(new.run_id, now + throttle.get("periodMs", 0) / 1000)
     elif new.status == "waiting_for_capacity" and new.held:
-        let_in(tx, new.function_id, tx.move(new.run_id, "off", "line", now))
+        if lines := tx.move(new.run_id, "off", "line", now):
+            let_in(tx, new.function_id, lines)
+        else:  # all it needed was to pass a gate, and it did
+            tx.let_in(new.run_id, new.function_id)
     elif new.status not in ("running", "waiting_for_capacity"):
         let_in(tx, new.function_id, tx.move(new.run_id, "in", "off", now))
 
@@ -2211,6 +2208,7 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
     tx.save(worker)
     if old is not None and old.function_ids != worker.function_ids:
         tx.delete_actors(worker.worker_id)
+        tx.touched.update(json.loads(old.function_ids))
     if old is None or not old.connected:
         tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
 
@@ -2243,7 +2241,6 @@ class Offer:
     slots: int
     answer: Callable[[list[Job] | IronflowError], None]
     acked: bool = False
-    knows_failures: bool = False  # its SDK raises for a failed step, not reads success
     functions: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     error: IronflowError | None = None
@@ -2290,7 +2287,6 @@ class Offers:
                 self.take(offer)
                 continue
             offer.functions = json.loads(worker.function_ids)
-            offer.knows_failures = '"runtime":"python-' in worker.version
             for function_id in offer.functions:
                 self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
@@ -2298,8 +2294,8 @@ class Offers:
             self.look_anew = False
             tx.touched.update(self._standing)
         wanted = [f for f in tx.touched if self._standing.get(f)]
-        if wanted:
-            lease_to_offers(tx, self, wanted, self._limits, now)
+        while wanted and lease_to_offers(tx, self, wanted, self._limits, now):
+            pass  # some went to workers of their own: perhaps there is room for others
 
     def standing(self, function_id: str) -> list[Offer]:
         return [offer for offer in self._standing.get(function_id, ())
@@ -2332,8 +2328,12 @@ class Offers:
             self.add(offer)
 
 def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
-                    limits: Limits, now: float) -> None:
-    """Lease due runs of `functions` to the offers that stand, the longest due first."""
+                    limits: Limits, now: float) -> bool:
+    """Lease due runs of `functions` to the offers that stand, the longest due first.
+
+    Returns whether it leased some and left others out.
+    """
+    some, others = False, False
     room, due, secrets = offers.room(functions), [], dict[str, dict[str, str]]()
     for function_id in functions:
         function = tx.find(Function, function_id=function_id)
@@ -2344,7 +2344,9 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
         bound_to = tx.worker_of_actor(run)
         if (offer := offers.best_for(run.function_id, bound_to)) is None:
+            others = True
             continue
+        some = True
         hold_s = limits.lease_s if offer.acked else limits.reservation_s
         held = leased(run, offer.worker_id, tx.ids.token(), hold_s, offer.acked, now)
         become(tx, run, held, now)
@@ -2353,8 +2355,10 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(
-            held, event, tx.steps(run.run_id, "told" if offer.knows_failures else "done"),
+            held, event, tx.steps(run.run_id, "told" if knows_failures(
+                tx, offer.worker_id) else "done"),
             tx.next_sequence(run.run_id), secrets[run.function_id]))
+    return some and others
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -2455,14 +2459,22 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
         step = tx.find(Step, run_id=run.run_id, step_id=wish.step_id)
         if step is None:
             step = begin_step(tx, run, wish, limits, now)
-        if step.status == "failed":  # not known to a worker of JS or Go: see Offer
+            if step.status not in PENDING:
+                run = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
+        elif step.status == "failed" and run.woken_fence != run.fence:
+            # it failed before this lease: JS and Go are not told, see `knows_failures`
             cause = json.loads(step.error or "{}").get("message", "it failed")
             raise Unkept("INVOKE_FAILED", f"step {step.name!r}: {cause}")
-        if step.status not in PENDING:
-            run = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
+        elif step.status not in PENDING:
+            run = replace(run, woken_fence=run.fence)
     if run.woken_fence == run.fence:  # something ended that the worker did not know of
         return queued(run, now)
     return wait_on(tx, run, now)
+
+def knows_failures(tx: Transaction, worker_id: str | None) -> bool:
+    """Whether a worker's SDK raises for a failed call; JS and Go read it as success."""
+    worker = tx.find(Worker, worker_id=worker_id)
+    return worker is not None and '"runtime":"python-' in worker.version
 
 # --- Waits: sleeps, events, other runs ------------------------------------------------
 # Each is a step that is pending until it ends by what it waits for, or by its deadline.
@@ -2503,7 +2515,7 @@ def begin_child(tx: Transaction, run: Run, wish: Yield, step: Step, limits: Limi
                      subject=run.run_id)
     check_output(f"the input of {wish.target!r}", event.data, limits)
     try:
-        (function,) = the_named(tx, event)
+        function = the_named(tx, event)
     except IronflowError as error:
         keep_step(tx, None, step)
         return invoke_failed(tx, step, "not_found", error.message, now)
@@ -3415,7 +3427,7 @@ class Transaction(Queries):
         if run.actor_id is None:
             return None
         found: str | None = self._value(
-            f"SELECT worker_id FROM run JOIN {self.BOUND} AND run_id = :id",
+            f"SELECT (SELECT worker_id FROM {self.BOUND}) FROM run WHERE run_id = :id",
             id=run.run_id)
         return found
 
@@ -3429,36 +3441,36 @@ class Transaction(Queries):
     # A place is `off` while its run sleeps or waits, in `line`, or taken: `in`, and a
     # gate that was `passed` until it is free again.
 
-    TAKEN = """SELECT count(*) FROM place WHERE function_id = {id} AND kind = {kind}
-                  AND value = {value} AND state IN ('in', 'passed')"""
-
     def places_taken(self, function_id: str, kind: str, value: str) -> int:
         return int(self._value(
-            self.TAKEN.format(id=":id", kind=":kind", value=":value"), id=function_id,
-            kind=kind, value=value))
+            """
+            SELECT count(*) FROM place WHERE function_id = :id AND kind = :kind
+               AND value = :value AND state IN ('in', 'passed')
+            """, id=function_id, kind=kind, value=value))
 
-    def let_next_in(self, function_id: str, kind: str, value: str,
-                    limits: dict[str, int]) -> bool:
-        """Give all its places to the first in line for whom there are any."""
-        self.flush()
-        taken = self.TAKEN.format(id="mine.function_id", kind="mine.kind",
-                                  value="mine.value")
-        run_id = self._value(
-            f"""
+    def first_in_line(self, function_id: str, kind: str, value: str, full: set[str]
+                      ) -> str | None:
+        """The run that has waited longest, of those not in line for what is full."""
+        found: str | None = self._value(
+            """
             SELECT run_id FROM place AS first
              WHERE function_id = :id AND kind = :kind AND value = :value
                AND state = 'line' AND NOT EXISTS (
-                 SELECT 1 FROM place AS mine
-                  WHERE mine.run_id = first.run_id AND mine.state = 'line'
-                    AND ({taken}) >= CASE mine.kind WHEN 'lane' THEN :lane
-                                     WHEN 'gate' THEN :gate ELSE :actor END)
+                 SELECT 1 FROM place WHERE run_id = first.run_id AND state = 'line'
+                    AND kind || ' ' || value IN (SELECT value FROM json_each(:full)))
              ORDER BY due_at, run_id LIMIT 1
-            """, **limits, id=function_id, kind=kind, value=value)
-        if run_id is not None:
-            self.move(run_id, "line", "in", None)
-            self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
-            self.touched.add(function_id)
-        return run_id is not None
+            """, id=function_id, kind=kind, value=value, full=dumps(list(full)))
+        return found
+
+    def lines_of(self, run_id: str) -> list[tuple[str, str]]:
+        return self._db.execute("SELECT kind, value FROM place WHERE run_id = ?"
+                                " AND state = 'line'", (run_id,)).fetchall()
+
+    def let_in(self, run_id: str, function_id: str) -> None:
+        self.flush()
+        self.move(run_id, "line", "in", None)
+        self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
+        self.touched.add(function_id)
 
     def move(self, run_id: str, old: str, new: str, due_at: float | None
              ) -> list[tuple[str, str]]:
@@ -3651,20 +3663,16 @@ class JournalFile:
         try:
             version = check_owner(self._db, path)
             prepare_to_write(self._db, path)
-            self._migrate(version)
+            for number in range(version, len(MIGRATIONS)):  # each in one transaction
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE; {MIGRATIONS[number]};"
+                    f"PRAGMA application_id = {APPLICATION_ID};"
+                    f"PRAGMA user_version = {number + 1}; COMMIT;")
             self.tx = Transaction(self._db, ids)
             self._christen(environment, now)
         except BaseException:
             self._db.close()
             raise
-
-    def _migrate(self, version: int) -> None:
-        """Bring the file to this program's version, each step in one transaction."""
-        for number in range(version, len(MIGRATIONS)):
-            self._db.executescript(
-                f"BEGIN IMMEDIATE; {MIGRATIONS[number]};"
-                f"PRAGMA application_id = {APPLICATION_ID};"
-                f"PRAGMA user_version = {number + 1}; COMMIT;")
 
     def _christen(self, environment: str, now: float) -> None:
         served = self.tx.meta("environment")
@@ -3862,11 +3870,11 @@ def lock(path: Path) -> int:
 class Journal:
     """The file behind a writer thread: the API's only way to the disk.
 
-    `await write(rule, *args)` returns what the rule returned, after the commit; it
-    raises what the rule raised, Overloaded if the queue is full, DiskFull or
-    Unavailable if the commit failed: then whether it happened is unknown. Cancelling
-    the wait does not take the wish back. `await read(query, *args)` sees every write
-    that was answered before.
+    `await write(rule, *args)` returns what `rule(tx, *args, now)` returned, after the
+    commit; it raises what the rule raised, Overloaded if the queue is full, DiskFull
+    or Unavailable if the commit failed: then whether it happened is unknown.
+    Cancelling the wait does not take the wish back. `await read(query, *args)`, on a
+    connection of its own, sees every write that was answered before.
     """
 
     def __init__(self, path: Path, *, clock: Clock, ids: Ids, offers: Offers,
@@ -3890,7 +3898,7 @@ class Journal:
             self.journal_id = self._file.tx.meta("journal_id") or ""
             self._opened = opened.pop_all()
         self._gathered: list[Wish] = []
-        self._queue: queue.SimpleQueue[list[Wish] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Wish]] = queue.SimpleQueue()
         self._queued_bytes, self._open = 0, True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
         self._warn_at = -math.inf  # the next time that a long log is worth a word
@@ -3900,7 +3908,6 @@ class Journal:
         self._thread.start()
 
     async def write(self, rule: Callable[..., T], *args: Any, size: int = KIB) -> T:
-        """What `rule(tx, *args, now)` returned, once it is on disk."""
         if not self._open:
             raise Unavailable("the server is stopping: try again when it is back")
         if self._queued_bytes + size > QUEUE_BYTES and self._queued_bytes:
@@ -3919,7 +3926,6 @@ class Journal:
         self._queue.put(gathered)
 
     async def read(self, query: Callable[..., T], *args: Any) -> T:
-        """What `query(queries, *args)` returns, from a connection of its own."""
         return await self._loop.run_in_executor(self._pool, self._read, query, *args)
 
     def _read(self, query: Callable[..., T], *args: Any) -> T:
@@ -3936,44 +3942,35 @@ class Journal:
             self._readers.put(db)
 
     def end_of(self, run_id: str) -> Future:
-        """A future that is done by the commit that ends the run from now on.
-
-        Shared by all who wait for it, and forgotten with the last of them.
-        """
+        """Done by the commit that ends the run; forgotten with the last who waits."""
         return self._ends.setdefault(run_id, self._loop.create_future())
 
     def _work(self) -> None:
         """The writer thread: take what is there, commit once, answer all, again."""
-        batch: list[Wish] | None = []
+        batch: list[Wish] = []
         try:
-            while (batch := self._next_batch()) is not None:
-                if batch:
+            while self._open or not self._queue.empty():
+                if batch := self._next_batch():
                     self._commit(batch)
                     self._fold_log()
         except BaseException as error:  # whatever it is: nobody may wait for us now
             log.critical("the journal %s cannot be written any more: %s", self.path,
                          error)
-            self._loop.call_soon_threadsafe(self._fail, error, batch or [])
+            self._loop.call_soon_threadsafe(self._fail, error, batch)
 
-    def _next_batch(self) -> list[Wish] | None:
-        """All that is in the queue, within bounds; None when the journal closes."""
+    def _next_batch(self) -> list[Wish]:
+        """All that is in the queue, within bounds; nothing at times."""
         try:
             chores = self._unfolded or self.last_trouble
-            wishes = self._queue.get(timeout=IDLE_S if chores else None)
+            batch = self._queue.get(timeout=IDLE_S if chores else None)
         except queue.Empty:  # idle: the log's pages go to the file, now or later
             self._unfolded = 0 if self._file.checkpoint("TRUNCATE") else 1
             self._see_whether_it_is_over()
             return []
-        batch: list[Wish] = []
-        while wishes is not None:
-            batch += wishes
-            size = sum(wish.size for wish in batch)
-            if len(batch) >= BATCH_RULES or size >= BATCH_BYTES or self._queue.empty():
-                return batch
-            wishes = self._queue.get()
-        if batch:
-            self._queue.put(None)  # close after this one
-        return batch or None
+        while (not self._queue.empty() and len(batch) < BATCH_RULES
+               and sum(wish.size for wish in batch) < BATCH_BYTES):
+            batch += self._queue.get()
+        return batch
 
     def _commit(self, batch: list[Wish]) -> None:
         file, tx, failure = self._file, self._file.tx, None
@@ -4043,16 +4040,16 @@ class Journal:
         self._open = False
         gone = Unavailable(f"{self.path} cannot be written any more: the server stops")
         while not self._queue.empty():
-            batch += self._queue.get() or []
+            batch += self._queue.get()
         for wish in batch:
             settle_future(wish.future, gone)
         self._on_failure(error)
 
     async def close(self) -> None:
         """Commit what is queued, fold the log into the file, let go of the lock."""
-        self._open = False
         self._hand_over()
-        self._queue.put(None)
+        self._open = False  # the thread ends when it has seen this and an empty queue:
+        self._queue.put([])  # let it look, should it wait
         await asyncio.to_thread(self._thread.join)
         self._pool.shutdown()
         self._opened.close()
@@ -4287,9 +4284,8 @@ def status_in(body: bytes, wrong: IronflowError) -> Any:
     """The status of an unreadable report, for whose JSON a laxer reader may do."""
     if isinstance(wrong, TooLarge):
         return "failed"
-    with contextlib.suppress(ValueError, RecursionError):
-        said = json.loads(body.decode(errors="replace"))
-        return said.get("status") if isinstance(said, dict) else None
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        return json.loads(body.decode(errors="replace")).get("status")
     return None
 
 async def put_updates(api: Api, request: web.BaseRequest) -> web.Response:
@@ -4337,16 +4333,15 @@ def read_report(body: Fields, status: str | None = None) -> Report:
 
 def read_step(body: Fields) -> ReportedStep:
     """A finished step. Go leaves out the times, JS the output of undefined."""
-    step_id, status = body.text("id"), body.text("status", default="completed")
+    status: Any = body.text("status", default="completed")
+    step_id, failed = body.text("id"), status == "failed"
     if not step_id or CONTROL.search(step_id):
         raise InvalidInput("a step's id is empty or holds a control character")
     if status not in ("completed", "failed"):
         raise InvalidInput(f"step {step_id[:80]!r}: status {status[:40]!r} is not "
                            "completed or failed")
-    failed = status == "failed"
     return ReportedStep(
-        step_id, body.text("name") or step_id, body.text("type") or "invoke",
-        "failed" if failed else "completed",
+        step_id, body.text("name") or step_id, body.text("type") or "invoke", status,
         output=None if failed else dumps(body.get("output")),
         error=dumps(read_error(body.get("error"))) if failed else None,
         duration_ms=round(body.number("durationMs") or 0),
@@ -4405,7 +4400,7 @@ def step_name(step_id: str) -> str:
 # close, held polls are answered, the queue is committed, the log folded into the file.
 
 CLOCK_CHECK_S = 30.0  # how long a step of the wall clock can go unnoticed
-SECRETS_CHECK_S = 1.0  # between two looks at their file, while a run waits for one
+SECRETS_CHECK_S = 1.0  # between two looks at their file
 CLOCK_STEP_S = 1.0  # less than this is drift
 RETRY_S = 1.0  # between two tries of the timers to write
 SWEEP_EVERY_S, SWEEP_PAUSE_S = 3600.0, 0.05  # between sweeps; between parts of one
@@ -4419,37 +4414,36 @@ class Secrets:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path, self._values = path, dict[str, str]()
-        self._seen = (0, 0)  # when the file was written, and its size
-        self.wanting = False  # somebody waits for one that is not there
+        self.path, self._values = path, dict[str, str]()
+        self._seen: Any = None  # what the file looked like, when it was read
+        self.readings = 0
         self._read()
 
     def of(self, function: Function | None) -> tuple[dict[str, str], list[str]]:
         """Of the secrets it asks for, the values, and the names of those not there."""
-        if not (names := function.asks.get("secrets", []) if function else []):
-            return {}, []
-        self.refresh()
+        names = function.asks.get("secrets", []) if function else []
+        if names:
+            self.refresh()
         values = self._values
-        missing = [name for name in names if name not in values]
-        self.wanting |= bool(missing)
-        return {name: values[name] for name in names if name in values}, missing
+        return ({name: values[name] for name in names if name in values},
+                [name for name in names if name not in values])
 
-    def refresh(self) -> bool:
-        """Whether the file has changed."""
+    def refresh(self) -> None:
         try:
-            return self._read()
+            self._read()
         except StartError as error:
             log.error("%s; the secrets read before stay", error)
-            return False
 
-    def _read(self) -> bool:
-        if (path := self._path) is None:
-            return False
+    def _read(self) -> None:
+        if (path := self.path) is None:
+            return
+        seen, self._seen = self._seen, str(path)
         try:
-            about, seen = path.stat(), self._seen
-            self._seen = (about.st_mtime_ns, about.st_size)
+            about = path.stat()
+            self._seen = (about.st_mode, about.st_ino, about.st_size, about.st_mtime_ns,
+                          about.st_ctime_ns)
             if seen == self._seen:
-                return False
+                return
             if os.name == "posix" and about.st_mode & 0o077:
                 raise StartError(f"{path} can be read by others: chmod 600 {path}")
             text = path.read_text()
@@ -4461,12 +4455,13 @@ class Secrets:
             if not all(isinstance(value, str) for value in found.values()):
                 raise ValueError
         except OSError as error:
+            if seen == self._seen:
+                return  # it was not there before either
             raise StartError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, IronflowError):  # which may quote a secret
             raise StartError(f"{path} is neither a JSON object of texts nor lines "
                              "NAME=VALUE") from None
-        self._values, self.wanting = dict(found), False
-        return True
+        self._values, self.readings = dict(found), self.readings + 1
 
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
@@ -4484,13 +4479,13 @@ class Timekeeper:
 
     async def keep(self) -> None:
         """Until cancelled. An error here ends the server: nothing would ever be due."""
-        clock = self._clock
+        clock, secrets = self._clock, self._desk.offers.secrets
+        readings = secrets.readings
         await self._turn(keep_leases)
         wall, steady = clock.wall(), clock.steady()
         while True:
             self._rung.clear()
-            secrets = self._desk.offers.secrets
-            patience_s = SECRETS_CHECK_S if secrets.wanting else CLOCK_CHECK_S
+            patience_s = SECRETS_CHECK_S if secrets.path else CLOCK_CHECK_S
             delay_s = min(max(self._next_at - clock.wall(), 0.0), patience_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
@@ -4501,7 +4496,9 @@ class Timekeeper:
                 log.warning("the machine's clock was set by %+.1f s: leases start anew",
                             step_s)
                 await self._turn(keep_leases)
-            if secrets.wanting and secrets.refresh():
+            secrets.refresh()
+            if secrets.readings != readings:
+                readings = secrets.readings
                 self._desk.offers.look_anew, self._next_at = True, wall
             with contextlib.suppress(DiskFull, Unavailable):  # again in half a minute
                 await self._desk.miss_the_silent()
@@ -4515,16 +4512,14 @@ class Timekeeper:
         """
         while True:
             self._next_at = math.inf
-            try:
-                instant = await self._desk.journal.write(rule, self._desk.limits)
-                break
-            except (DiskFull, Unavailable):  # the journal said so in the log
-                await asyncio.sleep(RETRY_S)
-        self._next_at = min(self._next_at, instant)
+            with contextlib.suppress(DiskFull, Unavailable):  # the log has it already
+                due_at = await self._desk.journal.write(rule, self._desk.limits)
+                return self.ring(due_at)
+            await asyncio.sleep(RETRY_S)
 
-async def sweep(journal: Journal, retain_s: float) -> None:
+async def sweep(journal: Journal, retain_s: float | None) -> None:
     """Delete what is too old, a little at a time, so that no caller waits for it."""
-    while True:
+    while retain_s is not None:
         after: int | None = 0
         with contextlib.suppress(DiskFull, Unavailable):  # again with the next sweep
             while after is not None:
@@ -4559,24 +4554,13 @@ class Server:
     ids: Ids = field(default_factory=Ids)
     url: str = field(default="", init=False)  # set by `start`
 
-    def __post_init__(self) -> None:
-        self._running = contextlib.AsyncExitStack()
-        self._guard = Guard(
-            None if self.dev else self.api_key or None, self.dev,
-            frozenset(map(host_name, self.allow_hosts)),
-            frozenset(origin.rstrip("/") for origin in self.cors_origins))
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def start(self) -> None:
+    async def start(self) -> Self:
         """Open the journal, listen. `url` is set when this returns."""
+        guard = Guard(None if self.dev else self.api_key or None, self.dev,
+                      frozenset(map(host_name, self.allow_hosts)),
+                      frozenset(origin.rstrip("/") for origin in self.cors_origins))
         async with contextlib.AsyncExitStack() as stack:
-            sockets = listen(self.host, self.port, self._guard)
+            sockets = listen(self.host, self.port, guard)
             for sock in sockets:
                 stack.callback(sock.close)
             offers = Offers(self.limits, Secrets(self.secrets_file))
@@ -4591,17 +4575,16 @@ class Server:
             for worker in await journal.read(Queries.connected_workers):
                 desk.remember(worker.worker_id)
             timekeeper = Timekeeper(desk)
-            loops = [timekeeper.keep()]
-            if self.retain_s is not None:
-                loops.append(sweep(journal, self.retain_s))
-            for task in map(asyncio.create_task, loops):
+            for loop in timekeeper.keep(), sweep(journal, self.retain_s):
+                task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)
                 stack.push_async_callback(end_task, task)
-            api = Api(journal, desk, self._guard, self.limits, self.environment,
+            api = Api(journal, desk, guard, self.limits, self.environment,
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
             stack.push_async_callback(desk.close)
             self._running = stack.pop_all()
+        return self
 
     async def _open_doors(self, stack: contextlib.AsyncExitStack,
                           sockets: list[socket.socket], api: Api) -> None:
@@ -4622,9 +4605,11 @@ class Server:
             log.critical("timers stopped", exc_info=error)
             settle_future(self.failed, [error])
 
-    async def stop(self) -> None:
+    async def stop(self, *_: object) -> None:
         """Answer who waits, take no more, commit what is queued, close the file."""
         await self._running.aclose()
+
+    __aenter__, __aexit__ = start, stop
 
 def is_our_mistake(record: logging.LogRecord) -> bool:
     """Whether to log it: a port scanner's broken HTTP, answered 400, is not ours."""
@@ -4643,37 +4628,33 @@ def listen(host: str | None, port: int, guard: Guard) -> list[socket.socket]:
                              "set IRONFLOW_API_KEY, or leave out --host to serve "
                              "loopback only (or use --dev where nobody else is)")
         return [bind(host, port)]
-    for _ in range(20):
-        first = bind("127.0.0.1", port)
-        try:
-            return [first, bind("::1", first.getsockname()[1])]
-        except StartError as error:
-            if getattr(error.__cause__, "errno", None) != EADDRINUSE:
-                return [first]  # a machine without IPv6
-            first.close()
-            if port != 0:
-                raise  # the number is taken on ::1
-    raise StartError("no port is free on both 127.0.0.1 and ::1: name one with --port")
+    first = bind("127.0.0.1", port)
+    try:
+        return [first, bind("::1", first.getsockname()[1])]
+    except StartError as error:
+        if getattr(error.__cause__, "errno", None) != EADDRINUSE:
+            return [first]  # a machine without IPv6
+        first.close()
+        if port != 0:
+            raise  # the number is taken on ::1
+        return listen(host, port, guard)
 
 def bind(host: str, port: int) -> socket.socket:
     try:  # SO_REUSEADDR where it is harmless, and IPv6 without IPv4: by create_server
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                   flags=socket.AI_PASSIVE)
-        family, address = found[0][0], found[0][4]
-        sock = socket.create_server(address, family=family, backlog=1024)
-        sock.setblocking(False)
-        return sock
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=1024)
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]
-        raise StartError(f"cannot listen on {host} port {port}: {why}; stop who has it,"
-                         " or choose another with --port (0 takes a free one)"
-                         ) from error
+        raise StartError(
+            f"cannot listen on {host} port {port}: {why}; stop who has it, or choose "
+            "another with --port (0 takes a free one)") from error
 
 # ======================================================================================
 # 13. The command line
 # ======================================================================================
 # `serve` is the server. The other commands are its clients, over HTTP like any other:
-# each is a row in `commands`, its arguments are names in ARGUMENTS, and its handler
+# each is a row in `commands`, its arguments are names in `arguments`, and its handler
 # makes two moves, ask and show. Data goes to stdout, all else to stderr; times are UTC.
 
 HOME = "http://localhost:9123"
@@ -4796,8 +4777,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "--allow-host": arg("a Host name to answer beside the loopback ones", str, []),
         "--cache-mb": arg("SQLite's page cache", size, 16),
         "--retain": arg("delete what is older, such as 30d; else keep all", duration_s),
-        "--secrets-file": arg("a JSON object of texts, or lines NAME=VALUE; mode 600",
-                              Path),
+        "--secrets-file": arg("JSON object or lines NAME=VALUE; mode 600", Path),
         "--max-event-bytes": arg("its name, data and metadata", size, most.event_bytes),
         "--max-step-bytes": arg("its output, or its run's", size, most.step_bytes),
         "--max-body-bytes": arg("of one request", size, most.body_bytes),
@@ -4967,8 +4947,7 @@ def show_run(asked: argparse.Namespace) -> None:
     show(asked, run | {"steps": steps}, [*sheet(run), *([""] if below else []), *below])
 
 def cancel_it(asked: argparse.Namespace) -> None:
-    reason = asked.reason or ""
-    run = ask(asked, "POST", "/api/v1/runs/{id}/cancel", reason=reason)
+    run = ask(asked, "POST", "/api/v1/runs/{id}/cancel", reason=asked.reason or "")
     show(asked, run, sheet(run, "id status"))
 
 def emit(asked: argparse.Namespace) -> int:
@@ -4989,8 +4968,7 @@ def emit(asked: argparse.Namespace) -> int:
         late = left_ms > 0 and any(run["waitTimedOut"] for run in answer["results"])
         time.sleep(0.1 * late)
     runs = [{snake(k): v for k, v in run.items()} for run in answer["results"]]
-    below = table(runs, COLUMNS["results"])
-    show(asked, answer, [tame(answer["eventId"]), *below])
+    show(asked, answer, [tame(answer["eventId"]), *table(runs, COLUMNS["results"])])
     if any(run["wait_timed_out"] for run in runs):
         tell("not all of its runs ended in time")
     return int(any(run["status"] != "completed" for run in runs))
@@ -5003,8 +4981,7 @@ def copy_journal(asked: argparse.Namespace) -> None:
 # What a server says is a stranger's text: `tame` keeps it from steering the terminal.
 
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-COLOURS = {"completed": "32", "failed": "31", "cancelled": "33", "paused": "33",
-           "running": "36"}
+COLOURS = {"completed": 32, "failed": 31, "cancelled": 33, "paused": 33, "running": 36}
 RESULTS = ("output", "output_value", "error", "sleep_until")
 TIMES = "timestamp|.*_(at|heartbeat)"
 
@@ -5048,15 +5025,14 @@ def table(rows: list[Any], columns: str) -> list[str]:
                         text[: width - 1] + "…")
                   for text, width in zip(row, widths, strict=True)).rstrip()
         for row in grid]
-    return [paint(head, "1"), *lines] if rows else []
+    return [paint(head, 1), *lines] if rows else []
 
-def paint(text: str, colour: str = "") -> str:
+def paint(text: str, colour: int = 0) -> str:
     """A status in its colour, on a terminal whose owner wants it (no-color.org)."""
-    colour = colour or COLOURS.get(text.rstrip(), "")
+    colour = colour or COLOURS.get(text.rstrip(), 0)
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if not colour or plain or not sys.stdout.isatty():
-        return text
-    return f"\x1b[{colour}m{text}\x1b[0m"
+    wanted = colour and not plain and sys.stdout.isatty()
+    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
 
 def cell(row: dict[str, Any], name: str) -> str:
     """A member of a row as people read it; JSON where it has no form of its own."""
