@@ -3545,9 +3545,9 @@ class Transaction(Queries):
         """Open waits, the oldest first: id, run and step; no step: to cancel."""
         self.flush()
         return self._db.execute(
-            "SELECT wait_id, run_id, step_id FROM wait WHERE taken IS NULL"
-            " AND event = ? AND test = ? AND value = ? ORDER BY wait_id", (event, test, value)
-            ).fetchall()
+            "SELECT wait_id, run_id, step_id FROM wait WHERE taken IS NULL AND"
+            " event = ? AND test = ? AND value = ? ORDER BY wait_id",
+            (event, test, value)).fetchall()
 
     def take(self, wait_id: int, seq: int) -> None:
         self._db.execute("UPDATE wait SET taken = ? WHERE wait_id = ?", (seq, wait_id))
