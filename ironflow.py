@@ -266,7 +266,7 @@ class Run:
     worker_id: str | None
     acked: int  # 1 once the holder of the lease was heard of
     due_at: Instant | None  # when queued: since; when waiting: until
-    held: int | None  # 1 while in line for a place, see `let_in`; None: needs none
+    held: int | None  # 1 while in line for a place, see `admit`; None: needs none
     lost_leases: int  # that ended in a row without a newly recorded step
     settled_fence: int | None  # the last lease that reported an end ...
     settled_as: str | None  # ... and how: completed, failed, yielded
@@ -1616,7 +1616,7 @@ async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     function, created = await api.journal.write(register_function, new)
     warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which "
                 "the server does not have: its runs wait until --secrets-file has it"
-                for name in api.desk.offers.secrets.of(function)[1]]
+                for name in api.desk.offers.secrets.missing(function)]
     for warning in warnings:
         log.warning("%s", warning)
     return answer(join({
@@ -1794,7 +1794,7 @@ async def functions_to_wire(api: Api, request: web.BaseRequest,
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
     rows = [function_to_rest(each) | {
         "workers": carried[each.function_id], "next_run": next_run.get(each.function_id),
-        "missing_secrets": api.desk.offers.secrets.of(each)[1] or None}
+        "missing_secrets": api.desk.offers.secrets.missing(each) or None}
         for each in functions]
     return [join(as_texts(row)) for row in rows]
 
@@ -2029,7 +2029,8 @@ def start_run(tx: Transaction, function: Function, event: Event, now: float,
     tx.insert_run(run_id, function, event, now, parent, actor_id, places)
     tx.append("run", "created", run_id,
               {"status": "waiting_for_capacity", "attempt": 1}, now)
-    let_in(tx, function.function_id, places.items())
+    if places:
+        admit(tx, run_id, function.function_id)
     for each in asks.get("cancelOn", ()):
         test, value = condition(each["match"], None, event.data)
         if value is not None:  # else no event will ever do
@@ -2038,30 +2039,32 @@ def start_run(tx: Transaction, function: Function, event: Event, now: float,
 
 PLACES = {"lane": "concurrency", "gate": "throttle"}
 
-def let_in(tx: Transaction, function_id: str, places: Iterable[tuple[str, str]]
-           ) -> None:
-    """Give free places to the runs that stand in line for them, oldest first.
+def admit(tx: Transaction, run_id: str, function_id: str) -> set[str]:
+    """Give a run its places, if there is one in each of its bounds; else: what is full.
 
     A bound of a function (concurrency, throttle, actor) has so many places for each
-    value of its key. A run needs all of its places to be ready; it keeps them until it
-    sleeps, waits or ends; that of a throttle for a period after its first start.
+    value of its key. A ready run has all of its places, and keeps them until it sleeps,
+    waits or ends; that of a throttle for a period after its first start.
     """
+    function = tx.find(Function, function_id=function_id)
+    asks = function.asks if function else {}
+    limits = {kind: asks.get(name, {}).get("limit", MAX_INT32)
+              for kind, name in PLACES.items()}
+    limits["actor"] = 1 if "actorKey" in asks else MAX_INT32
+    full = {f"{kind} {value}" for kind, value in tx.lines_of(run_id)
+            if tx.places_taken(function_id, kind, value) >= limits[kind]}
+    if not full:
+        tx.let_in(run_id, function_id)
+    return full
+
+def hand_on(tx: Transaction, function_id: str, places: Iterable[tuple[str, str]]
+            ) -> None:
+    """Places were left: admit who stands in line for them, the longest due first."""
     for kind, value in places:
-        function = tx.find(Function, function_id=function_id)
-        asks = function.asks if function else {}
-        limits = {"actor": 1 if "actorKey" in asks else MAX_INT32, **{
-            each: asks.get(name, {}).get("limit", MAX_INT32)
-            for each, name in PLACES.items()}}
-        full: set[str] = set()  # bounds that keep others in this line waiting
-        while tx.places_taken(function_id, kind, value) < limits[kind]:
-            if (run_id := tx.first_in_line(function_id, kind, value, full)) is None:
-                break
-            lines = tx.lines_of(run_id)
-            other = [f"{each} {key}" for each, key in lines
-                     if tx.places_taken(function_id, each, key) >= limits[each]]
-            full.update(other)
-            if not other:
-                tx.let_in(run_id, function_id)
+        full: set[str] = set()  # what keeps others in this line waiting
+        while f"{kind} {value}" not in full and (
+                run_id := tx.first_in_line(function_id, kind, value, full)):
+            full |= admit(tx, run_id, function_id)
 
 def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
     """Hand on the places of a run that lets go, or stand in line for them again."""
@@ -2070,12 +2073,10 @@ def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
         throttle = function.asks.get("throttle", {}) if function else {}
         tx.pass_gate(new.run_id, now + throttle.get("periodMs", 0) / 1000)
     elif new.status == "waiting_for_capacity" and new.held:
-        if lines := tx.move(new.run_id, "off", "line", now):
-            let_in(tx, new.function_id, lines)
-        else:  # all it needed was to pass a gate, and it did
-            tx.let_in(new.run_id, new.function_id)
+        tx.move(new.run_id, "off", "line", now)
+        admit(tx, new.run_id, new.function_id)
     elif new.status not in ("running", "waiting_for_capacity"):
-        let_in(tx, new.function_id, tx.move(new.run_id, "in", "off", now))
+        hand_on(tx, new.function_id, tx.move(new.run_id, "in", "off", now))
 
 def debounce(tx: Transaction, function: Function, event: Event, now: float) -> None:
     """Put off the function's one run until there is silence; this is its event now."""
@@ -2173,7 +2174,7 @@ def register_function(tx: Transaction, new: NewFunction,
     ticks = [Timer("tick", new.function_id, each.cron, each.event,
                    next_tick(each.cron, now)) for each in new.triggers if each.cron]
     tx.set_ticks(new.function_id, ticks)
-    let_in(tx, new.function_id, tx.line_up(new.function_id))  # bounds may have changed
+    hand_on(tx, new.function_id, tx.line_up(new.function_id))  # bounds may have changed
     say_of_function(tx, "updated" if old else "registered", function, now)
     return function, old is None
 
@@ -2197,7 +2198,7 @@ def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
     function = known(tx, Function, function_id)
     tx.delete_function(function_id)
-    let_in(tx, function_id, tx.line_up(function_id))
+    hand_on(tx, function_id, tx.line_up(function_id))
     say_of_function(tx, "deleted", function, now)
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
@@ -2337,8 +2338,9 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
     room, due, secrets = offers.room(functions), [], dict[str, dict[str, str]]()
     for function_id in functions:
         function = tx.find(Function, function_id=function_id)
-        secrets[function_id], missing = offers.secrets.of(function)
-        if not missing:  # else its runs wait for the file
+        names = function.asks.get("secrets", []) if function else []
+        secrets[function_id] = offers.secrets.of(names)
+        if len(secrets[function_id]) == len(names):  # else its runs wait for the file
             workers = [offer.worker_id for offer in offers.standing(function_id)]
             due.append(tx.due_runs(function_id, workers, room))
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
@@ -2659,7 +2661,7 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     for timer in tx.overdue_timers(now):
         strike(tx, timer, now)
     for function_id, kind, value in tx.free_gates(now):
-        let_in(tx, function_id, [(kind, value)])
+        hand_on(tx, function_id, [(kind, value)])
     return tx.next_instant()
 
 def strike(tx: Transaction, timer: Timer, now: float) -> None:
@@ -3495,12 +3497,13 @@ class Transaction(Queries):
     def line_up(self, function_id: str) -> list[tuple[str, str]]:
         """Send the queued runs of a function back to their lines; those lines."""
         self.flush()
-        some = """run_id IN (SELECT run_id FROM run WHERE function_id = :id
-                    AND status = 'waiting_for_capacity' AND held IS NOT NULL)"""
-        for change in ("place SET state = 'line'", "run SET held = 1"):
-            taken = "AND state = 'in'" if "place" in change else ""
-            self._db.execute(f"UPDATE {change} WHERE {some} {taken}",
-                             {"id": function_id})
+        for sql in ("""UPDATE place SET state = 'line' WHERE state = 'in' AND run_id IN (
+                         SELECT run_id FROM run WHERE function_id = :id
+                            AND status = 'waiting_for_capacity' AND held = 0)""",
+                    """UPDATE run SET held = 1 WHERE run_id IN (
+                         SELECT run_id FROM place WHERE function_id = :id
+                            AND state = 'line')"""):
+            self._db.execute(sql, {"id": function_id})
         return self._db.execute(
             "SELECT DISTINCT kind, value FROM place WHERE function_id = ?"
             " AND state = 'line'", (function_id,)).fetchall()
@@ -4419,14 +4422,16 @@ class Secrets:
         self.readings = 0
         self._read()
 
-    def of(self, function: Function | None) -> tuple[dict[str, str], list[str]]:
-        """Of the secrets it asks for, the values, and the names of those not there."""
-        names = function.asks.get("secrets", []) if function else []
+    def of(self, names: list[str]) -> dict[str, str]:
+        """The values of those that are there."""
         if names:
             self.refresh()
         values = self._values
-        return ({name: values[name] for name in names if name in values},
-                [name for name in names if name not in values])
+        return {name: values[name] for name in names if name in values}
+
+    def missing(self, function: Function) -> list[str]:
+        found = self.of(names := function.asks.get("secrets", []))
+        return [name for name in names if name not in found]
 
     def refresh(self) -> None:
         try:
