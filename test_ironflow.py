@@ -4748,28 +4748,71 @@ def test_a_released_schema_never_changes() -> None:
         : len(RELEASED)]] == RELEASED
 
 
+# What they left behind: a run that sleeps, one that waits for a worker, one at work.
+LEFT_BEHIND = f"""
+INSERT INTO meta VALUES ('environment', 'default'), ('journal_id', 'jrn_old'),
+  ('created_at', '2026-01-01T00:00:00.000Z');
+INSERT INTO function VALUES ('f', '{{"id":"f","name":"f","description":"",
+  "triggers":[{{"event":"e.*"}}],"retry":{{"maxAttempts":3,"initialDelayMs":1000,
+  "backoffFactor":2.0,"maxDelayMs":300000,"onExhausted":"fail"}},"timeoutMs":0,
+  "preferredMode":"EXECUTION_MODE_PULL","recording":false,"recordingProfile":"",
+  "recordingRetention":null,"metadata":{{}}}}', '{ironflow.Retry().to_text()}', 'active', 1,
+  100.0, 100.0);
+INSERT INTO function_trigger VALUES ('e.*', 'f', 1);
+INSERT INTO worker VALUES ('w', '', '["f"]', 10, '{{}}', '{{}}', 1, 100.0);
+INSERT INTO journal (seq, at, kind, name, subject, step, data, event_id, version, source)
+VALUES (1, 100.0, 'event', 'e.1', NULL, NULL, '{{"n":1}}', 'evt_1', 1, 'api'),
+  (2, 100.0, 'run', 'created', 'run_1', NULL, '{{"status":"running"}}', NULL, NULL, NULL),
+  (3, 100.0, 'event', 'e.2', NULL, NULL, '{{"n":2}}', 'evt_2', 1, 'api'),
+  (4, 100.0, 'run', 'created', 'run_2', NULL, '{{"status":"running"}}', NULL, NULL, NULL),
+  (5, 100.0, 'event', 'f', NULL, NULL, '{{"n":3}}', 'evt_3', 1, 'invoke'),
+  (6, 101.0, 'step', 'created', 'run_1', 'run_1:nap:0', '{{"status":"sleeping"}}', NULL,
+   NULL, NULL);
+INSERT INTO run (run_id, function_id, function_version, event_seq, event_id, event_name,
+  retry, created_at, status, fence, lease_token, lease_until, worker_id, acked, due_at,
+  settled_fence, settled_as, started_at, updated_at)
+SELECT 'run_' || n, 'f', 1, 2 * n - 1, 'evt_' || n, name, '{ironflow.Retry().to_text()}', 100.0,
+  status, fence, token, until, worker, fence, due, settled, how, started, 101.0
+FROM (SELECT 1 n, 'e.1' name, 'waiting' status, 1 fence, NULL token, NULL until, 'w' worker,
+             200.0 due, 1 settled, 'yielded' how, 100.5 started
+      UNION ALL SELECT 2, 'e.2', 'waiting_for_capacity', 0, NULL, NULL, NULL, 100.0, NULL,
+             NULL, NULL
+      UNION ALL SELECT 3, 'f', 'running', 1, 'lt_old', 150.0, 'w', NULL, NULL, NULL, 100.5);
+INSERT INTO step (run_id, sequence, step_id, name, type, status, attempt, sleep_until,
+  started_at, created_at, updated_at)
+VALUES ('run_1', 0, 'run_1:nap:0', 'nap', 'sleep', 'sleeping', 1, 200.0, 101.0, 101.0, 101.0);
+"""
+
+
 @pytest.mark.parametrize("version", range(1, len(ironflow.MIGRATIONS)))
 def test_a_file_of_an_older_ironflow_is_brought_up_to_date(
-    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, version: int
 ) -> None:
-    with monkeypatch.context() as old:
-        old.setattr(ironflow, "MIGRATIONS", ironflow.MIGRATIONS[:version])
-        with Alone(tmp_path / "journal.db") as file:
-            event_id = file.emit(100.0).event_id
-            run_id = file.start(100.0)
-            assert file.all("PRAGMA user_version") == [version]
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as db:
+        db.executescript("".join(ironflow.MIGRATIONS[:version]) + LEFT_BEHIND)
+        db.execute(f"PRAGMA application_id = {ironflow.APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {version}")
     with serve(tmp_path) as server:
         assert server.rows("PRAGMA user_version") == [(len(ironflow.MIGRATIONS),)]
+        assert server.rows("PRAGMA integrity_check") == [("ok",)]
+        assert server.rows("PRAGMA foreign_key_check") == []
         found = server.yes("GET", "/api/v1/events")["events"]
-        assert {event["name"] for event in found} == {"old", "f"}
-        assert found[1]["id"] == event_id
-        server.join()
-        assert server.job()["run_id"] == run_id
+        assert [event["name"] for event in found] == ["f", "e.2", "e.1"]
+        held = {"job_id": "job_3_1", "execution_seq": 1, "lease_token": "lt_old"}
+        assert server.tell(held, "completed", output=3)[0] == 200
+        assert server.run("run_3")["output"] == 3
+        server.run_becomes("run_1", "waiting_for_capacity")
+        jobs = {job["run_id"]: job for job in server.poll(available=10)}
+        assert [row["name"] for row in jobs["run_1"]["completed_steps"]] == ["nap"]
+        server.tell(jobs["run_2"], "yielded", **wait(jobs["run_2"], "e.3"))
+        (new,) = server.emit("e.3")["run_ids"]
+        assert {job["run_id"] for job in server.poll(available=10)} == {"run_2", new}
+        assert server.rpc("GetFunction", {"id": "f"})["version"] == 1
         server.yes("POST", "/api/v1/publish", {"topic": "t"})
-        new = server.rows("SELECT name FROM sqlite_master ORDER BY 1")
+        schema = server.rows("SELECT name FROM sqlite_master ORDER BY 1")
     (tmp_path / "new").mkdir()
     with serve(tmp_path / "new") as server:
-        assert server.rows("SELECT name FROM sqlite_master ORDER BY 1") == new
+        assert server.rows("SELECT name FROM sqlite_master ORDER BY 1") == schema
 
 
 # ======================================================================================
@@ -6374,11 +6417,16 @@ def lease_cost(stage: Stage, queued: int, **more: Any) -> int:
     return spent[0]
 
 
-@pytest.mark.parametrize("more", [{}, {"throttle": {"limit": 3, "periodMs": 3_600_000}}],
-                         ids=["alone", "with a throttle"])
-def test_a_long_queue_in_one_lane_costs_the_others_nothing(tmp_path: Path, more: Any) -> None:
+@pytest.mark.parametrize(("more", "many"), [
+    ({}, 10_000),
+    ({"throttle": {"limit": 3, "periodMs": 3_600_000}}, 2_000),
+    ({"actorKey": "k"}, 2_000),
+], ids=["concurrency", "and a throttle", "and an actor"])
+def test_a_long_queue_in_one_lane_costs_the_others_nothing(
+    tmp_path: Path, more: Any, many: int
+) -> None:
     costs = []
-    for queued in 100, 10_000:
+    for queued in 100, many:
         with Stage(tmp_path / f"{queued}.db", NOON) as stage:
             costs.append(lease_cost(stage, queued, **more))
     assert costs[1] < 1.2 * costs[0] + 50
