@@ -17,21 +17,21 @@ The life of one event, and who carries it:
 
     1. `post_events` reads it from the socket and asks the journal to accept it
     2. `Journal.write` puts the wish in a queue; the writer thread takes many at once
-    3. `accept_event` records it, and a run for each function it triggers
+    3. `accept_event` records it, and a run for each function it triggers; `hear` wakes
+       the runs that wait for it
     4. `lease_to_offers` hands those runs to workers that wait, in the same transaction
     5. `JournalFile.commit` puts all of that on disk, once for everybody in the batch
     6. the caller hears yes, and `poll_jobs` answers the worker with its job
     7. the worker does a step and reports; `record_steps` keeps the result for good
-    8. it reports an end or a sleep; `settle` decides what becomes of the run
+    8. it reports an end, or what the run waits for; `settle` decides what becomes of it
     9. whoever dies on the way: `turn_clock` sees the lease end and the run is due again
    10. each of these left a row in `journal`, the one order of all that happened
 
 What holds, always: whatever was acknowledged survives kill -9 and power loss; a step
 recorded as completed never runs again; what happens, happens in one transaction.
 
-What is not here yet: push endpoints, steps that wait for events or call functions,
-cron, filters, limits on concurrency, live subscriptions. Each is refused with a
-sentence, never ignored.
+What is not here yet: push endpoints, live subscriptions, pausing and patching of runs.
+Each is refused with a sentence, never ignored.
 
 The file reads from top to bottom: words and laws (2 to 5), the way in (6), the engine
 (7), the disk (8), the way out (10), the server (12), its command line (13). The missing
