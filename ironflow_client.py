@@ -68,8 +68,9 @@ from collections import Counter, abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from time import monotonic
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, overload
 from urllib.parse import quote, urlencode, urlsplit
@@ -221,6 +222,8 @@ class Event:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Event:
         known = {name: body[name] for name in cls.__slots__ if name in body}
+        if "idempotencyKey" in body:        # as outputs of waits spell it
+            known["idempotency_key"] = body["idempotencyKey"]
         return cls(**{**known, "timestamp": instant(body["timestamp"], "timestamp")})
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +235,17 @@ class RunInfo:
     attempt: int
     max_attempts: int = 0               # 0 and "": the server did not say
     on_exhausted: str = ""
+    actor_id: str | None = None         # the value of the function's actor_key
+
+class Secrets(dict[str, str]):
+    """`ctx.secrets`: name to value. Printed, it shows the names alone."""
+
+    def __missing__(self, name: str) -> str:
+        raise KeyError(f"no secret {name!r} came with the run: declare it, "
+                       f"@function(secrets=[{name!r}])")
+
+    def __repr__(self) -> str:
+        return f"<Secrets {sorted(self)}>"
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -241,21 +255,28 @@ class Job:
     run: RunInfo
     event: Event
     completed: dict[str, Any]           # step id to output: what a replay looks up
+    failed: dict[str, Any]              # step id to error, of children without output
     execution_seq: int                  # with lease_token the fence that reports carry
     lease_token: str
     sequence_base: int                  # the place of the run's next new step
     received_at: datetime
+    secrets: Secrets
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Job:
         """Raises KeyError, TypeError, ValueError, AttributeError for what is no job."""
         run = RunInfo(body["run_id"], body["function_id"], body["attempt"],
-                      body.get("max_attempts", 0), body.get("on_exhausted", ""))
-        completed = {row["step_id"]: row["output"] for row in body["completed_steps"]
-                     if row.get("status", "completed") == "completed"}
-        return cls(body["job_id"], run, Event.from_json(body["event"]), completed,
+                      body.get("max_attempts", 0), body.get("on_exhausted", ""),
+                      body.get("actor_id"))
+        rows = [(row.get("status", "completed"), row) for row in body["completed_steps"]]
+        completed = {row["step_id"]: row["output"] for status, row in rows
+                     if status == "completed"}
+        failed = {row["step_id"]: row.get("error") for status, row in rows
+                  if status == "failed"}
+        secrets = Secrets((body.get("context") or {}).get("secrets") or {})
+        return cls(body["job_id"], run, Event.from_json(body["event"]), completed, failed,
                    body["execution_seq"], body["lease_token"],
-                   body.get("step_sequence_base", 0), received_at=now())
+                   body.get("step_sequence_base", 0), now(), secrets)
 
 class Row(dict[str, Any]):
     """One answer of the server: a dict as it came; its members are attributes too.
@@ -363,18 +384,28 @@ class StepTimeoutError(IronflowError):
         message = f"step {name!r} timed out after {seconds:g}s"
         super().__init__(message, 0, "STEP_TIMEOUT", True)
 
-class InvokeError(IronflowError):
-    """An invoked function gave no output; `code` says why.
+class InvokeError(NonRetryableError):
+    """An invoked function gave no output; `code` says why. Uncaught, it is not retried.
 
-    INVOKE_FAILED, INVOKE_CANCELLED, or INVOKE_TIMEOUT: the run goes on.
+    INVOKE_FAILED, INVOKE_CANCELLED, INVOKE_NOT_FOUND, or INVOKE_TIMEOUT: it goes on.
     """
 
     def __init__(self, function_id: str, run_id: str, status: str, cause: str) -> None:
-        how = {"failed": "failed", "cancelled": "was cancelled"}.get(status)
-        message = f"function {function_id!r} {how or 'did not end in time'} ({run_id})"
+        ends = {"failed": "failed", "cancelled": "was cancelled",
+                "not_found": "is not there, or not active"}
+        message = f"function {function_id!r} {ends.get(status, 'did not end in time')}"
+        message = f"{message} ({run_id})" if run_id else message
         super().__init__(f"{message}: {cause}" if cause else message,
-                         code=f"INVOKE_{status.upper() if how else 'TIMEOUT'}")
-        self.function_id, self.run_id, self.cause = function_id, run_id, cause
+                         f"INVOKE_{status.upper() if status in ends else 'TIMEOUT'}")
+        self.function_id, self.cause = function_id, cause
+        self.run_id = self.child_run_id = run_id
+
+    @classmethod
+    def of(cls, function_id: str, error: Any) -> InvokeError:
+        """From the error of a step; what does not say its status has failed."""
+        told = error if isinstance(error, dict) else {"cause": str(error or "")}
+        return cls(told.get("function_id") or function_id, told.get("child_run_id") or "",
+                   told.get("status") or "failed", told.get("cause") or "")
 
 class WorkerAuthError(IronflowError):
     """The server refuses the worker's key (401, 403); a worker that hears it stops."""
@@ -396,8 +427,8 @@ def decisive(error: BaseException) -> BaseException:
     """Of a group, as TaskGroup raises it, the member that decides: one for good."""
     if not isinstance(error, BaseExceptionGroup):
         return error
-    leaves = [decisive(member) for member in error.exceptions]
-    return next((leaf for leaf in leaves if not is_retryable(leaf)), leaves[0])
+    return min((decisive(member) for member in error.exceptions),
+               key=lambda leaf: (is_retryable(leaf), isinstance(leaf, _Unwind)))
 
 def failure(error: BaseException) -> dict[str, Any]:
     """The `error` member of a failed report."""
@@ -1010,9 +1041,11 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
 # for the first registration, on another machine, at night.
 
 Handler = Callable[[Any], Any]
-RETRY_FIELDS = {"max_attempts": "maxAttempts", "initial_delay": "initialDelayMs",
-                "backoff_factor": "backoffFactor", "max_delay": "maxDelayMs",
-                "on_exhausted": "onExhausted"}
+FIELDS = {                              # of options that are dicts; "!": must be there
+    "triggers": "event expression cron", "cancel_on": "event! match",
+    "retry": "max_attempts initial_delay backoff_factor max_delay on_exhausted",
+    "concurrency": "limit! key", "throttle": "limit! period! key",
+    "debounce": "period! key max_wait"}
 
 class Function:
     """A handler and its registration. Call it with a context to test the handler."""
@@ -1020,11 +1053,9 @@ class Function:
     def __init__(self, handler: Handler, registration: dict[str, Any],
                  mode: str | None, step_timeout: float | None) -> None:
         functools.update_wrapper(self, handler)
-        self.handler = handler
+        self.handler, self.mode, self.step_timeout = handler, mode, step_timeout
         self.id: str = registration["id"]
         self.registration = registration    # the body of RegisterFunction without mode
-        self.mode = mode
-        self.step_timeout = step_timeout
         self.is_async = (inspect.iscoroutinefunction(handler)
                          or inspect.iscoroutinefunction(type(handler).__call__))
 
@@ -1039,34 +1070,52 @@ def function(
     retry: Mapping[str, Any] | None = None, timeout: Duration | None = None,
     step_timeout: Duration | None = None, recording: bool | None = None,
     name: str | None = None, description: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None, secrets: Sequence[str] | None = None,
+    concurrency: Mapping[str, Any] | None = None, actor_key: str | None = None,
+    throttle: Mapping[str, Any] | None = None,
+    debounce: Mapping[str, Any] | None = None,
+    cancel_on: Sequence[Mapping[str, str]] | None = None,
 ) -> Callable[[Handler], Function]:
     """Make a handler, an `async def` or `def` of one argument, a durable function.
 
     - `triggers`: what starts it, `[{"event": "order.placed"}]`; also patterns such as
-      `order.*` and `order.>`. Without any it runs only when it is invoked.
+      `order.*` and `order.>`; `expression` narrows them (CEL); `[{"cron": "0 8 * * *"}]`
+      is every day at 8 UTC. Without any it runs only when it is invoked.
     - `retry`: any of max_attempts (the first included), initial_delay, backoff_factor,
       max_delay, on_exhausted ("fail" or "pause"). Else 3, 1 s, 2, 5 min, "fail".
     - `timeout`: of one call of a push endpoint; pull runs have none.
-    - `step_timeout`: for each step.run that gives none itself.
+    - `step_timeout`: for each undo, and each step.run that gives none itself.
+    - `concurrency`, {limit, key}: so many runs at once (of each value at the path `key`
+      in the event's data). `actor_key`, a path: one at once, on the same worker.
+    - `throttle`, {limit, period, key}: so many starts in a period; the others wait.
+    - `debounce`, {period, key, max_wait}: one run, for the last event before a silence.
+    - `cancel_on`, [{event, match}]: such an event, with the same value at the path
+      `match` as the run's own event, cancels the run.
+    - `secrets`: names of values that the server keeps, for `ctx.secrets`.
     - `mode`: "pull" or "push"; when unset, a Worker registers pull.
 
-    Delays and timeouts are durations. Raises ValueError that names function and field.
-    What the server does not support it refuses itself, at registration.
+    Delays, periods and timeouts are durations. Raises ValueError that names function
+    and field. What the server does not support it refuses itself, at registration.
     """
     at = f"@function(id={id!r})"
     check(isinstance(id, str) and re.fullmatch(r"[^*>\s\x00-\x1f\x7f]+", id)
           and "" not in id.split("."),
           f"{at}: id must be text without blanks, '*', '>' or empty dot segments")
     check(mode in (None, "pull", "push"), f"{at}: mode must be 'pull' or 'push'")
+    check(actor_key is None or isinstance(actor_key, str), f"{at}: actor_key must be text")
+    check(not isinstance(secrets, str) and all(isinstance(one, str) and one for one in
+          secrets or ()), f"{at}: secrets must be a list of names")
     fields = {
         "id": id, "name": name or id, "description": description,
-        "triggers": [_trigger(trigger, at) for trigger in triggers],
-        "retry": None if retry is None else _retry(retry, at),
         "timeoutMs": None if timeout is None else _ms(timeout, f"{at}: timeout"),
         "metadata": None if metadata is None else dict(metadata),
-        "recording": recording,
+        "actorKey": actor_key, "secrets": secrets, "recording": recording,
+        "triggers": [_wire("triggers", one, at) for one in triggers],
+        "cancelOn": cancel_on and [_wire("cancel_on", one, at) for one in cancel_on],
     }
+    for option, value in (("retry", retry), ("concurrency", concurrency),
+                          ("throttle", throttle), ("debounce", debounce)):
+        fields[option] = None if value is None else _wire(option, value, at)
     given = {key: value for key, value in fields.items() if value is not None}
     registration = json_copy(given, at)
     limit = None
@@ -1082,29 +1131,32 @@ def function(
 
     return decorate
 
-def _trigger(trigger: Mapping[str, str], at: str) -> dict[str, str]:
-    known = ("event", "expression", "cron")
-    check(isinstance(trigger, Mapping) and ("event" in trigger or "cron" in trigger)
-          and all(key in known and isinstance(value, str) and value
-                  for key, value in trigger.items()),
-          f"{at}: triggers must be like [{{'event': 'order.placed'}}], not {trigger!r}")
-    return dict(trigger)
-
-def _retry(retry: Mapping[str, Any], at: str) -> dict[str, Any]:
+def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """An option's fields, checked, as the server spells them."""
     wire: dict[str, Any] = {}
-    for field, value in retry.items():
-        where = f"{at}: retry[{field!r}]"
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        check(field in RETRY_FIELDS, f"{where} is none of {', '.join(RETRY_FIELDS)}")
-        if field in ("initial_delay", "max_delay"):
-            value = _ms(value, where)
-        elif field == "on_exhausted":
+    known = FIELDS[option].replace("!", "").split()
+    needed = {one[:-1] for one in FIELDS[option].split() if one[-1] == "!"}
+    check(isinstance(given, Mapping) and needed <= given.keys()
+          and (option != "triggers" or given.keys() & {"event", "cron"}),
+          f"{at}: {option} must have {' and '.join(sorted(needed)) or 'event or cron'}, "
+          f"not be {given!r}")
+    for name, value in given.items():
+        where = f"{at}: {option}[{name!r}]"
+        check(name in known, f"{where} is none of {', '.join(known)}")
+        spelled = re.sub("_(.)", lambda found: found[1].upper(), name)
+        if name in ("initial_delay", "max_delay", "period", "max_wait"):
+            spelled, value = f"{spelled}Ms", _ms(value, where)
+            check(name != "period" or value >= 1000, f"{where} must be 1 s or more")
+        elif name == "on_exhausted":
             check(value in ("fail", "pause"), f"{where} must be 'fail' or 'pause'")
-        else:
+        elif name in ("max_attempts", "backoff_factor", "limit"):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
             check(number and 1 <= value < math.inf, f"{where} must be a number from 1")
-            check(field == "backoff_factor" or value == int(value),
+            check(name == "backoff_factor" or value == int(value),
                   f"{where} must be a whole number")
-        wire[RETRY_FIELDS[field]] = value
+        else:
+            check(isinstance(value, str) and value, f"{where} must be text")
+        wire[spelled] = value
     return wire
 
 def _ms(value: Duration, field: str) -> int:
@@ -1122,6 +1174,7 @@ def _ms(value: Duration, field: str) -> int:
 # asyncio.gather the ids follow the order in the text, whatever the loop does.
 
 _STEP: ContextVar[str | None] = ContextVar("ironflow_step", default=None)
+Branch = Callable[["Step"], Any]
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -1131,18 +1184,24 @@ class Context:
     run: RunInfo
     step: Step
     logger: logging.LoggerAdapter[logging.Logger]
+    secrets: Mapping[str, str]
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Step:
-    """The durable steps of one execution: `ctx.step`.
+    """The durable steps of one execution, `ctx.step`, or of one branch of it.
 
-    In an async handler every call must be awaited; in a plain one it blocks and returns
-    the value. Names are free text and may repeat: the uses of each name are counted.
+    In an async handler every call but `compensate` must be awaited; in a plain one it
+    blocks and returns the value. Names are free text and may repeat: the uses of each
+    name are counted.
     """
 
     _execution: Execution
     _host: Host
-    _scope: str
+    _scope: str                         # what the ids of its steps begin with
+    _parent: Step | None = None
+    _blocks: list[dict[str, Any]] = field(default_factory=list)     # what it waits for
+    _undos: list[Any] = field(default_factory=list)     # also lists: those of branches
+    _stopped: bool = False              # another branch failed: begin nothing more
 
     def run(self, name: str, fn: Callable[[], Any], *,
             timeout: Duration | None = None) -> Any:
@@ -1163,14 +1222,13 @@ class Step:
         limit = self._host.step_timeout
         if timeout is not None:
             limit = seconds(timeout, f"step {name!r}: timeout")
-        step_id = self._execution.new_step_id(self._scope, name)
-        return self._host.play(self._run(step_id, name, fn, limit))
+        return self._play(name, lambda step_id: self._call(step_id, name, fn, limit))
 
     def sleep(self, name: str, duration: Duration) -> Any:
         """Suspend the run; while it sleeps it costs neither a worker nor the server.
 
         The handler ends here, and is replayed when the time is over. Steps under way at
-        that moment (asyncio.gather) end first, and are kept.
+        that moment, in other branches, end first, and are kept.
         """
         length = timedelta(seconds=seconds(duration, f"step {name!r}: duration"))
         return self.sleep_until(name, now() + length)
@@ -1181,52 +1239,223 @@ class Step:
         A time in the past is no error, for a retry may come late: the run goes on.
         """
         until = rfc3339(instant(when, f"step {name!r}: when"))
+        return self._leave(name, "sleep", until=until)
+
+    def wait_for_event(self, name: str, *, event: str, match: str | None = None,
+                       match_value: Any = None, payload: Any = None,
+                       timeout: Duration = "7d") -> Any:
+        """Suspend the run until there is such an event; returns the Event.
+
+        `match` is a path: the event that comes must have there what the run's own event
+        has, or `match_value`. Or it is a condition: `status == "paid"`, or CEL. An
+        answer that came before the wait began is found. `payload` is for whoever shows
+        the wait. Over its timeout the server fails the run: the handler never hears.
+        """
+        what = f"step {name!r}"
+        check(isinstance(event, str) and event, f"{what}: event must be a name")
+        wanted = {"event": event, "match": match, "match_value": match_value,
+                  "payload": payload, "timeout": _span(timeout, what) + "ms"}
+        return self._leave(name, "wait_for_event", Event.from_json, event_filter={
+            key: value for key, value in wanted.items() if value is not None})
+
+    def invoke(self, function_id: str | Function, input: Any = None, *,
+               timeout: Duration = 30) -> Any:
+        """Run another function as a child; returns its output.
+
+        Raises InvokeError when the child failed, was cancelled, does not exist, or did
+        not end within `timeout`; then it goes on. Uncaught that fails the run for good.
+        """
+        name = function_id if isinstance(function_id, str) else function_id.id
+        limit = int(_span(timeout, f"invoke {name!r}"))
+        return self._leave(name, "invoke_function", function_id=name, input=input,
+                           invoke_timeout_ms=limit)
+
+    def invoke_async(self, function_id: str | Function, input: Any = None) -> Any:
+        """Start another function; returns its `run_id` when that is on disk."""
+        name = function_id if isinstance(function_id, str) else function_id.id
+        return self._leave(name, "invoke_function_async", Row, function_id=name,
+                           input=input)
+
+    def publish(self, topic: str, data: Any = None, *,
+                idempotency_key: str | None = None) -> Any:
+        """Record a message for the topic's subscribers, once, as a step.
+
+        The result has `event_id` and `sequence`. A repeat, after a crash, sends the
+        same key: `idempotency_key`, or one made of the step's id.
+        """
+        check(isinstance(topic, str) and topic, f"a topic must be text, not {topic!r}")
+        body, name = json_copy(data, f"topic {topic!r}"), f"publish:{topic}"
+
+        def publish(step_id: str) -> Any:
+            key = idempotency_key or f"step-{sha256(step_id.encode()).hexdigest()}"
+
+            def send() -> dict[str, Any]:
+                row = self._execution.publish(topic, body, idempotency_key=key)
+                return {"eventId": row["event_id"], "sequence": row["sequence"]}
+
+            return self._call(step_id, name, send, self._host.step_timeout)
+
+        return self._play(name, publish, lambda output: Row(snake(output)))
+
+    def compensate(self, step_name: str, fn: Callable[[], Any]) -> None:
+        """Register the undo of a step, to be called if the run fails for good.
+
+        For good is: not retryable, or the last attempt when `on_exhausted` is "fail".
+        Undos are called newest first (of branches: the last one's first), each as a
+        step, recorded, with the function's step_timeout. One that raises is recorded as
+        failed and told in the run's error; the others go on. A run that is cancelled,
+        or that the server fails (a wait's timeout), undoes nothing.
+        """
+        check(isinstance(step_name, str) and step_name and callable(fn),
+              f"compensate takes a step's name and a function, not {step_name!r}, {fn!r}")
+        self._undos.append((step_name, fn))
+
+    def parallel(self, name: str, branches: Sequence[Branch], *,
+                 concurrency: int | None = None, on_error: str = "fail_fast") -> Any:
+        """Call each branch with steps of its own, at the same time; list of results.
+
+        At most `concurrency` branches are under way, one that sleeps or waits included.
+        In a plain handler each has a thread, and 64 are the most. The run lets go when
+        each branch has ended or waits; it comes back when any may go on.
+
+        With "fail_fast" a branch that raises keeps the others from beginning steps.
+        When those in flight have ended (and are kept), its error is raised; of several,
+        that of the first branch in the list. With "collect" all branches go on to their
+        end, and in the list errors stand in the places of results.
+
+        The steps of two groups of one name are counted together, so of groups under way
+        at the same time each needs its own name.
+        """
+        check(on_error in ("fail_fast", "collect"),
+              f"group {name!r}: on_error must be 'fail_fast' or 'collect'")
+        stem = self._execution.stem(self._scope, name)
+        steps = [Step(self._execution, self._host, f"{stem}:{i}", self)
+                 for i in range(len(branches))]
+        self._undos += [step._undos for step in steps]
+        return self._host.play(self._branches(stem, branches, steps, concurrency or 0,
+                                              on_error == "fail_fast"))
+
+    def map(self, name: str, items: Iterable[Any], fn: Callable[[Any, Step, int], Any],
+            *, concurrency: int | None = None, on_error: str = "fail_fast") -> Any:
+        """`fn(item, step, index)` for each item, as the branches of `parallel`."""
+        def branch(index: int, item: Any) -> Branch:
+            return lambda step: fn(item, step, index)
+
+        branches = [branch(index, item) for index, item in enumerate(items)]
+        return self.parallel(name, branches, concurrency=concurrency, on_error=on_error)
+
+    # -- how a step goes ---------------------------------------------------------------
+
+    def _play(self, name: str, work: Callable[[str], Any],
+              read: Callable[[Any], Any] = lambda output: output) -> Any:
+        """What the journal has for the next step of this name, or else its work."""
+        async def play() -> Any:
+            with self._execution.step(self, step_id, name) as known:
+                return read(known[0] if known else await work(step_id))
+
         step_id = self._execution.new_step_id(self._scope, name)
-        return self._host.play(self._sleep(step_id, name, until))
+        return self._host.play(play())
 
-    async def _run(self, step_id: str, name: str, fn: Callable[[], Any],
-                   timeout: float | None) -> Any:
+    def _leave(self, name: str, kind: str, read: Callable[[Any], Any] = lambda it: it,
+               **what: Any) -> Any:
+        """Let go of the run until the server knows the output of this step."""
+        async def leave(step_id: str) -> None:
+            self._blocks.append({"type": kind, "step_id": step_id, "step_name": name,
+                                 **json_copy(what, f"step {name!r}")})
+            raise _Unwind
+
+        return self._play(name, leave, read)
+
+    async def _branches(self, stem: str, branches: Sequence[Branch], steps: list[Step],
+                        limit: int, fail_fast: bool) -> list[Any]:
+        execution, rest = self._execution, iter(range(len(steps)))
+        results: list[Any] = [None] * len(steps)
+        failed: dict[int, BaseException] = {}
+        unwound: list[int] = []
+
+        async def play_some() -> None:
+            """One branch after the other. One that waits keeps its place at a limit."""
+            for i in rest:
+                step = steps[i]
+                # What an earlier attempt completed must register its undo again.
+                if step._stopped and not execution.knows(step._scope):
+                    continue
+                try:
+                    results[i] = await called(branches[i], step)
+                except (Exception, BaseExceptionGroup, _Unwind) as error:
+                    if step._blocks or isinstance(decisive(error), _Unwind):
+                        unwound.append(i)
+                    else:
+                        results[i] = failed[i] = error
+                        for one in steps:
+                            one._stopped = fail_fast
+                if step._blocks and limit > 0:
+                    break
+
+        with execution.group(stem):
+            most = min(len(steps), self._host.most, limit if limit > 0 else len(steps))
+            await self._host.together([play_some() for _ in range(most)])
+        if failed and fail_fast:
+            raise failed[min(failed)]
+        self._blocks += [block for step in steps for block in step._blocks]
+        if unwound or self._blocks:
+            raise _Unwind
+        return results
+
+    def _may_begin(self) -> bool:
+        """Not while this waits for the server, or when a branch beside it failed."""
+        above = self._parent is None or self._parent._may_begin()
+        return above and not (self._stopped or self._blocks)
+
+    async def _call(self, step_id: str, name: str, fn: Callable[[], Any],
+                    timeout: float | None, **undo: str) -> Any:
+        """Call the step's function; returns its output once that is recorded."""
         execution = self._execution
-        with execution.step(name):
-            if step_id in execution.job.completed:
-                return execution.job.completed[step_id]
-            fn = execution.stand_ins.get(step_id, execution.stand_ins.get(name, fn))
-            begun = now()
-            try:
-                value = await self._host.call(name, fn, timeout)
-                output = json_copy(value, f"step {name!r}: its output")
-            except (Exception, SystemExit) as raised:
-                error = decisive(raised)
-                message, retryable = message_of(error), is_retryable(error)
-                execution.keep(step_row(step_id, name, begun, "failed", error={
-                    "message": message, "retryable": retryable}))
-                if isinstance(raised, (NotJSON, StepTimeoutError)):
-                    raise
-                after = error.retry_after if isinstance(error, IronflowError) else None
-                raise StepError(message, step_id=step_id, retryable=retryable,
-                                retry_after=after) from raised
-            row = step_row(step_id, name, begun, "completed", output=output)
-            await execution.record(row, self._host)
-            return output
+        fn = execution.stand_ins.get(step_id, execution.stand_ins.get(name, fn))
+        row = {"id": step_id, "name": name, "type": "compensate" if undo else "invoke"}
+        begun = now()
+        _STEP.set(name)
+        try:
+            value = await self._host.call(name, fn, timeout)
+            output = None if undo else json_copy(value, f"step {name!r}: its output")
+        except (Exception, SystemExit) as raised:
+            error = decisive(raised)
+            message, retryable = message_of(error), is_retryable(error)
+            execution.keep(ended(begun, **row, **undo, status="failed", error={
+                "message": message, "retryable": retryable}))
+            if isinstance(raised, (NotJSON, StepTimeoutError)):
+                raise
+            after = error.retry_after if isinstance(error, IronflowError) else None
+            raise StepError(message, step_id=step_id, retryable=retryable,
+                            retry_after=after) from raised
+        finally:
+            _STEP.set(None)
+        await execution.record(
+            ended(begun, **row, **undo, status="completed", output=output), self._host)
+        return output
 
-    async def _sleep(self, step_id: str, name: str, until: str) -> None:
-        with self._execution.step(name):
-            if step_id not in self._execution.job.completed:
-                pause = {"type": "sleep", "step_id": step_id, "step_name": name,
-                         "until": until}
-                self._execution.fate = {"status": "yielded", "yield": pause}
-                raise _Unwind
+def _span(value: Duration, field: str) -> str:
+    milliseconds = _ms(value, f"{field}: timeout")
+    check(milliseconds > 0, f"{field}: timeout must be more than 0")
+    return str(milliseconds)
 
-def step_row(step_id: str, name: str, begun: datetime, status: str, **more: Any) -> str:
+def ended(begun: datetime, **row: Any) -> str:
     """The row of a step that has just ended, as JSON text.
 
     As text at once: a handler may change what a step returned, not what is reported.
     """
-    ended = now()
-    took_ms = max(0, round((ended - begun).total_seconds() * 1000))
-    return encode({"id": step_id, "name": name, "type": "invoke", "status": status,
-                   **more, "started_at": rfc3339(begun), "ended_at": rfc3339(ended),
+    at = now()
+    took_ms = max(0, round((at - begun).total_seconds() * 1000))
+    return encode({**row, "started_at": rfc3339(begun), "ended_at": rfc3339(at),
                    "duration_ms": took_ms})
+
+async def called(fn: Callable[[Any], Any], argument: Any) -> Any:
+    """What a handler or a branch returns. It may not end the process, or the loop."""
+    try:
+        value = fn(argument)
+        return await value if inspect.isawaitable(value) else value
+    except SystemExit as error:
+        raise RuntimeError(f"sys.exit({error}) was called") from error
 
 @dataclass(frozen=True)
 class Host:
@@ -1235,6 +1464,7 @@ class Host:
     loop: asyncio.AbstractEventLoop
     threads: asyncio.Semaphore          # bounds how many steps have one at a time
     step_timeout: float | None
+    most: int = 2**31                   # branches at a time
 
     @staticmethod
     def play(steps: abc.Coroutine[Any, Any, T]) -> Any:
@@ -1252,6 +1482,9 @@ class Host:
 
     async def wait(self, future: Future[T]) -> T:
         return await asyncio.wrap_future(future)
+
+    async def together(self, works: Iterable[abc.Coroutine[Any, Any, None]]) -> None:
+        await asyncio.gather(*works)
 
 class PlainHost(Host):
     """For plain handlers: blocks their thread, so that no coroutine here suspends."""
@@ -1271,6 +1504,11 @@ class PlainHost(Host):
 
     async def wait(self, future: Future[T]) -> T:
         return future.result()
+
+    async def together(self, works: Iterable[abc.Coroutine[Any, Any, None]]) -> None:
+        threads = [in_thread(functools.partial(played, one), "branch") for one in works]
+        work = super().together(threads)
+        asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
 async def within(timeout: float | None, name: str, work: Any) -> Any:
     """Await the work of a step. A TimeoutError of its own is not taken for ours."""
@@ -1332,8 +1570,9 @@ class Execution:
 
     def __init__(self, job: Job, send: Callable[[Execution, str], Future[Reply]],
                  flush_later: Callable[[Execution], None] | None = None,
-                 stand_ins: Mapping[str, Callable[[], Any]] | None = None) -> None:
-        self.job, self.stand_ins = job, stand_ins or {}
+                 stand_ins: Mapping[str, Callable[[], Any]] | None = None,
+                 publish: Any = None) -> None:
+        self.job, self.stand_ins, self.publish = job, stand_ins or {}, publish
         self.name = f"run {job.run.id} attempt {job.run.attempt}"
         self.lost = False
         self.fate: dict[str, Any] | None = None
@@ -1343,61 +1582,96 @@ class Execution:
         self._send, self._flush_later = send, flush_later
         self._lock = threading.Lock()
         self._uses: Counter[str] = Counter()
+        self._groups: set[str] = set()      # of branches, under way
         self._in_air: list[Future[Reply]] = []
         self._open = 0                      # steps in flight
         self._quiet: Future[None] | None = None         # set once the handler has ended
+        self._undoing = f"{job.run.id}:compensate::0"   # see _undo
+        self.failure: dict[str, Any] | None = job.completed.get(self._undoing)
 
     # -- what steps ask ----------------------------------------------------------------
 
-    def new_step_id(self, scope: str, name: str) -> str:
-        """The id of the next use of `name`, byte for byte as in all SDKs (6)."""
+    def stem(self, scope: str, name: str) -> str:
+        """A step's id but for its number, byte for byte as in all SDKs (6)."""
         check(isinstance(name, str) and name and "\0" not in name,
               f"a step's name must be text, and not empty, not {name!r}")
         json_copy(name, f"the name of step {name!r}")
         head, colon, rest = name.partition(":")
         if colon and head in ("compensate", "publish"):     # this colon stays as it is
             scope, name = f"{scope}:{head}", rest
-        stem = f"{scope}:" + name.replace("\\", "\\\\").replace(":", "\\:")
+        return f"{scope}:" + name.replace("\\", "\\\\").replace(":", "\\:")
+
+    def new_step_id(self, scope: str, name: str) -> str:
+        """The id of the next use of `name`."""
+        stem = self.stem(scope, name)
         with self._lock:
             self._uses[stem] += 1
             return f"{stem}:{self._uses[stem] - 1}"
 
+    def knows(self, scope: str) -> bool:
+        return any(step_id.startswith(f"{scope}:") for step_id in self.job.completed)
+
     @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Surrounds a step. Raises NonRetryableError for one inside another's `fn`."""
+    def step(self, step: Step, step_id: str, name: str) -> Iterator[list[Any]]:
+        """Surrounds a step; gives its output, in a list, if the journal has it.
+
+        Raises NonRetryableError for one inside another's `fn`, InvokeError for a child
+        that gave no output, and for a new step of a run that is undone its failure.
+        """
         if (outer := _STEP.get()) is not None:
             raise NonRetryableError(
                 f"step {name!r} is called inside the function of step {outer!r}, and a "
                 "replay would skip both; call it from the handler", "NESTED_STEP")
+        known = [self.job.completed[step_id]] if step_id in self.job.completed else []
         with self._lock:
-            if self.lost or self.fate or self._quiet:
+            if self.lost or self.fate or self._quiet or not (known or step._may_begin()):
                 raise _Unwind
             self._open += 1
-        _STEP.set(name)
         try:
-            yield
+            if step_id in self.job.failed:
+                raise InvokeError.of(name, self.job.failed[step_id])
+            if self.failure and not known:
+                raise StepError(self.failure["message"], step_id=step_id,
+                                retryable=False)
+            yield known
         finally:
-            _STEP.set(None)
             with self._lock:
                 self._open -= 1
                 last = self._quiet if self._open == 0 else None
             if last is not None:
                 last.set_result(None)
 
+    @contextlib.contextmanager
+    def group(self, stem: str) -> Iterator[None]:
+        """Surrounds the branches of a group. Two of one name would share their ids."""
+        if stem in self._groups:
+            raise NonRetryableError(f"the group {stem!r} is under way already; groups "
+                                    "at the same time need different names", "TWO_GROUPS")
+        self._groups.add(stem)
+        try:
+            yield
+        finally:
+            self._groups.remove(stem)
+
     def keep(self, row: str) -> None:
         """Keep a row for the next update; that of a failed step can wait for it."""
         with self._lock:
             self.rows.append(row)
 
-    async def record(self, row: str, host: Host) -> None:
+    async def record(self, row: str, host: Host, now: bool = False) -> None:
         """Hand in a completed step; with checkpoint_interval=0, wait for the yes."""
         self.keep(row)
-        if self._flush_later is not None:
+        if self._flush_later is not None and not now:
             self._flush_later(self)
         else:
-            await host.wait(self.flush())
+            sent = self.flush()
+            while self.rows:
+                sent = self.flush()
+            await host.wait(sent)
         if self.lost or self.fate:
             raise _Unwind
+
+    # -- the handler's life ------------------------------------------------------------
 
     async def play(self, functions: Mapping[str, Function],
                    threads: asyncio.Semaphore) -> None:
@@ -1405,34 +1679,79 @@ class Execution:
         function_id, loop = self.job.run.function_id, asyncio.get_running_loop()
         function = functions.get(function_id) or Function(
             no_such_function, {"id": function_id}, None, None)
-        kind = Host if function.is_async else PlainHost
-        host = kind(loop, threads, function.step_timeout)
-        ctx = Context(self.job.event, self.job.run, Step(self, host, self.job.run.id),
-                      RunLogger(log, {"run": self.name}))
-
-        async def call() -> Any:
-            RUN_ID.set(self.job.run.id)
-            try:
-                return await (function(ctx) if function.is_async
-                              else in_thread(lambda: function(ctx), self.name))
-            except SystemExit as error:     # would end the loop
-                raise RuntimeError(f"the handler called sys.exit({error})") from error
-
-        running = asyncio.create_task(call())
+        host = (Host(loop, threads, function.step_timeout) if function.is_async else
+                PlainHost(loop, threads, function.step_timeout, most=THREADS))
+        step = Step(self, host, self.job.run.id)
+        life = self._live(function, step)
+        if not function.is_async:
+            life = in_thread(functools.partial(played, life), self.name)
+        running = asyncio.create_task(life)
         if function.is_async:
             self.cancel = lambda: from_thread(loop, running.cancel)
+        end: dict[str, Any] = {}            # of no account: it is lost, or has a fate
         try:
-            output = json_copy(await running, f"the output of {function.id!r}")
-            end: dict[str, Any] = {"status": "completed", "output": output}
-        except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as why:
+            end = await running
+        except (asyncio.CancelledError, _Unwind):
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise                       # not the handler alone: this job is
-            if not self.lost and not self.fate:
+        await self.settle(end)
+
+    async def _live(self, function: Function, step: Step) -> dict[str, Any]:
+        """Call the handler, and if that fails for good, the undos; returns the report.
+
+        Raises _Unwind when there is nothing left to report.
+        """
+        run, output, error = self.job.run, None, self.failure
+        RUN_ID.set(run.id)
+        ctx = Context(self.job.event, run, step, RunLogger(log, {"run": self.name}),
+                      self.job.secrets)
+        try:
+            output = json_copy(await called(function, ctx),
+                               f"the output of {function.id!r}")
+        except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as why:
+            task = asyncio.current_task() if function.is_async else None
+            if task is not None and task.cancelling():
+                raise
+            if not (self.lost or self.fate or step._blocks or error):
                 cause = why.__cause__ if isinstance(why, StepError) else why
                 log.warning("%s failed: %s", self.name, why, exc_info=cause)
-            end = {"status": "failed", "error": failure(why)}
-        await self.settle(end)
+                error = failure(why)
+        if self.lost or self.fate:
+            raise _Unwind
+        if step._blocks:
+            first, *more = step._blocks
+            return {"status": "yielded", "yield": first} | ({"yields": more} if more else {})
+        if error is None:
+            return {"status": "completed", "output": output}
+        last = run.on_exhausted == "fail" and 0 < run.max_attempts <= run.attempt
+        if last or not error["retryable"]:
+            error = await self._undo(step, error)
+        return {"status": "failed", "error": error}
+
+    async def _undo(self, step: Step, error: dict[str, Any]) -> dict[str, Any]:
+        """Call the undos, newest first. Returns the error, with what was not undone.
+
+        First it is recorded that the run fails, and how. After a crash in the middle a
+        replay finds that, so that no step is tried again whose undo may have run.
+        """
+        await step._host.wait(self.hush())
+        undos = list(newest_first(step._undos))
+        if undos and self.failure is None:
+            await self.record(ended(
+                now(), id=self._undoing, name="compensate:", type="compensate",
+                status="completed", compensation_for="", output=error), step._host, True)
+        for name, fn in undos:
+            what = f"compensate:{name}"
+            step_id = self.new_step_id(self.job.run.id, what)
+            if step_id not in self.job.completed:
+                try:
+                    await step._call(step_id, what, fn, step._host.step_timeout,
+                                     compensation_for=name)
+                except IronflowError as trouble:
+                    text = f"{error['message']}; {name!r} is not undone: {trouble}"
+                    error = {**error, "message": sound_text(text)}
+        return error
 
     # -- what the server is told -------------------------------------------------------
 
@@ -1452,12 +1771,7 @@ class Execution:
         `fields` is how the handler ended. What the server refuses to keep (413: an
         output over the limit) fails the run with the server's words; see `judge`.
         """
-        quiet: Future[None] = Future()
-        with self._lock:                    # from here on no more steps begin
-            self._quiet = quiet
-            if not self._open:
-                quiet.set_result(None)
-        await asyncio.wrap_future(quiet)
+        await asyncio.wrap_future(self.hush())
         while len(self.rows) > portion(self.rows) and not self.lost:
             await asyncio.wrap_future(self.flush())
         for progress in self._in_air:       # after the report it would be refused
@@ -1467,6 +1781,16 @@ class Execution:
                 report = self._with_rows(self.fate or fields)
                 if (await asyncio.wrap_future(self._send(self, report))).ok:
                     return
+
+    def hush(self) -> Future[None]:
+        """Let no more steps begin; the future is there when the last one has ended."""
+        with self._lock:
+            if self._quiet is None:
+                self._quiet = Future()
+                self._quiet.set_running_or_notify_cancel()  # nobody else may set it
+                if not self._open:
+                    self._quiet.set_result(None)
+            return self._quiet
 
     def judge(self, reply: Reply) -> None:
         """Hear the answer to an update; the link calls this before its sender hears it.
@@ -1499,6 +1823,13 @@ class Execution:
         return encode({"job_id": self.job.job_id, "run_id": self.job.run.id,
                        "execution_seq": self.job.execution_seq,
                        "lease_token": self.job.lease_token, **fields})
+
+def newest_first(undos: list[Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for one in reversed(undos):
+        if isinstance(one, list):
+            yield from newest_first(one)
+        else:
+            yield one
 
 def no_such_function(ctx: Context) -> None:
     raise NonRetryableError(f"this worker has no function {ctx.run.function_id!r}",
@@ -1855,7 +2186,7 @@ class Worker:
         check(isinstance(max_concurrent_jobs, int) and max_concurrent_jobs >= 1,
               "max_concurrent_jobs must be an integer from 1")
         self.worker_id = worker_id or new_name("worker-")
-        self._address = Address.of(server_url, api_key)
+        self._client = Client(server_url, api_key)      # of ctx.step.publish
         self._heartbeat_s = seconds(heartbeat_interval, "heartbeat_interval")
         check(self._heartbeat_s, "heartbeat_interval must be more than 0")
         self._checkpoint_s = seconds(checkpoint_interval, "checkpoint_interval")
@@ -1920,7 +2251,7 @@ class Worker:
         self._step_threads = asyncio.Semaphore(THREADS)
         self._jobs: set[asyncio.Task[None]] = set()
         self._link = Link(
-            self._address, self._registration, list(self._functions.values()),
+            self._client._address, self._registration, list(self._functions.values()),
             self._begin, lambda error: from_thread(self._loop, self._fail, error),
             self._heartbeat_s, self._checkpoint_s)
         threads = self._link.open()
@@ -2004,7 +2335,7 @@ class Worker:
         may bring a lease that is over: then the ack is sent, and its yes awaited.
         """
         later = self._link.flush_later if self._checkpoint_s else None
-        execution = Execution(job, self._link.send, later)
+        execution = Execution(job, self._link.send, later, publish=self._client.publish)
         self._link.hold(execution)
         ack = execution.ack() if late else None
         from_thread(self._loop, self._spawn, execution, ack)
@@ -2031,70 +2362,143 @@ class Worker:
 # An execution as a worker has it; but its updates end in a dict, and its answer is yes.
 
 def run_inline(function: Function, event: Any = None, *,
-               steps: Mapping[str, Any] | None = None, attempts: int = 1) -> Run:
+               steps: Mapping[str, Any] | None = None,
+               events: Mapping[str, Any] | None = None,
+               functions: Sequence[Function] = (),
+               secrets: Mapping[str, str] | None = None, attempts: int = 1) -> Run:
     """Run a function here and now, without a server; for unit tests and lessons.
 
     - `event`: an Event; its name; a mapping with `name` and `data`; anything else is
       data, as if the function was invoked with it.
     - `steps`: results of steps, by name or id, or functions to be called instead of
-      theirs, which may raise.
+      theirs, which may raise. So too for children, by their function's id: a function
+      gets the child's input.
+    - `events`: what waits get, by the wait's name or the event's: an event, or data, or
+      a list of these, in order. A wait that gets none fails the run, as its timeout.
+    - `functions`: children that are really run, inline, with the same arguments.
+    - `secrets`: `ctx.secrets`.
     - `attempts`: how often the handler may fail; nobody waits between two attempts.
 
     Returns status (completed or failed), output, error, attempt, and in `steps` the
-    recorded StepRows. Sleeps are recorded and skipped, and the handler replayed, as a
-    server would. The run's id is "run_inline". Blocks, and may be called anywhere, also
-    where an event loop runs: the handler gets a loop in a thread.
+    recorded StepRows. Sleeps are recorded and skipped, messages recorded and not sent,
+    and the handler replayed, as a server would. The run's id is "run_inline". Blocks,
+    and may be called anywhere, also where an event loop runs: the handler gets a loop
+    in a thread.
     """
-    kept: dict[str, StepRow] = {}
-    end: dict[str, Any] = {}
-    stand_ins = {key: one if callable(one) else (lambda one=one: one)
-                 for key, one in (steps or {}).items()}
+    def play() -> Run:
+        return asyncio.run(inline.play(
+            {"name": event, "data": None} if isinstance(event, str) else event))
 
-    def send(execution: Execution, text: str) -> Future[Reply]:
-        nonlocal end
-        end = json.loads(text)
-        if nap := end.get("yield"):
-            end["steps"].append({"id": nap["step_id"], "name": nap["step_name"],
-                                 "type": "sleep", "status": "completed",
-                                 "sleep_until": nap["until"]})
-        for row in end["steps"]:
-            step_id = row["id"]
-            kept[step_id] = StepRow(
-                row, step_id=step_id, step_type=row.pop("type"), run_id="run_inline",
-                sequence=kept.get(step_id, {"sequence": len(kept)})["sequence"],
-                attempt=execution.job.run.attempt)
+    inline = Inline(function, steps or {}, events or {}, functions, secrets or {}, attempts)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(play).result()
+
+class Inline:
+    """What a server is to `run_inline`."""
+
+    def __init__(self, function: Function, steps: Mapping[str, Any],
+                 events: Mapping[str, Any], functions: Sequence[Function],
+                 secrets: Mapping[str, str], attempts: int) -> None:
+        self.function, self.attempts, self.secrets = function, attempts, Secrets(secrets)
+        self.for_child: dict[str, Any] = {"steps": steps, "events": events, "functions": functions,
+                          "secrets": secrets, "attempts": attempts}
+        self.children = {child.id: child for child in functions}
+        self.stand_ins = {key: one if callable(one) else (lambda *_, one=one: one)
+                          for key, one in steps.items()}
+        self.mail = {name: list(one) if isinstance(one, list) else [one]
+                     for name, one in events.items()}
+        self.kept: dict[str, StepRow] = {}
+        self.end: dict[str, Any] = {}
+
+    async def play(self, given: Any) -> Run:
+        event = inline_event(given, self.function.id)
+        threads, attempt = asyncio.Semaphore(THREADS), 1
+        while True:
+            run = RunInfo("run_inline", self.function.id, attempt, self.attempts, "fail")
+            done = {status: {key: row for key, row in self.kept.items()
+                             if row.status == status} for status in ("completed", "failed")}
+            job = Job("job_inline", run, Event.from_json(event),
+                      {key: row.output for key, row in done["completed"].items()},
+                      {key: row.error for key, row in done["failed"].items()
+                       if row.step_type == "invoke_function"},
+                      1, "", len(self.kept), now(), self.secrets)
+            execution = Execution(job, self.send, None, self.stand_ins, self.publish)
+            await execution.play({self.function.id: self.function}, threads)
+            end, error = self.end, self.end.get("error")
+            if end["status"] == "yielded":
+                for block in (end["yield"], *end.get("yields", ())):
+                    row = await self.answer(block)
+                    self.keep(row, attempt)
+                    if row["status"] == "timed_out":
+                        error = {"message": row["error"]["message"], "code": "WAIT_TIMEOUT"}
+                        end = {"status": "failed"}
+            elif error and error.pop("retryable") and attempt < self.attempts:
+                attempt += 1
+                continue
+            if end["status"] != "yielded":
+                return Run(id=run.id, function_id=run.function_id, status=end["status"],
+                           attempt=attempt, output=end.get("output"), error=error,
+                           steps=list(self.kept.values()))
+
+    def send(self, execution: Execution, text: str) -> Future[Reply]:
+        self.end = json.loads(text)
+        for row in self.end["steps"]:
+            self.keep(row, execution.job.run.attempt)
         answer: Future[Reply] = Future()
         answer.set_result(Reply(200))
         return answer
 
-    async def play() -> Run:
-        threads, attempt = asyncio.Semaphore(THREADS), 1
-        while True:
-            known = {key: row.output for key, row in kept.items()
-                     if row.status == "completed"}
-            run = RunInfo("run_inline", function.id, attempt, attempts)
-            job = Job("job_inline", run, started_by, known, 1, "", len(kept), now())
-            execution = Execution(job, send, stand_ins=stand_ins)
-            await execution.play({function.id: function}, threads)
-            error = end.get("error")
-            if error and error.pop("retryable") and attempt < attempts:
-                attempt += 1
-            elif end["status"] != "yielded":
-                return Run(id=run.id, function_id=function.id, status=end["status"],
-                           attempt=attempt, output=end.get("output"), error=error,
-                           steps=list(kept.values()))
+    def keep(self, row: dict[str, Any], attempt: int) -> None:
+        step_id = row["id"]
+        sequence = self.kept.get(step_id, {"sequence": len(self.kept)})["sequence"]
+        self.kept[step_id] = StepRow(
+            row, step_id=step_id, step_type=row["type"], run_id="run_inline",
+            sequence=sequence, attempt=attempt)
 
-    started_by = inline_event(event, function)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, play()).result()
+    def publish(self, topic: str, data: Any, idempotency_key: str) -> Row:
+        return Row(event_id="evt_inline", sequence=len(self.kept))
 
-def inline_event(event: Any, function: Function) -> Event:
+    async def answer(self, block: dict[str, Any]) -> dict[str, Any]:
+        """The row that a server would have, sooner or later, for such a yield."""
+        kind, name = block["type"].removesuffix("_async"), block["step_name"]
+        row = {"id": block["step_id"], "name": name, "type": kind, "status": "completed"}
+        if kind == "sleep":
+            return row | {"sleep_until": block["until"]}
+        if kind == "wait_for_event":
+            wanted = block["event_filter"]["event"]
+            if queue := self.mail.get(name) or self.mail.get(wanted):
+                return row | {"output": inline_event(queue.pop(0), wanted)}
+            missing = f"step {name!r}: run_inline was given no event {wanted!r}"
+            return row | {"status": "timed_out", "error": {"message": missing}}
+        child, status, cause, output = block["function_id"], "completed", "", None
+        try:
+            if stand_in := self.stand_ins.get(row["id"]) or self.stand_ins.get(child):
+                output = json_copy(await called(stand_in, block["input"]), name)
+            elif child in self.children:
+                event = {"name": child, "data": block["input"]}
+                run = await in_thread(lambda: run_inline(
+                    self.children[child], event, **self.for_child), child)
+                status, output = run.status, run.output
+                cause = (run.error or {}).get("message", "")
+            else:
+                status = "not_found"
+        except Exception as error:
+            status, cause = "failed", message_of(error)
+        if kind != block["type"]:           # nobody waits for what becomes of it
+            return row | {"output": {"run_id": "run_inline"}}
+        if status == "completed":
+            return row | {"output": output}
+        return row | {"status": "failed", "error": {
+            "function_id": child, "child_run_id": "run_inline", "cause": cause,
+            "status": status}}
+
+def inline_event(event: Any, name: str) -> dict[str, Any]:
+    """An event, or data, as the event of that name that a server would keep."""
+    body = {"name": name, "data": event}
     if isinstance(event, Event):
-        return event
-    body = {"name": function.id, "data": event}
-    if isinstance(event, str):
-        body = {"name": event, "data": None}
+        body = {key: one for key, one in asdict(event).items() if one is not None}
+        body["timestamp"] = rfc3339(event.timestamp)
     elif isinstance(event, Mapping) and event.keys() >= body.keys():
         body = dict(event)
     about = {"id": "evt_inline", "timestamp": rfc3339(now())}
-    return Event.from_json(json_copy(about | body, "the event"))
+    return dict(json_copy(about | body, "the event"))
