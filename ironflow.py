@@ -67,7 +67,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -78,6 +78,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
+from weakref import WeakValueDictionary
 
 NO_AIOHTTP = (
     "ironflow.py needs aiohttp, which this Python does not have: "
@@ -130,6 +131,7 @@ class Limits:
 EVENTS_PER_REQUEST = 1_000
 STEPS_PER_REPORT = 500  # no SDK sends more
 UPDATES_PER_REQUEST = 500
+YIELDS = ("sleep", "wait_for_event", "invoke_function", "invoke_function_async")
 MAX_NESTING = 200
 MAX_KEY_BYTES = 255  # of an idempotency key, as in the SDKs
 MAX_ERROR_TEXT = 64 * KIB  # of an error message that a run keeps
@@ -164,7 +166,7 @@ class NewEvent:
     version: int = 1
     metadata: Json | None = None
     idempotency_key: str | None = None
-    source: str = "api"  # or invoke
+    source: str = "api"  # or invoke, cron
     subject: str | None = None  # the run inside which it was emitted
     kind: str = "event"  # or topic
 
@@ -212,7 +214,15 @@ class NewFunction:
     function_id: str
     config: Json
     retry: Json
-    events: list[str]  # names and patterns of its triggers
+    triggers: list[Trigger]
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """What starts a function: an event's name or pattern, perhaps a CEL test of it,
+    perhaps a cron expression whose ticks emit it."""
+    event: str
+    expression: str = ""
+    cron: str = ""
 
 @dataclass(frozen=True, slots=True)
 class Function:
@@ -224,6 +234,15 @@ class Function:
     version: int
     created_at: Instant
     updated_at: Instant
+
+    @property
+    def asks(self) -> dict[str, Any]:
+        """Its registration: what it asks of its runs, as the wire has it."""
+        return registration(self.config)
+
+@lru_cache(maxsize=512)
+def registration(config: Json) -> dict[str, Any]:
+    return dict(json.loads(config))
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -241,6 +260,11 @@ class Run:
     event_id: str
     event_name: str
     retry: Json
+    parent_run_id: str | None  # of an invoked run
+    parent_step_id: str | None
+    lane: str | None  # the value of its function's concurrency key,
+    gate: str | None  # throttle key,
+    actor_id: str | None  # and actor key; None: no such bound
     created_at: Instant
     status: RunStatus
     attempt: int  # from 1; grows when a try fails, not on a replay
@@ -250,9 +274,12 @@ class Run:
     worker_id: str | None
     acked: int  # 1 once the holder of the lease was heard of
     due_at: Instant | None  # when queued: since; when waiting: until
+    held: int  # 1 while queued, but one of its bounds has no room yet
     lost_leases: int  # that ended in a row without a newly recorded step
     settled_fence: int | None  # the last lease that reported an end ...
     settled_as: str | None  # ... and how: completed, failed, yielded
+    woken_fence: int | None  # the lease during or before which a wait last ended ...
+    woken_seq: int | None  # ... and where in the journal that was
     output: Json | None
     error: Json | None
     started_at: Instant | None
@@ -262,6 +289,13 @@ class Run:
     @property
     def policy(self) -> Retry:
         return Retry.from_text(self.retry)
+
+    @property
+    def bounds(self) -> dict[str, str]:
+        """By column, what it shares a bound with others by; a gate is passed once."""
+        found = {"lane": self.lane, "actor_id": self.actor_id,
+                 "gate": self.gate if self.started_at is None else None}
+        return {column: value for column, value in found.items() if value is not None}
 
     @property
     def job_id(self) -> str:
@@ -280,7 +314,7 @@ class ReportedStep:
     """A step as a worker reports it: run to its end, one way or the other."""
     step_id: str  # the SDK's: opaque, compared and returned verbatim
     name: str
-    type: str  # invoke, compensate, sleep
+    type: str  # invoke, compensate, sleep, wait_for_event, invoke_function
     status: StepStatus
     output: Json | None
     error: Json | None
@@ -298,14 +332,46 @@ class Step(ReportedStep):
     created_at: Instant
     updated_at: Instant
     sleep_until: Instant | None = None
+    wait_event_name: str | None = None
+    wait_timeout: Instant | None = None  # of a wait, and of an invoke
+    child_run_id: str | None = None
+    input: Json | None = None  # what a wait has to show to people
+
+    @property
+    def deadline(self) -> float:
+        """When it ends by itself, while it is pending."""
+        return self.sleep_until or self.wait_timeout or 0.0
 
 @dataclass(frozen=True, slots=True)
 class Yield:
     """Why a worker let go of a run before its end."""
-    kind: str
+    kind: str  # sleep, wait_for_event, invoke_function, invoke_function_async
     step_id: str
     name: str
-    until: float | None = None  # of a sleep
+    until: float = 0.0  # of a sleep
+    timeout_s: float = 0.0  # of a wait or an invoke
+    target: str = ""  # the event's name or pattern; the function's id
+    match: str = ""  # "": any event
+    match_value: Json | None = None
+    input: Json | None = None  # of a function; a wait's payload
+    seen: int = 0  # up to this `seq` there was no answer to the wait
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """Something that a function has to come at an instant.
+
+    A `tick`: `key` is the cron expression, `event` what it emits. A `debounce`: `key`
+    is the value, `seq` the event that starts a run when there was silence. A `gate`:
+    the throttle's next start of those with the value `key`.
+    """
+
+    kind: Literal["tick", "debounce", "gate"]
+    function_id: str
+    key: str
+    event: str
+    due_at: Instant
+    seq: int | None = None
+    first_at: Instant | None = None  # of a debounce
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -317,7 +383,7 @@ class Report:
     step_offset: int | None = None
     output: Json = "null"
     error: dict[str, Any] = field(default_factory=dict)
-    yielded: Yield | None = None
+    yields: list[Yield] = field(default_factory=list)
 
 @dataclass(frozen=True, slots=True)
 class Worker:
@@ -336,8 +402,9 @@ class Job:
     """A leased run with all that a worker needs to carry it on."""
     run: Run
     event: Event
-    completed: list[Step]
+    steps: list[Step]  # those that a replay finds done
     next_sequence: int
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
 @dataclass(frozen=True, slots=True)
 class Topic:
@@ -579,7 +646,7 @@ class IronflowError(Exception):
     status = 500
     code = "internal"
     error: str | None = None
-    retry_after_s: int | None = None
+    headers: dict[str, str] = {}
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -595,7 +662,7 @@ class FailedPrecondition(IronflowError):
 
 class Unauthenticated(IronflowError):
     """No key, or not the right one. Workers stop for good when they hear this."""
-    status, code = 401, "unauthenticated"
+    status, code, headers = 401, "unauthenticated", {"WWW-Authenticate": "Bearer"}
 
 class Forbidden(IronflowError):
     """A host or an origin that this server does not answer."""
@@ -632,14 +699,14 @@ class Unimplemented(IronflowError):
 
 class Unavailable(IronflowError):
     """The journal cannot be written right now; whether this was kept is unknown."""
-    status, code, retry_after_s = 503, "unavailable", 1
+    status, code, headers = 503, "unavailable", {"Retry-After": "1"}
 
 class Overloaded(Unavailable):
     """Too much is in flight; nothing of this request was kept."""
 
 class DiskFull(IronflowError):
     """No room on the disk. Writing resumes by itself when there is."""
-    status, code, retry_after_s = 507, "resource_exhausted", 5
+    status, code, headers = 507, "resource_exhausted", {"Retry-After": "5"}
 
 class StartError(Exception):
     """The server cannot start; the message is the one sentence to show."""
@@ -811,22 +878,162 @@ def ended_in_failure(run: Run, error: Json, now: float) -> Run:
     return replace(unleased(run), status="failed", error=error, due_at=None,
                    ended_at=now)
 
-def asleep(run: Run, until: float, now: float) -> Run:
-    """Let go until an instant; a holder that yields what is past is due at once."""
-    run = settled(run, "yielded")
-    if until <= now:
-        return queued(run, now)
+def waiting(run: Run, until: float) -> Run:
+    """Let go, until something that it waits for ends, or an instant at the latest."""
     return replace(run, status="waiting", due_at=until)
 
 def queued(run: Run, now: float) -> Run:
-    """Due: the next worker that asks gets it, those queued before it first."""
-    return replace(run, status="waiting_for_capacity", due_at=now)
+    """Due: the next worker that asks gets it, those queued before it first.
+
+    One that has bounds stands in line first, if it does not have its place already.
+    """
+    held = int(bool(run.bounds) and run.status != "running")
+    return replace(run, status="waiting_for_capacity", due_at=now, held=held)
 
 def cancelled(run: Run, reason: str, now: float) -> Run:
     """Over, from any live status; the fence moves, so that its holder hears of it."""
     message = "the run was cancelled" + (f": {reason}" if reason else "")
     return replace(unleased(run), status="cancelled", fence=run.fence + 1, due_at=None,
                    error=failure("CANCELLED", message), ended_at=now)
+
+# --- What an event must show ----------------------------------------------------------
+# Tests are paths (orderId, data.orderId, event.data.orderId and $.data.orderId are one
+# place), or CEL, for which the extra `cel` is needed. Values are compared as text, so
+# that 7, 7.0 and "7" are the same, whichever language wrote them.
+
+PATH = re.compile(r"[^\s=!<>&|()\[\]'\"+*?,]+")
+EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|[\w.-]+)")
+
+def value_at(path: str | None, data: Json) -> str | None:
+    """The value at a path into an event's data, as text; None if there is none."""
+    if not path:
+        return None
+    value = parsed(data)
+    for key in re.sub(r"^(\$\.)?(event\.)?(data\.)?", "", path).split("."):
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return as_text(value)
+
+@lru_cache(maxsize=8)
+def parsed(data: Json) -> Any:
+    return json.loads(data)
+
+def as_text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+@lru_cache(maxsize=1024)
+def compiled(expression: str) -> Any:
+    """A CEL program. Raises InvalidInput: where it is wrong, or which extra to add."""
+    try:
+        import cel
+        return cel.compile(expression)
+    except ModuleNotFoundError:
+        raise InvalidInput(
+            f"{expression[:80]!r} is CEL, which needs the extra `cel`: run `pip install "
+            "common-expression-language`, then start the server again") from None
+    except ValueError as error:
+        raise InvalidInput(f"{expression[:80]!r} is no CEL: {error}") from None
+
+def holds(expression: str, event: NewEvent) -> bool:
+    """Whether an event passes; one without what the expression looks at does not."""
+    data, metadata = parsed(event.data), json.loads(event.metadata or "{}")
+    about = {"name": event.name, "version": event.version, "data": data,
+             "metadata": metadata, "source": event.source}
+    try:
+        return compiled(expression).execute(about | {"event": about}) is True
+    except InvalidInput as error:  # the extra was there when this was registered
+        log.warning("%s", error)
+    except BaseException as error:  # a panic of the library is not an Exception
+        log.debug("%s: %r", expression, error)
+    return False
+
+def observed(test: str, event: NewEvent) -> str | None:
+    """What an event shows to a test."""
+    if not test or PATH.fullmatch(test):
+        return value_at(test, event.data) if test else ""
+    return "true" if holds(test, event) else None
+
+def condition(match: str, given: Json | None, trigger: Json) -> tuple[str, str | None]:
+    """A test, and what an event must show to it; None: what none can show.
+
+    A bare path asks for the value that the run's own trigger has there (JS, Go), `path
+    == "literal"` and a path with `given` for that one (Python). Raises InvalidInput.
+    """
+    if not match or given is not None:
+        return match, as_text(json.loads(given)) if match and given else ""
+    if found := EQUALS.fullmatch(match):
+        literal = found[2]
+        return found[1], (literal[1:-1] if literal[0] in "'\"" else literal)
+    if PATH.fullmatch(match):
+        return match, value_at(match, trigger)
+    compiled(match)
+    return match, "true"
+
+# --- Cron -----------------------------------------------------------------------------
+
+CRON = (("second", 0, 59, ""), ("minute", 0, 59, ""), ("hour", 0, 23, ""),
+        ("day of month", 1, 31, ""),
+        ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+        ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
+
+@lru_cache(maxsize=512)
+def cron_fields(expression: str) -> list[list[int]]:
+    """The values of each of the six fields, in order. Raises InvalidInput."""
+    texts = expression.lower().split()
+    where = f"cron {expression[:80]!r}"
+    if len(texts) not in (5, 6):
+        raise InvalidInput(f"{where} has {len(texts)} fields: send 5, or 6 with seconds"
+                           " first, such as */5 * * * *")
+    found = []
+    for (what, low, high, names), text in zip(CRON, ["0", *texts][-6:], strict=True):
+        try:
+            ranges = [cron_range(part, low, high, names.split())
+                      for part in text.split(",")]
+        except ValueError:
+            raise InvalidInput(f"{where}: {text[:40]!r} is no {what}: send {low} to "
+                               f"{high}, *, a-b, a,b or */n") from None
+        found.append(sorted({value for each in ranges for value in each}))
+    found[5] = sorted({day % 7 for day in found[5]})  # Sunday is 0 and 7
+    return found
+
+def cron_range(part: str, low: int, high: int, names: list[str]) -> range:
+    """The values of *, 5, 1-5, */2, 1-5/2 or 5/2 (from 5 on). Raises ValueError."""
+    numbers = re.sub("[a-z]+", lambda word: str(names.index(word[0]) + low), part)
+    if not (found := re.fullmatch(r"(\*|([0-9]+)(-[0-9]+)?)(/[0-9]+)?", numbers)):
+        raise ValueError
+    _, first, last, step = found.groups()
+    begin = int(first or low)
+    end = int(last[1:]) if last else high if step or not first else begin
+    if not low <= begin <= end <= high:
+        raise ValueError
+    return range(begin, end + 1, int(step[1:]) if step else 1)
+
+def next_tick(expression: str, after: float) -> float:
+    """The first instant after `after`, in Unix seconds, that a cron expression names.
+
+    UTC; 5 fields, or 6 with seconds first; with both day fields restricted, either will
+    do, as everywhere since Vixie's cron. Raises InvalidInput, also for what never is.
+    """
+    seconds, minutes, hours, days, months, weekdays = cron_fields(expression)
+    either = not any(text.startswith("*") for text in (
+        expression.split()[-3], expression.split()[-1]))
+    begin = datetime.fromtimestamp(math.floor(after) + 1, UTC)
+    day, earliest = begin.date(), (begin.hour, begin.minute, begin.second)
+    for _ in range(366 * 9):  # 29 February may be eight years away
+        on_day, on_weekday = day.day in days, day.isoweekday() % 7 in weekdays
+        fits = on_day or on_weekday if either else on_day and on_weekday
+        if day.month in months and fits:
+            for hour in (h for h in hours if h >= earliest[0]):
+                for minute in (m for m in minutes if (hour, m) >= earliest[:2]):
+                    for second in seconds:
+                        if (hour, minute, second) >= earliest:
+                            return datetime(day.year, day.month, day.day, hour, minute,
+                                            second, tzinfo=UTC).timestamp()
+        day, earliest = day + timedelta(days=1), (0, 0, 0)
+    raise InvalidInput(f"cron {expression[:80]!r} names a day that never comes")
 
 # ======================================================================================
 # 6. The way in
@@ -852,9 +1059,7 @@ CORS_HEADERS = {
     " X-Ironflow-Run-ID, If-Match, If-None-Match, Connect-Protocol-Version,"
     " Connect-Timeout-Ms",
     "Access-Control-Expose-Headers": "ETag, Ironflow-Poll-Wait",
-    "Access-Control-Max-Age": "7200",
-    "Vary": "Origin",
-}
+    "Access-Control-Max-Age": "7200", "Vary": "Origin"}
 BINARY = re.compile("application/(connect[+])?proto")
 GO = re.compile("Go-http-client/|connect-go/")
 # What a request's path has for {names}; its bytes that `Api.in_flight` counts.
@@ -928,10 +1133,9 @@ class Guard:
         if not is_loopback(name) and name not in self.allow_hosts:
             raise Forbidden(f"host {name[:80]!r} is not served: use localhost, or "
                             "start the server with --allow-host NAME")
-        origin = headers.get("Origin")
-        if origin is None or origin in self.cors_origins:
-            return
-        if not is_loopback(host_name(origin.partition("://")[2])):
+        origin = headers.get("Origin", "http://localhost")
+        site = host_name(origin.partition("://")[2])
+        if not is_loopback(site) and origin not in self.cors_origins:
             raise Forbidden(f"origin {origin[:80]!r} may not call this server: start "
                             "it with --cors-origin ORIGIN")
 
@@ -964,30 +1168,25 @@ class Doors:
     """The table of doors: which handler a method and a path lead to."""
 
     def __init__(self, doors: dict[str, Handler]) -> None:
-        self._plain: dict[str, dict[str, Handler]] = {}  # by path, then by method
-        for door, handler in doors.items():
-            method, path = door.split(" ")
-            self._plain.setdefault(path, {})[method] = handler
-        self._named = {  # paths with {names}
-            re.compile(path.replace("{", "(?P<").replace("}", ">[^/]*)")): methods
-            for path, methods in self._plain.items() if "{" in path}
+        self._doors = doors
+        self._named = {
+            re.compile(door.replace("{", "(?P<").replace("}", ">[^/]*)")): handler
+            for door, handler in doors.items() if "{" in door}
 
     def find(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
         """The handler, and what stands in the path for its `{names}`.
 
         Raises NotFound, Unimplemented (Connect), MethodNotAllowed.
         """
-        given: dict[str, str] = {}
-        methods = {} if "{" in path else self._plain.get(path, {})
-        for named, its_methods in () if methods else self._named.items():
-            if found := named.fullmatch(path):
-                given = {name: unquote(s) for name, s in found.groupdict().items()}
-                methods = its_methods
-                break
-        handler = methods.get("GET" if method == "HEAD" else method)
-        if handler is not None:
-            return handler, given
-        if methods and not given:
+        door = f"{'GET' if method == 'HEAD' else method} {path}"
+        if door in self._doors and "{" not in path:
+            return self._doors[door], {}
+        for named, handler in self._named.items():
+            if found := named.fullmatch(door):
+                given = found.groupdict().items()
+                return handler, {name: unquote(text) for name, text in given}
+        methods = [door.split()[0] for door in self._doors if door.endswith(f" {path}")]
+        if methods:
             raise MethodNotAllowed(
                 f"{path[:120]} takes {', '.join(methods)}, not {method}")
         if path.startswith(CONNECT):
@@ -1009,23 +1208,18 @@ class Api:
 
     async def gate(self, request: web.BaseRequest) -> web.StreamResponse:
         """Who may ask, what errors look like, CORS: the same for every door."""
-        response: web.StreamResponse
-        method, path, headers = request.method, request.raw_path, request.headers
-        path = path.partition("?")[0]
-        if path[:1] != "/":  # the absolute form, from behind a proxy
-            path = urlsplit(path).path
+        response: web.StreamResponse = web.Response(status=204)
+        method, headers = request.method, request.headers
+        path = request.rel_url.raw_path  # also of the absolute form, behind a proxy
         try:
             self.guard.check(method, path, headers)
-            if method == "OPTIONS":
-                response = web.Response(status=204)
-            else:
+            if method != "OPTIONS":
                 self._check_environment(headers)
                 if BINARY.match(headers.get("Content-Type", "")):
                     raise Unimplemented(
                         "binary protobuf is not supported by this server yet: send "
                         "JSON, for example events to POST /api/v1/events")
-                handler, given = self.doors.find(method, path)
-                request[GIVEN] = given
+                handler, request[GIVEN] = self.doors.find(method, path)
                 response = await handler(self, request)
         except IronflowError as error:
             response = error_response(path, error)
@@ -1065,33 +1259,27 @@ class Api:
 
     async def read_body(self, request: web.BaseRequest) -> bytes:
         """The body, within the limits. Raises TooLarge, Overloaded."""
-        headers = request.headers
-        announced = request.content_length or 0
-        self._check_size(announced)
-        if headers.get("Expect", "").lower() == "100-continue":  # curl, over 1 MiB
+        self._check_size(announced := request.content_length or 0)
+        if request.headers.get("Expect", "").lower() == "100-continue":  # curl, 1 MiB
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
         if request.content.is_eof() and announced:  # arrived with its head, as most do
-            body = request.content.read_nowait()
-            self._hold(request, len(body))
-            return body
-        parts, size = [], 0
-        async for part in request.content.iter_any():
-            size += len(part)
-            self._check_size(size)
-            self._hold(request, len(part))
-            parts.append(part)
+            return self._hold(request, request.content.read_nowait())
+        parts = [self._hold(request, part) async for part in request.content.iter_any()]
         return b"".join(parts)
 
     def _check_size(self, size: int) -> None:
         if size > (limit := self.limits.body_bytes):
             raise TooLarge("the request's body", size, limit, "--max-body-bytes")
 
-    def _hold(self, request: web.BaseRequest, size: int) -> None:
-        if self.in_flight + size > BODIES_IN_FLIGHT:
+    def _hold(self, request: web.BaseRequest, part: bytes) -> bytes:
+        """A part of its body, counted."""
+        self._check_size(held := request.get(HELD, 0) + len(part))
+        if self.in_flight + len(part) > BODIES_IN_FLIGHT:
             raise Overloaded("too many large requests at once: try again in a moment")
-        self.in_flight += size
-        request[HELD] = request.get(HELD, 0) + size
+        self.in_flight += len(part)
+        request[HELD] = held
+        return part
 
     def let_go(self, request: web.BaseRequest) -> None:
         """Its body is not in memory any more."""
@@ -1105,13 +1293,9 @@ def error_response(path: str, error: IronflowError) -> web.Response:
     body = error_body(error)
     if path.startswith(CONNECT):
         del body["error"]
-    headers = dict(JSON_HEADERS)
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
     text = _to_text.encode(body).encode(errors="replace")  # it may quote any header
-    return web.Response(body=text, status=error.status, headers=headers)
+    return web.Response(body=text, status=error.status,
+                        headers=JSON_HEADERS | error.headers)
 
 def error_body(error: IronflowError) -> dict[str, str]:
     return {"error": error.error or error.message, "code": error.code,
@@ -1131,8 +1315,7 @@ class Fields:
         if not isinstance(value, Mapping):
             raise InvalidInput(
                 f"{where or 'body'} is {kind_of(value)}: send a JSON object")
-        self.all = value
-        self.where = f"{where}." if where else ""
+        self.all, self.where = value, f"{where}." if where else ""
 
     def get(self, *names: str) -> Any:
         for name in names:
@@ -1142,14 +1325,11 @@ class Fields:
         return None
 
     def _typed(self, names: tuple[str, ...], kind: Any, wanted: str, default: T) -> T:
-        value = self.get(*names)
-        if value is None:
-            return default
+        value: T | None = self.get(*names)
         disguised = isinstance(value, bool) and kind is not bool  # an int, to Python
-        if disguised or not isinstance(value, kind):
+        if value is not None and (disguised or not isinstance(value, kind)):
             raise self._wrong(names, kind_of(value), wanted)
-        found: T = value
-        return found
+        return default if value is None else value
 
     def _wrong(self, names: tuple[str, ...], found: str, wanted: str) -> InvalidInput:
         return InvalidInput(f"{self.where}{names[0]} is {found}: send {wanted}")
@@ -1160,12 +1340,16 @@ class Fields:
     def flag(self, *names: str) -> bool:
         return self._typed(names, bool, "true or false", False)
 
-    def items(self, *names: str) -> list[Any]:
-        return self._typed(names, list, "a list", [])
+    def items(self, name: str, most: int = MAX_INT32) -> list[Any]:
+        found = self._typed((name,), list, "a list", list[Any]())
+        if len(found) > most:
+            raise InvalidInput(f"{len(found)} {name} in one request: send up to {most}")
+        return found
 
-    def objects(self, name: str) -> list[Fields]:
+    def objects(self, name: str, most: int = MAX_INT32) -> list[Fields]:
         """The objects in a list, each knowing its place."""
-        return [Fields(item, f"{name}[{i}]") for i, item in enumerate(self.items(name))]
+        items = enumerate(self.items(name, most))
+        return [Fields(item, f"{name}[{i}]") for i, item in items]
 
     def inner(self, *names: str) -> Fields:
         """The object under a name; an empty one if it is unset."""
@@ -1188,13 +1372,12 @@ class Fields:
 
     def instant(self, *names: str) -> float | None:
         """Unix seconds of a timestamp with an offset (RFC 3339)."""
-        example = "a timestamp such as 2026-01-01T00:00:00Z"
-        value: str | None = self._typed(names, str, example, None)
+        wanted = "a timestamp such as 2026-01-01T00:00:00Z"
+        value: str | None = self._typed(names, str, wanted, None)
         try:
             return None if value is None else from_rfc3339(value)
-        except (ValueError, OverflowError) as error:
-            raise InvalidInput(
-                f"{self.where}{names[0]} is no {example[2:]}: {error}") from None
+        except (ValueError, OverflowError):
+            raise self._wrong(names, repr(value)[:40], wanted) from None
 
 def kind_of(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean",
@@ -1240,43 +1423,39 @@ async def get_info(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def post_events(api: Api, request: web.BaseRequest) -> web.Response:
     """POST /api/v1/events: one, or an array all or nothing. Answers once on disk."""
-    body = await api.read_json(request)
-    limits, run_id, write = api.limits, emitted_by(request), api.journal.write
+    body, run_id = await api.read_json(request), emitted_by(request)
     if not isinstance(body, list):
-        event = read_event(Fields(body), "name", limits, run_id)
-        accepted = await write(accept_event, event, size=size_of(event))
+        accepted = await hand_in(api, run_id, accept_event, Fields(body), "name")
         return answer(accepted_to_rest(accepted))
-    if len(body) > EVENTS_PER_REQUEST:
-        raise InvalidInput(
-            f"{len(body)} events in one request: send up to {EVENTS_PER_REQUEST}")
-    events = [read_event(Fields(item, f"events[{i}]"), "name", limits, run_id)
-              for i, item in enumerate(body)]
-    done = await write(accept_events, events, size=sum(map(size_of, events)))
+    items = Fields({"events": body}).objects("events", EVENTS_PER_REQUEST)
+    events = [read_event(item, "name", api.limits, run_id) for item in items]
+    size = sum(map(size_of, events))
+    done = await api.journal.write(accept_events, events, size=size)
     return answer(join({"events": listed(map(accepted_to_rest, done))}))
+
+async def hand_in(api: Api, run_id: str | None, rule: Callable[..., T], body: Fields,
+                  name_member: str, **more: Any) -> T:
+    """What a rule made of the event that `read_event` found, once that is on disk."""
+    event = read_event(body, name_member, api.limits, run_id, **more)
+    return await api.journal.write(rule, event, size=size_of(event))
 
 async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Trigger and Emit, PubSubService/Emit: one event."""
-    body = Fields(await api.read_json(request))
-    event = read_event(body, "event", api.limits, emitted_by(request))
+    body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     # the browser's invoke(id) comes by Trigger
     rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
-    accepted = await api.journal.write(rule, event, size=size_of(event))
-    return answer(accepted_to_connect(accepted))
+    return answer(accepted_to_connect(await hand_in(api, run_id, rule, body, "event")))
 
 async def trigger_batch(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerBatch: each event is judged alone and has its answer."""
-    items = Fields(await api.read_json(request)).items("events")
-    run_id = emitted_by(request)
-    if len(items) > EVENTS_PER_REQUEST:
-        raise InvalidInput(
-            f"{len(items)} events in one request: send up to {EVENTS_PER_REQUEST}")
+    body, run_id = Fields(await api.read_json(request)), emitted_by(request)
+    items = body.items("events", EVENTS_PER_REQUEST)
 
     async def accept(i: int, item: Any) -> Json:
         try:
             body = Fields(item, f"events[{i}]")
-            event = read_event(body, "event", api.limits, run_id)
             return accepted_to_connect(
-                await api.journal.write(accept_event, event, size=size_of(event)))
+                await hand_in(api, run_id, accept_event, body, "event"))
         except IronflowError as error:
             return dumps({"error": {"message": error.message, "code": error.code}})
 
@@ -1284,8 +1463,7 @@ async def trigger_batch(api: Api, request: web.BaseRequest) -> web.Response:
     return answer(join({"results": listed(results)}))
 
 def read_event(body: Fields, name_member: str, limits: Limits, run_id: str | None,
-               check: Callable[[str], str] = check_event_name,
-               **more: str) -> NewEvent:
+               check: Callable[[str], str] = check_event_name, **more: str) -> NewEvent:
     """An event as the SDKs spell it; an error says where in an array it is."""
     try:
         name = check(body.text(name_member))
@@ -1344,12 +1522,12 @@ async def list_events(api: Api, request: web.BaseRequest) -> web.Response:
     before = rows[0].seq if rows and older else None
     if newer:
         before, after = after, rows[-1].seq if rows else None
-    events: dict[str, Json | None] = {"events": listed(map(event_to_rest, rows))}
-    return answer(join(events | as_texts({
+    return answer(join(as_texts({
         "count": len(rows), "limit": limit, "approx_total": page.total,
         "approx_total_capped": page.capped,
         "has_prev": before is not None, "prev_cursor": str(before or ""),
-        "has_next": after is not None, "next_cursor": str(after or "")})))
+        "has_next": after is not None, "next_cursor": str(after or ""),
+    }) | {"events": listed(map(event_to_rest, rows))}))
 
 def filters(asks: Fields, *names: str, **more: str) -> dict[str, Any]:
     """Those of a list's filters that are set; `since` and `until` are instants."""
@@ -1384,21 +1562,19 @@ DEFAULT_WAIT_MS = 30_000
 
 async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerSync: an event, and how the runs that it started ended."""
-    body = Fields(await api.read_json(request))
+    body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     wait_s = patience(request, body)
-    event = read_event(body, "event", api.limits, emitted_by(request))
-    accepted = await api.journal.write(accept_event, event, size=size_of(event))
+    accepted = await hand_in(api, run_id, accept_event, body, "event")
     results = await wait_for_ends(api, request, accepted.run_ids, wait_s)
     return answer(join({"eventId": dumps(accepted.event_id),
                         "results": listed(results)}))
 
 async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/InvokeFunction, and InvokeFunctionSync, which waits."""
-    body = Fields(await api.read_json(request))
+    body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     wait_s = patience(request, body)
-    event = read_event(body, "functionId", api.limits, emitted_by(request),
-                       check_function_id, source="invoke")
-    accepted = await api.journal.write(invoke, event, size=size_of(event))
+    accepted = await hand_in(api, run_id, invoke, body, "functionId",
+                             check=check_function_id, source="invoke")
     waits, found = request.raw_path.endswith("Sync"), accepted.run_ids
     if waits:
         found = await wait_for_ends(api, request, found, wait_s)
@@ -1424,12 +1600,11 @@ async def wait_for_ends(api: Api, request: web.BaseRequest, run_ids: list[str],
     Cancelling ends the waiting alone; the runs go on.
     """
     api.let_go(request)  # or a few large ones that wait would keep all others out
-    with api.journal.ends_of(run_ids) as ends:  # before the look: none is missed
+    ends = {run_id: api.journal.end_of(run_id) for run_id in run_ids}
+    runs = await api.journal.read(Queries.runs_by_id, run_ids)  # none ends unnoticed
+    if going_on := [ends[run.run_id] for run in runs if run.status not in TERMINAL]:
+        await api.desk.first_of(asyncio.gather(*going_on), wait_s)
         runs = await api.journal.read(Queries.runs_by_id, run_ids)
-        going_on = [ends[run.run_id] for run in runs if run.status not in TERMINAL]
-        if going_on:
-            await api.desk.first_of(asyncio.gather(*going_on), wait_s)
-            runs = await api.journal.read(Queries.runs_by_id, run_ids)
     return [result_to_connect(request, run, api.clock.wall()) for run in runs]
 
 def result_to_connect(request: web.BaseRequest, run: Run, now: float) -> Json:
@@ -1444,9 +1619,9 @@ def result_to_connect(request: web.BaseRequest, run: Run, now: float) -> Json:
 
 async def publish_data(api: Api, request: web.BaseRequest) -> web.Response:
     """PubSubService/Publish, POST /api/v1/publish: data for whoever watches a topic."""
-    event = read_event(Fields(await api.read_json(request)), "topic", api.limits,
-                       emitted_by(request), check_topic, kind="topic")
-    seq, duplicate = await api.journal.write(publish, event, size=size_of(event))
+    body, run_id = Fields(await api.read_json(request)), emitted_by(request)
+    seq, duplicate = await hand_in(api, run_id, publish, body, "topic",
+                                   check=check_topic, kind="topic")
     found = {"eventId": f"seq_{seq}", "sequence": str(seq), "duplicate": duplicate}
     if not is_connect(request):
         found |= {"event_id": f"seq_{seq}", "sequence": seq}
@@ -1470,34 +1645,74 @@ async def get_topic_stats(api: Api, request: web.BaseRequest) -> web.Response:
 
 # --- Functions and workers ------------------------------------------------------------
 
-NOT_YET = ("concurrency", "debounce", "throttle", "cancelOn", "actorKey",
-           "circuitBreaker", "secrets", "endpointUrl")
+NOT_YET = ("circuitBreaker", "endpointUrl")
 
 async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/RegisterFunction: an upsert; the same again changes nothing."""
     new = read_function(Fields(await api.read_json(request)))
     function, created = await api.journal.write(register_function, new)
-    return answer(join({"function": function_to_connect(function),
-                        "created": dumps(created)}))
+    warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which "
+                "the server does not have: its runs wait until --secrets-file has it"
+                for name in api.desk.offers.secrets.of(function)[1]]
+    for warning in warnings:
+        log.warning("%s", warning)
+    return answer(join({
+        "function": function_to_connect(function), "created": dumps(created),
+        "warnings": dumps(warnings) if warnings else None}))
 
 def read_function(body: Fields) -> NewFunction:
     """A registration under any SDK's spelling. Nothing is silently ignored."""
     function_id = check_function_id(body.text("id"))
     refuse_not_yet(body, NOT_YET, f"function {function_id!r}: ")
-    events = list(map(read_trigger, body.objects("triggers")))
+    triggers = [read_trigger(item, function_id) for item in body.objects("triggers")]
     retry = read_retry(body.inner("retry"))
     config = {
         "id": function_id, "name": body.text("name") or function_id,
         "description": body.text("description"),
-        "triggers": [{"event": event} for event in events],
+        "triggers": [{name: text for name, text in columns_of(each).items() if text}
+                     for each in triggers],
         "retry": {camel(name): value for name, value in columns_of(retry).items()},
         "timeoutMs": body.whole("timeoutMs", high=MAX_INT32),
         "preferredMode": read_mode(body), "recording": body.flag("recording"),
         "recordingProfile": body.text("recordingProfile"),
         "recordingRetention": body.get("recordingRetention"),
-        "metadata": body.inner("metadata").all,
+        "metadata": body.inner("metadata").all, **read_bounds(body),
     }
-    return NewFunction(function_id, dumps(config), retry.to_text(), events)
+    return NewFunction(function_id, dumps(config), retry.to_text(), triggers)
+
+def read_bounds(body: Fields) -> dict[str, Any]:
+    """What a function asks of its runs beside retries; what is unset is left out."""
+    found: dict[str, Any] = {}
+    for name, needed, more in (("concurrency", "limit", ""), (
+            "throttle", "limit periodMs", ""), ("debounce", "periodMs", "maxWaitMs")):
+        if is_empty((said := body.inner(name)).all):
+            continue
+        numbers = {each: said.whole(each, high=MAX_INT32)
+                   for each in f"{needed} {more}".split()}
+        if not all(map(numbers.get, needed.split())):
+            raise InvalidInput(f"{name}: send {needed.replace(' ', ' and ')}, from 1")
+        members = numbers | {"key": read_path(said, "key")}
+        found[name] = {each: value for each, value in members.items() if value}
+    cancel_on = [{"event": check_trigger(item.text("event")),
+                  "match": item.text("match")} for item in body.objects("cancelOn")]
+    for each in cancel_on:
+        if not each["event"]:
+            raise InvalidInput("cancelOn: name the event that cancels runs")
+        condition(each["match"], None, "null")
+    secrets = body.items("secrets")
+    if not all(isinstance(name, str) and name for name in secrets):
+        raise InvalidInput("secrets: send a list of names")
+    others = {"actorKey": read_path(body, "actorKey"), "cancelOn": cancel_on,
+              "secrets": list(dict.fromkeys(secrets))}
+    return found | {name: value for name, value in others.items() if value}
+
+def read_path(body: Fields, name: str) -> str:
+    """A path into an event's data, such as customer.id."""
+    path = body.text(name)
+    if path and not PATH.fullmatch(path):
+        raise InvalidInput(f"{body.where}{name} is {path[:80]!r}: send a path into the "
+                           "event's data, such as customer.id")
+    return path
 
 def refuse_not_yet(body: Fields, names: Iterable[str], where: str) -> None:
     for name in names:
@@ -1505,13 +1720,24 @@ def refuse_not_yet(body: Fields, names: Iterable[str], where: str) -> None:
             raise InvalidInput(f"{where}{name} is not supported by this server yet: "
                                "leave it out")
 
-def read_trigger(item: Fields) -> str:
-    refuse_not_yet(item, ("cron", "expression"), item.where)
-    event = item.text("event")
-    if not event:
+def read_trigger(item: Fields, function_id: str) -> Trigger:
+    """What starts a function: an event or a cron expression, perhaps both.
+
+    A tick without an event has one of its own, which anybody may emit as well.
+    """
+    event, cron, test = map(item.text, ("event", "cron", "expression"))
+    if not event and not cron:
         raise InvalidInput(f"{item.where}event is empty: name the event that starts"
-                           " the function")
-    return check_trigger(event)
+                           " the function, or send cron")
+    try:
+        if cron:
+            next_tick(cron, 0.0)
+            event = check_event_name(event or f"cron.{function_id}")
+        if test:
+            compiled(test)
+    except InvalidInput as error:
+        raise InvalidInput(f"{item.where[:-1]}: {error}") from None
+    return Trigger(check_trigger(event), test, cron)
 
 def read_retry(body: Fields) -> Retry:
     """The policy; a member that is unset or zero, as Go sends it, is the default."""
@@ -1552,10 +1778,10 @@ def read_enum(value: Any, enum: str) -> str:
         return words[int(word) - 1]
     return word if word in words else ""
 
-def function_to_connect(function: Function) -> Json:
+def function_to_connect(function: Function, next_run: str | None = None) -> Json:
     found = in_camel(members(function, "version created_at updated_at"))
-    return join(found | as_texts(json.loads(function.config)) | {
-        "status": f'"FUNCTION_STATUS_{function.status.upper()}"'})
+    return join(found | as_texts(function.asks | {
+        "status": f"FUNCTION_STATUS_{function.status.upper()}", "nextRun": next_run}))
 
 async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
     """ListFunctions, GET /api/v1/functions: in the order of ids, a thousand a page."""
@@ -1566,7 +1792,7 @@ async def list_functions(api: Api, request: web.BaseRequest) -> web.Response:
         function for function in await api.journal.read(Queries.functions)
         if name in function.function_id and status in ("", function.status)
         and mode in ("", read_enum(
-            json.loads(function.config)["preferredMode"], "execution_mode"))]
+            function.asks["preferredMode"], "execution_mode"))]
     offset, cursor = asks.whole("offset"), asks.text("cursor")
     offset += sum(function.function_id <= cursor for function in found)
     page = found[offset : offset + (asks.whole("limit", high=1000) or 1000)]
@@ -1597,17 +1823,24 @@ async def remove_function(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def functions_to_wire(api: Api, request: web.BaseRequest,
                             functions: list[Function]) -> list[Json]:
-    """In the caller's shape; without `workers` a function's runs wait, visibly."""
+    """In the caller's shape; without `workers`, or with `missing_secrets`, a function's
+    runs wait, visibly."""
+    ticks = await api.journal.read(Queries.next_ticks)
+    next_run = {name: to_rfc3339(tick) for name, tick in ticks.items()}
     if is_connect(request):
-        return list(map(function_to_connect, functions))
+        return [function_to_connect(each, next_run.get(each.function_id))
+                for each in functions]
     workers = await api.journal.read(Queries.connected_workers)
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
-    return [dumps(function_to_rest(each) | {"workers": carried[each.function_id]})
-            for each in functions]
+    rows = [function_to_rest(each) | {
+        "workers": carried[each.function_id], "next_run": next_run.get(each.function_id),
+        "missing_secrets": api.desk.offers.secrets.of(each)[1] or None}
+        for each in functions]
+    return [join(as_texts(row)) for row in rows]
 
 def function_to_rest(function: Function) -> dict[str, Any]:
     """The union of the two published row shapes (docs, JS 0.29)."""
-    config, retry = json.loads(function.config), Retry.from_text(function.retry)
+    config, retry = function.asks, Retry.from_text(function.retry)
     mode = read_enum(config["preferredMode"], "execution_mode")
     return {
         "id": function.function_id, "slug": function.function_id,
@@ -1616,18 +1849,22 @@ def function_to_rest(function: Function) -> dict[str, Any]:
         "triggers": config["triggers"], "retry_attempts": retry.max_attempts,
         "retry_delay_ms": retry.initial_delay_ms, "retry_backoff": retry.backoff_factor,
         "timeout_ms": config["timeoutMs"], "metadata": config["metadata"],
+        **{snake(name): config[name] for name in (
+            "concurrency", "throttle", "debounce", "cancelOn", "actorKey", "secrets")
+           if name in config},
         "version": function.version, "created_at": to_rfc3339(function.created_at),
         "updated_at": to_rfc3339(function.updated_at),
     }
 
 async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/workers: those connected now, with the runs they hold."""
-    held = await api.journal.read(Queries.held_runs)
+    held, seen = await api.journal.read(Queries.held_runs), api.desk.seen
     workers = [
         join(members(worker, "id=worker_id hostname function_ids labels version"
                              " registered_at max_concurrent=max_concurrent_jobs") | {
             "active_jobs": str(held.get(worker.worker_id, 0)),
-            "last_heartbeat": stamp(api.desk.last_seen(worker)),
+            "last_heartbeat": stamp(
+                seen.get(worker.worker_id, (0.0, worker.registered_at))[1]),
             "transport": '"polling"'})
         for worker in await api.journal.read(Queries.connected_workers)]
     return answer(join({"workers": listed(workers), "count": str(len(workers))}))
@@ -1675,9 +1912,8 @@ async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
 
 def answer_list(request: web.BaseRequest, what: str, rows: list[Json],
                 cursor: str | None, total: int) -> web.Response:
-    found: dict[str, Json | None] = {
-        what: listed(rows), "next_cursor": dumps(cursor or ""),
-        "total_count": str(total)}
+    found = as_texts({"next_cursor": cursor or "", "total_count": total})
+    found = found | {what: listed(rows)}
     if is_connect(request):
         return answer(join(in_camel(found)))
     return answer(join(found | {"count": str(len(rows))}))
@@ -1686,7 +1922,8 @@ def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
     """A run in the caller's shape: REST in snake_case, Connect in camelCase."""
     found = members(run, "id=run_id function_id event_id event_name worker_id status"
                          " attempt output error function_version created_at updated_at"
-                         " started_at ended_at max_attempts=policy.max_attempts")
+                         " started_at ended_at max_attempts=policy.max_attempts"
+                         " actor_id parent_run_id parent_step_id")
     found |= {"input": data, "execution_mode": '"pull"'}
     if not is_connect(request):
         return join(found)
@@ -1713,7 +1950,8 @@ async def list_steps(api: Api, request: web.BaseRequest) -> web.Response:
 def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
     found = members(step, "run_id step_id name step_type=type sequence status output"
                           " error attempt duration_ms compensation_for sleep_until"
-                          " started_at ended_at created_at updated_at")
+                          " started_at ended_at created_at updated_at wait_event_name"
+                          " wait_timeout child_run_id input")
     found["id"] = f'"step_{step.run_id.removeprefix("run_")}_{step.sequence}"'
     if not is_connect(request):
         return join(found)
@@ -1732,7 +1970,7 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
 # notice. What a rule changes, a row of `journal` says in the same transaction.
 
 def accept_event(tx: Transaction, event: NewEvent, now: float, started_by:
-                 Callable[[Transaction, str], list[Function]] | None = None
+                 Callable[[Transaction, NewEvent], list[Function]] | None = None
                  ) -> Accepted:
     """Record an event and a run for each function it triggers: all or nothing.
 
@@ -1741,18 +1979,28 @@ def accept_event(tx: Transaction, event: NewEvent, now: float, started_by:
     """
     if (first := find_original(tx, event, {})) is not None:
         return Accepted(first.event_id, tx.run_ids_of(first.seq))
-    functions = (started_by or Transaction.functions_triggered_by)(tx, event.name)
-    event_id = tx.ids.new("evt", now)
-    kept = tx.append_event(event, event_id, now)
-    return Accepted(event_id, [start_run(tx, f, kept, now) for f in functions])
+    functions = (started_by or triggered)(tx, event)
+    kept = tx.append_event(event, tx.ids.new("evt", now), now)
+    if event.source == "invoke":
+        return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions])
+    hear(tx, kept, now)  # before its own runs begin to listen
+    for function in functions:
+        debounce(tx, function, kept, now)
+    return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions
+                                    if "debounce" not in f.asks])
+
+def triggered(tx: Transaction, event: NewEvent) -> list[Function]:
+    """Active functions with a trigger that the event passes, in the order of ids."""
+    return [function for function, tests in tx.functions_triggered_by(event.name)
+            if "" in tests or any(holds(test, event) for test in tests)]
 
 def accept_call(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """As `accept_event`; if it triggers nothing, its name may be a function's id."""
     return accept_event(tx, event, now, triggered_or_named)
 
-def triggered_or_named(tx: Transaction, name: str) -> list[Function]:
-    named = tx.find(Function, function_id=name, status="active")
-    return tx.functions_triggered_by(name) or ([named] if named else [])
+def triggered_or_named(tx: Transaction, event: NewEvent) -> list[Function]:
+    named = tx.find(Function, function_id=event.name, status="active")
+    return triggered(tx, event) or ([named] if named else [])
 
 def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """Start a run of the function that the event is named after, and of no other.
@@ -1761,10 +2009,10 @@ def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """
     return accept_event(tx, event, now, the_named)
 
-def the_named(tx: Transaction, function_id: str) -> list[Function]:
-    function = known(tx, Function, function_id)
+def the_named(tx: Transaction, event: NewEvent) -> list[Function]:
+    function = known(tx, Function, event.name)
     if function.status != "active":
-        raise FailedPrecondition(f"function {function_id!r} is {function.status}: set "
+        raise FailedPrecondition(f"function {event.name!r} is {function.status}: set "
                                  "its status to active to start runs of it")
     return [function]
 
@@ -1810,13 +2058,93 @@ def what_it_is(event: NewEvent) -> str:
     kind = "an invocation of" if event.source == "invoke" else f"the {event.kind}"
     return f"{kind} {event.name!r}"
 
-def start_run(tx: Transaction, function: Function, event: Event, now: float) -> str:
-    """A run of one function for one event, due at once; its id."""
-    run_id = tx.ids.new("run", now)
-    tx.insert_run(run_id, function, event, now)
+def start_run(tx: Transaction, function: Function, event: Event, now: float,
+              parent: tuple[str, str] | None = None) -> str:
+    """A run of one function for one event, due at once or in line; its id."""
+    run_id, asks, bounds = tx.ids.new("run", now), function.asks, dict[str, str]()
+    for column, name in (("lane", "concurrency"), ("gate", "throttle")):
+        if name in asks:
+            bounds[column] = value_at(asks[name].get("key"), event.data) or ""
+    if actor_id := value_at(asks.get("actorKey"), event.data):
+        bounds["actor_id"] = actor_id
+    tx.insert_run(run_id, function, event, now, parent, bounds)
     tx.append("run", "created", run_id,
               {"status": "waiting_for_capacity", "attempt": 1}, now)
+    if bounds:
+        let_in(tx, function.function_id, bounds, now)
+    for each in asks.get("cancelOn", ()):
+        test, value = condition(each["match"], None, event.data)
+        if value is not None:  # else no event will ever do
+            tx.insert_wait(run_id, None, each["event"], test, value)
     return run_id
+
+def let_in(tx: Transaction, function_id: str, bounds: dict[str, str],
+           now: float) -> None:
+    """Runs that stand in line for what a bound has room for, the longest due first.
+
+    A run that is ready or running has its place; who lets go of it, sleeps or waits
+    leaves it to the next. A throttle's places come back a period after each start.
+    """
+    function = tx.find(Function, function_id=function_id)
+    asks = function.asks if function else {}
+    throttle = asks.get("throttle", {})
+    limits = {"lane": asks.get("concurrency", {}).get("limit", MAX_INT32),
+              "actor_id": 1 if "actorKey" in asks else MAX_INT32,
+              "gate": throttle.get("limit", MAX_INT32)}
+    period_s = throttle.get("periodMs", 0) / 1000
+    for column, value in bounds.items():
+        while tx.let_next_in(function_id, column, value, limits, now - period_s):
+            pass
+        if column == "gate":
+            opens = tx.nth_start(function_id, value, limits["gate"]) + period_s
+            if opens > now and tx.in_line(function_id, value):
+                tx.save(Timer("gate", function_id, value, "", opens))
+
+def debounce(tx: Transaction, function: Function, event: Event, now: float) -> None:
+    """Put off the function's one run until there is silence; this is its event now."""
+    if (quiet := function.asks.get("debounce")) is None:
+        return
+    key = value_at(quiet.get("key"), event.data) or ""
+    old = tx.find(Timer, kind="debounce", function_id=function.function_id, key=key)
+    first_at = (old and old.first_at) or now
+    due_at = min(now + max(quiet["periodMs"] / 1000, MIN_DEBOUNCE_S),
+                 first_at + quiet.get("maxWaitMs", math.inf) / 1000)
+    tx.save(Timer("debounce", function.function_id, key, "", due_at, event.seq,
+                  first_at))
+
+def hear(tx: Transaction, event: Event, now: float) -> None:
+    """Wake the runs that wait for such an event; cancel those that it ends.
+
+    Of the waits of one run that ask for the same, it answers the oldest.
+    """
+    for name, test in tx.listened_for(event.name):
+        answered: set[str] = set()
+        value = observed(test, event)
+        waits = [] if value is None else tx.waits(name, test, value)
+        for wait_id, run_id, step_id in waits:
+            run = known(tx, Run, run_id)
+            if run.status in TERMINAL or run_id in answered:
+                continue
+            if step_id is None:
+                end_family(tx, run, f"event {event.name} ({event.event_id})", now)
+                continue
+            step = tx.find(Step, run_id=run_id, step_id=step_id)
+            if step is not None and step.status == "waiting" and step.deadline > now:
+                answered.add(run_id)
+                tx.take(wait_id, event.seq)
+                end_step(tx, step, "completed", now, output=event_object(event))
+                wake(tx, run, now)
+
+def wake(tx: Transaction, run: Run, now: float) -> None:
+    """A wait of this run ended: it is due, unless it is at work, or fails just now."""
+    woken = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
+    if run.status == "waiting" and run.settled_as == "yielded":
+        woken = queued(woken, now)
+    become(tx, run, woken, now)
+
+def event_object(event: Event) -> Json:
+    """An event as a wait returns it, in every SDK."""
+    return join(in_camel(members(event, EVENT)))
 
 def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     """Store a run as a rule of chapter 5 made it; a change of status leaves its row."""
@@ -1824,6 +2152,8 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     tx.update_run(new)
     if new.status == old.status:
         return new
+    if bounds := old.bounds | new.bounds:
+        let_in(tx, new.function_id, bounds, now)
     assert new.status in NEXT[old.status], f"{new.run_id}: {old.status} -> {new.status}"
     change: dict[str, Any] = {"status": new.status, "attempt": new.attempt}
     if new.status == "running":
@@ -1832,6 +2162,10 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
         change["error"] = json.loads(new.error)
     verb = new.status if new.status in TERMINAL else "updated"
     tx.append("run", verb, new.run_id, change, now)
+    if new.status in TERMINAL:
+        tx.delete_waits(new.run_id)
+        if new.parent_run_id is not None:
+            child_ended(tx, new, now)
     return new
 
 def known(tx: Queries, row: type[T], row_id: str) -> T:
@@ -1858,9 +2192,18 @@ def register_function(tx: Transaction, new: NewFunction,
     known = (old.status, old.version + 1, old.created_at) if old else ("active", 1, now)
     function = Function(new.function_id, new.config, new.retry, *known, updated_at=now)
     tx.save_function(function)
-    tx.set_triggers(new.function_id, new.events)
+    tx.set_triggers(new.function_id, new.triggers)
+    ticks = [Timer("tick", new.function_id, each.cron, each.event,
+                   next_tick(each.cron, now)) for each in new.triggers if each.cron]
+    tx.set_ticks(new.function_id, ticks)
+    stand_in_line(tx, new.function_id, now)
     say_of_function(tx, "updated" if old else "registered", function, now)
     return function, old is None
+
+def stand_in_line(tx: Transaction, function_id: str, now: float) -> None:
+    """Let the queued runs of a function in anew: its bounds have changed."""
+    for bounds in tx.hold_queued(function_id):
+        let_in(tx, function_id, bounds, now)
 
 def say_of_function(tx: Transaction, verb: str, function: Function,
                     now: float) -> None:
@@ -1882,6 +2225,7 @@ def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
     function = known(tx, Function, function_id)
     tx.delete_function(function_id)
+    stand_in_line(tx, function_id, now)
     say_of_function(tx, "deleted", function, now)
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
@@ -1890,6 +2234,8 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
     if old is not None and old == replace(worker, registered_at=old.registered_at):
         return
     tx.save(worker)
+    if old is not None and old.function_ids != worker.function_ids:
+        tx.delete_actors(worker.worker_id)
     if old is None or not old.connected:
         tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
 
@@ -1898,6 +2244,7 @@ def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) ->
     worker = known(tx, Worker, worker_id)
     if worker.connected != connected:
         tx.save(replace(worker, connected=int(connected)))
+        tx.touched.update(json.loads(worker.function_ids))  # its actors may move
         verb = "connected" if connected else "disconnected"
         tx.append("worker", verb, worker_id, {"status": verb}, now)
 
@@ -1921,6 +2268,7 @@ class Offer:
     slots: int
     answer: Callable[[list[Job] | IronflowError], None]
     acked: bool = False
+    knows_failures: bool = False  # its SDK raises for a failed step, not reads success
     functions: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     error: IronflowError | None = None
@@ -1929,13 +2277,13 @@ class Offer:
 class Offers:
     """All that stand, by function, oldest first. The writer alone looks at those."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, secrets: Secrets | None = None) -> None:
+        self._limits, self.secrets = limits, secrets or Secrets()
         self._lock = threading.Lock()
         self._fresh: list[Offer] = []  # made since the last batch
         self._taken: list[Offer] = []  # by the batch that is not committed yet
         self._standing: dict[str, list[Offer]] = {}
-        self._void = False  # the last batch was: what it took back is due once more
+        self.look_anew = False  # at all that is due: a batch was void, or a file changed
 
     def add(self, offer: Offer) -> None:
         with self._lock:
@@ -1967,12 +2315,13 @@ class Offers:
                 self.take(offer)
                 continue
             offer.functions = json.loads(worker.function_ids)
+            offer.knows_failures = '"runtime":"python-' in worker.version
             for function_id in offer.functions:
                 self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
-        if self._void:
+        if self.look_anew:
+            self.look_anew = False
             tx.touched.update(self._standing)
-            self._void = False
         wanted = [f for f in tx.touched if self._standing.get(f)]
         if wanted:
             lease_to_offers(tx, self, wanted, self._limits, now)
@@ -1985,9 +2334,11 @@ class Offers:
         able = {offer for f in function_ids for offer in self.standing(f)}
         return sum(offer.slots for offer in able)
 
-    def best_for(self, function_id: str) -> Offer | None:
+    def best_for(self, function_id: str, worker_id: str | None) -> Offer | None:
         """The one with the fewest jobs so far, oldest first; it is taken now."""
-        able = sorted(self.standing(function_id), key=lambda offer: len(offer.jobs))
+        able = sorted((offer for offer in self.standing(function_id)
+                       if worker_id in (None, offer.worker_id)),
+                      key=lambda offer: len(offer.jobs))
         return next(filter(self.take, able), None)
 
     def committed(self) -> list[Offer]:
@@ -1999,7 +2350,7 @@ class Offers:
 
     def rolled_back(self) -> None:
         """The batch is void: those it filled stand again, as new ones."""
-        self._void = True
+        self.look_anew = True
         void, self._taken = self._taken, []
         for offer in void:
             offer.jobs, offer.error, offer.state = [], None, "open"
@@ -2008,18 +2359,27 @@ class Offers:
 def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
                     limits: Limits, now: float) -> None:
     """Lease due runs of `functions` to the offers that stand, the longest due first."""
-    room = offers.room(functions)
-    due = [tx.due_runs(function_id, room) for function_id in functions]
+    room, due, secrets = offers.room(functions), [], dict[str, dict[str, str]]()
+    for function_id in functions:
+        function = tx.find(Function, function_id=function_id)
+        secrets[function_id], missing = offers.secrets.of(function)
+        if not missing:  # else its runs wait for the file
+            workers = [offer.worker_id for offer in offers.standing(function_id)]
+            due.append(tx.due_runs(function_id, workers, room))
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
-        if (offer := offers.best_for(run.function_id)) is None:
+        bound_to = tx.worker_of_actor(run)
+        if (offer := offers.best_for(run.function_id, bound_to)) is None:
             continue
         hold_s = limits.lease_s if offer.acked else limits.reservation_s
         held = leased(run, offer.worker_id, tx.ids.token(), hold_s, offer.acked, now)
         become(tx, run, held, now)
+        if run.actor_id is not None and bound_to is None:
+            tx.bind_actor(held)
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
-        offer.jobs.append(Job(held, event, tx.steps(run.run_id, "completed"),
-                              tx.next_sequence(run.run_id)))
+        offer.jobs.append(Job(
+            held, event, tx.done_steps(run.run_id, offer.knows_failures),
+            tx.next_sequence(run.run_id), secrets[run.function_id]))
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -2082,7 +2442,7 @@ def record_steps(tx: Transaction, run: Run, said: Report, limits: Limits,
             created_at=old.created_at if old else now, updated_at=now))
     return fresh
 
-def keep_step(tx: Transaction, old: Step | None, step: Step) -> None:
+def keep_step(tx: Transaction, old: Step | None, step: Step) -> Step:
     """Store a step; subscribers hear `created` once, then how it ended."""
     tx.save(step)
     run_id, step_id, at = step.run_id, step.step_id, step.updated_at
@@ -2091,8 +2451,9 @@ def keep_step(tx: Transaction, old: Step | None, step: Step) -> None:
         tx.append("step", "created", run_id, change, at, step_id)
     if step.status == "failed":
         change["error"] = json.loads(step.error or "null")
-    if step.status in ("completed", "failed"):
+    if step.status in ("completed", "failed", "timed_out"):
         tx.append("step", step.status, run_id, change, at, step_id)
+    return step
 
 def check_output(what: str, output: Json | None, limits: Limits) -> None:
     if (size := len((output or "").encode())) > (limit := limits.step_bytes):
@@ -2114,42 +2475,162 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
     if said.status == "completed":
         check_output("the output of the run", said.output, limits)
         return completed(run, said.output, now)
-    assert said.yielded is not None
-    if said.yielded.kind == "sleep":
-        return fall_asleep(tx, run, said.yielded, limits, now)
-    raise Unkept("UNSUPPORTED_YIELD", (
-        f"step {said.yielded.name!r} yielded {said.yielded.kind!r}, which is not "
-        "supported by this server yet: the run ends here"))
+    run = settled(run, "yielded")
+    for wish in said.yields:
+        step = tx.find(Step, run_id=run.run_id, step_id=wish.step_id)
+        if step is None:
+            step = begin_step(tx, run, wish, limits, now)
+        if step.status == "failed":  # not known to a worker of JS or Go: see Offer
+            cause = json.loads(step.error or "{}").get("message", "it failed")
+            raise Unkept("INVOKE_FAILED", f"step {step.name!r}: {cause}")
+        if step.status not in PENDING:
+            run = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
+    if run.woken_fence == run.fence:  # something ended that the worker did not know of
+        return queued(run, now)
+    return wait_on(tx, run, now)
 
-def fall_asleep(tx: Transaction, run: Run, wish: Yield, limits: Limits,
-                now: float) -> Run:
-    """Wait for the earliest of the run's sleeps.
+# --- Waits: sleeps, events, other runs ------------------------------------------------
+# Each is a step that is pending until it ends by what it waits for, or by its deadline.
+# Branches yield one at a time, and a replay yields again what is pending: such a step
+# keeps its deadline, and one that is over makes the run due at once.
 
-    Branches yield one at a time, so a sleep may be yielded again by a replay: one
-    that is pending keeps its instant, one that is over makes the run due at once.
-    """
-    step = tx.find(Step, run_id=run.run_id, step_id=wish.step_id)
-    if step is None:
-        sequence = tx.next_sequence(run.run_id)
-        check_room(sequence, wish.name, limits)
-        step = Step(
-            wish.step_id, wish.name, "sleep", "sleeping", output=None, error=None,
-            duration_ms=None, compensation_for=None, started_at=now, ended_at=None,
-            run_id=run.run_id, sequence=sequence, attempt=run.attempt, created_at=now,
-            updated_at=now, sleep_until=wish.until or now,
-        )
+PENDING = ("sleeping", "waiting")
+SLICE = 1_000  # events looked at in one statement
+MIN_DEBOUNCE_S = 1.0
+
+def begin_step(tx: Transaction, run: Run, wish: Yield, limits: Limits,
+               now: float) -> Step:
+    """The row of what a run waits for from now on. Raises Unkept."""
+    sequence, asleep = tx.next_sequence(run.run_id), wish.kind == "sleep"
+    check_room(sequence, wish.name, limits)
+    if wish.kind not in YIELDS:
+        raise Unkept("UNSUPPORTED_YIELD", (
+            f"step {wish.name!r} yielded {wish.kind!r}, which is not supported by this "
+            "server: the run ends here"))
+    kind = wish.kind.removesuffix("_async")
+    step = Step(
+        wish.step_id, wish.name, kind, "sleeping" if asleep else "waiting", output=None,
+        error=None, duration_ms=None, compensation_for=None, started_at=now,
+        ended_at=None, run_id=run.run_id, sequence=sequence, attempt=run.attempt,
+        created_at=now, updated_at=now, sleep_until=wish.until if asleep else None,
+        wait_timeout=None if asleep else now + wish.timeout_s)
+    if asleep:
+        return keep_step(tx, None, step)
+    if kind == "invoke_function":
+        return begin_child(tx, run, wish, step, limits, now)
+    step = replace(step, wait_event_name=wish.target, input=wish.input)
+    return begin_to_listen(tx, run, wish, keep_step(tx, None, step), now)
+
+def begin_child(tx: Transaction, run: Run, wish: Yield, step: Step, limits: Limits,
+                now: float) -> Step:
+    """Start the run that a step asks for, and wait for its end if it says so."""
+    event = NewEvent(wish.target, wish.input or "null", source="invoke",
+                     subject=run.run_id)
+    check_output(f"the input of {wish.target!r}", event.data, limits)
+    try:
+        (function,) = the_named(tx, event)
+    except IronflowError as error:
         keep_step(tx, None, step)
-    if step.status != "sleeping":
-        return queued(settled(run, "yielded"), now)
-    until = min(s.sleep_until or now for s in tx.steps(run.run_id, "sleeping"))
-    end_sleeps(tx, run, now)
-    return asleep(run, until, now)
+        return invoke_failed(tx, step, "not_found", error.message, now)
+    child = tx.append_event(event, tx.ids.new("evt", now), now)
+    child_id = start_run(tx, function, child, now, (run.run_id, step.step_id))
+    step = keep_step(tx, None, replace(step, child_run_id=child_id))
+    if wish.kind == "invoke_function":
+        return step
+    return end_step(tx, step, "completed", now, output=dumps({"run_id": child_id}))
 
-def end_sleeps(tx: Transaction, run: Run, now: float) -> None:
-    for step in tx.steps(run.run_id, "sleeping"):
-        if (step.sleep_until or now) <= now:
-            keep_step(tx, step, replace(step, status="completed", output="null",
-                                        ended_at=now, updated_at=now))
+def invoke_failed(tx: Transaction, step: Step, status: str, cause: str,
+                  now: float) -> Step:
+    how = {"timed_out": "did not end in time", "not_found": "could not be started"}
+    sentence = f"function {step.name!r} {how.get(status, status)}: {cause}"
+    return end_step(tx, step, "failed", now, error=dumps({
+        "message": sentence, "function_id": step.name, "cause": cause,
+        "child_run_id": step.child_run_id or "", "status": status}))
+
+def child_ended(tx: Transaction, child: Run, now: float) -> None:
+    """Tell the parent that waits for it; one that has gone on does not care."""
+    parent = tx.find(Run, run_id=child.parent_run_id)
+    step = tx.find(Step, run_id=child.parent_run_id, step_id=child.parent_step_id)
+    if parent is None or step is None or step.status != "waiting" or (
+            parent.status in TERMINAL):
+        return
+    if child.status == "completed":
+        end_step(tx, step, "completed", now, output=child.output)
+    else:
+        cause = json.loads(child.error or "{}").get("message", child.status)
+        invoke_failed(tx, step, child.status, cause, now)
+    wake(tx, parent, now)
+
+def begin_to_listen(tx: Transaction, run: Run, wish: Yield, step: Step,
+                    now: float) -> Step:
+    """Wait for an event, unless its answer came before the question."""
+    try:
+        test, value = condition(wish.match, wish.match_value, tx.input_of(run))
+    except InvalidInput as error:
+        raise Unkept("UNSUPPORTED_MATCH", f"step {step.name!r}: {error}") from None
+    event, _ = early_answer(tx, run, wish)
+    if value is not None:  # else no event will ever do
+        tx.insert_wait(run.run_id, step.step_id, wish.target, test, value,
+                       event.seq if event else None)
+    if event is None:
+        return step
+    return end_step(tx, step, "completed", now, output=event_object(event))
+
+def early_answer(tx: Queries, run: Run, wish: Yield) -> tuple[Event | None, int]:
+    """The event that answers a wait already, and up to which `seq` there is no other.
+
+    It comes after the one that an equal wait took; else after the run's trigger if it
+    has to match, or after the run's last wait ended if any will do. Whatever comes
+    while an equal wait is pending belongs to that.
+    """
+    test, value = condition(wish.match, wish.match_value, tx.input_of(run))
+    taken = tx.taken(run.run_id, wish.target, test, value)
+    if value is None or None in taken:
+        return None, wish.seen
+    begin = run.event_seq if wish.match else run.woken_seq or run.event_seq
+    seen = max(max((seq for seq in taken if seq), default=begin), wish.seen)
+    while events := tx.events_after(wish.target, seen, SLICE):
+        for event in events:
+            if matches(wish.target, event.name) and observed(test, event) == value:
+                return event, event.seq - 1
+        seen = events[-1].seq
+    return None, seen
+
+def look_back(journal: Queries, run_id: str, said: Report) -> Report:
+    """Look for early answers where it holds up nobody; the rule looks only beyond."""
+    run, wishes = journal.find(Run, run_id=run_id), said.yields
+    with contextlib.suppress(InvalidInput):  # for the rule to say
+        wishes = [wish if run is None or wish.kind != "wait_for_event" else
+                  replace(wish, seen=early_answer(journal, run, wish)[1])
+                  for wish in said.yields]
+    return replace(said, yields=wishes)
+
+def end_step(tx: Transaction, step: Step, status: StepStatus, now: float,
+             output: Json | None = None, error: Json | None = None) -> Step:
+    return keep_step(tx, step, replace(step, status=status, output=output, error=error,
+                                       ended_at=now, updated_at=now))
+
+def wait_on(tx: Transaction, run: Run, now: float) -> Run:
+    """What a run that let go does now: it waits for the next deadline of its steps,
+    is due because of one that is over, or failed because nothing answered a wait."""
+    deadlines, over = [], False
+    for step in tx.pending_steps(run.run_id):
+        if step.deadline > now:
+            deadlines.append(step.deadline)
+            continue
+        over = True
+        if step.type == "sleep":
+            end_step(tx, step, "completed", now, output="null")
+        elif step.type == "invoke_function":
+            invoke_failed(tx, step, "timed_out", "it goes on", now)
+        else:
+            end_step(tx, step, "timed_out", now)
+            sentence = (f"wait for event {step.wait_event_name!r} timed out (step "
+                        f"{step.name!r})")
+            return ended_in_failure(run, failure("WAIT_TIMEOUT", sentence), now)
+    if over or not deadlines:
+        return queued(replace(run, woken_fence=run.fence, woken_seq=tx.last_seq), now)
+    return waiting(run, min(deadlines))
 
 # --- Time, and people -----------------------------------------------------------------
 
@@ -2186,9 +2667,27 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     for run in tx.overdue("running", now):
         become(tx, run, lease_ended(run, limits.lost_leases, now), now)
     for run in tx.overdue("waiting", now):
-        end_sleeps(tx, run, now)
-        become(tx, run, queued(run, now), now)
+        retry = run.settled_as == "failed"
+        become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
+    for timer in tx.overdue_timers(now):
+        strike(tx, timer, now)
     return tx.next_instant()
+
+def strike(tx: Transaction, timer: Timer, now: float) -> None:
+    """A tick emits its event, once for all that were missed; a debounce starts its run;
+    a gate is open."""
+    function = tx.find(Function, function_id=timer.function_id)
+    if timer.kind == "tick":
+        tx.save(replace(timer, due_at=next_tick(timer.key, now)))
+        if function is not None and function.status == "active":
+            data = dumps({"scheduled_at": to_rfc3339(timer.due_at)})
+            accept_event(tx, NewEvent(timer.event, data, source="cron"), now)
+        return
+    tx.delete_timer(timer)
+    if timer.kind == "gate":
+        let_in(tx, timer.function_id, {"gate": timer.key}, now)
+    elif function is not None and (event := tx.find(Event, seq=timer.seq)) is not None:
+        start_run(tx, function, event, now)
 
 def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
     """Each lease starts anew: the server was away, its workers were not.
@@ -2211,7 +2710,19 @@ def cancel_run(tx: Transaction, run_id: str, reason: str, now: float) -> Run:
     if run.status in TERMINAL:
         raise FailedPrecondition(f"run {run_id} is {run.status}: only a live run can "
                                  "be cancelled")
-    return become(tx, run, cancelled(run, reason, now), now)
+    return end_family(tx, run, reason, now)
+
+def end_family(tx: Transaction, run: Run, reason: str, now: float) -> Run:
+    """End a live run, and with it the runs that it waits for, and theirs."""
+    ended = become(tx, run, cancelled(run, reason, now), now)
+    doomed = tx.children_waited_for(run.run_id)
+    while doomed:
+        child = doomed.pop()
+        if child.status not in TERMINAL:
+            why = f"its parent {child.parent_run_id} was cancelled"
+            become(tx, child, cancelled(child, why, now), now)
+            doomed += tx.children_waited_for(child.run_id)
+    return ended
 
 def forget_old(tx: Transaction, retain_s: float, after: int, now: float) -> int | None:
     """Delete a few rows older than that, from `after` on; where to go on, or None.
@@ -2367,7 +2878,75 @@ SELECT seq, datetime(at, 'unixepoch') AS utc,
        ELSE 'system.' || kind || '.' || subject || '.' || name END AS topic, data
   FROM journal WHERE source IS NOT 'invoke';
 """
-MIGRATIONS = [SCHEMA, TOPICS]  # MIGRATIONS[n] takes a journal from version n to n + 1
+LANGUAGE = """
+-- A child knows who invoked it; lane, gate and actor are what a run shares bounds by.
+ALTER TABLE run ADD COLUMN parent_run_id TEXT;
+ALTER TABLE run ADD COLUMN parent_step_id TEXT;
+ALTER TABLE run ADD COLUMN lane TEXT;
+ALTER TABLE run ADD COLUMN gate TEXT;
+ALTER TABLE run ADD COLUMN actor_id TEXT;
+ALTER TABLE run ADD COLUMN held INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE run ADD COLUMN woken_fence INTEGER;
+ALTER TABLE run ADD COLUMN woken_seq INTEGER;
+DROP INDEX run_due;
+CREATE INDEX run_due ON run (function_id, due_at, run_id)
+  WHERE status = 'waiting_for_capacity' AND held = 0;
+CREATE INDEX run_by_lane ON run (function_id, lane, held, due_at, run_id)
+  WHERE lane IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
+CREATE INDEX run_by_actor_id ON run (function_id, actor_id, held, due_at, run_id)
+  WHERE actor_id IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
+CREATE INDEX run_by_gate ON run (function_id, gate, held, due_at, run_id)
+  WHERE gate IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
+CREATE INDEX run_started ON run (function_id, gate, started_at)
+  WHERE gate IS NOT NULL AND started_at IS NOT NULL;
+
+ALTER TABLE step ADD COLUMN wait_event_name TEXT;
+ALTER TABLE step ADD COLUMN wait_timeout REAL;
+ALTER TABLE step ADD COLUMN child_run_id TEXT;
+ALTER TABLE step ADD COLUMN input TEXT;                -- JSON
+CREATE INDEX step_pending ON step (run_id) WHERE status IN ('sleeping', 'waiting');
+
+-- What runs listen for; without a step: what cancels them. `taken`: the answer's seq.
+CREATE TABLE wait (
+  wait_id  INTEGER PRIMARY KEY,
+  run_id   TEXT NOT NULL REFERENCES run, step_id TEXT,
+  event    TEXT NOT NULL, test TEXT NOT NULL, value TEXT NOT NULL,
+  taken    INTEGER
+) STRICT;
+CREATE INDEX wait_for ON wait (event, test, value, wait_id) WHERE taken IS NULL;
+CREATE INDEX wait_of ON wait (run_id);
+
+-- What functions have to come: cron ticks, debounced events, throttled starts.
+CREATE TABLE timer (
+  kind     TEXT NOT NULL CHECK (kind IN ('tick', 'debounce', 'gate')),
+  function_id TEXT NOT NULL, key TEXT NOT NULL, event TEXT NOT NULL,
+  due_at   REAL NOT NULL,
+  seq      INTEGER REFERENCES journal (seq), first_at REAL,
+  PRIMARY KEY (kind, function_id, key, event)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX timer_due ON timer (due_at);
+CREATE INDEX timer_of_event ON timer (seq) WHERE seq IS NOT NULL;
+
+-- The worker that had the last run of each actor.
+CREATE TABLE actor (
+  function_id TEXT NOT NULL, actor_id TEXT NOT NULL, worker_id TEXT NOT NULL,
+  PRIMARY KEY (function_id, actor_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX actor_at ON actor (worker_id);
+
+-- A trigger may have a CEL expression ('' for none) that events must pass.
+CREATE TABLE new_trigger (
+  event TEXT NOT NULL, function_id TEXT NOT NULL REFERENCES function,
+  expression TEXT NOT NULL, wild INTEGER NOT NULL CHECK (wild IN (0, 1)),
+  PRIMARY KEY (event, function_id, expression)
+) STRICT, WITHOUT ROWID;
+INSERT INTO new_trigger SELECT event, function_id, '', wild FROM function_trigger;
+DROP TABLE function_trigger;
+ALTER TABLE new_trigger RENAME TO function_trigger;
+CREATE INDEX function_trigger_wild ON function_trigger (wild) WHERE wild = 1;
+CREATE INDEX function_trigger_of ON function_trigger (function_id);
+"""
+MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE]  # MIGRATIONS[n] takes a journal from version n to n + 1
 APPLICATION_ID = 0x49524F4E  # "IRON", so that `file` and we know our own
 
 BATCH_RULES, BATCH_BYTES = 500, 8 * MIB
@@ -2384,7 +2963,8 @@ ROWS_AT_ONCE = 50  # new rows in one statement
 JOURNAL_ROW = ("seq", "at", "kind", "name", "subject", "step", "data", "event_id",
                "version", "source", "idempotency_key", "metadata")
 RUN_ROW = ("run_id", "function_id", "function_version", "event_seq", "event_id",
-           "event_name", "retry", "status", "created_at", "due_at", "updated_at")
+           "event_name", "retry", "status", "created_at", "due_at", "updated_at",
+           "parent_run_id", "parent_step_id", "lane", "gate", "actor_id", "held")
 
 @lru_cache(maxsize=64)
 def columns(row: Any, form: str = "{}", after: str = "") -> str:
@@ -2581,11 +3161,30 @@ class Queries:
         return int(self._value("SELECT count(*) FROM run WHERE status IN"
                                " ('waiting_for_capacity', 'running', 'waiting')"))
 
-    def steps(self, run_id: str, status: str | None = None) -> list[Step]:
-        """The recorded steps of a run, in sequence: all, or those with a status."""
-        some = "" if status is None else "AND status = :status"
-        source = f"step WHERE run_id = :id {some} ORDER BY sequence"
-        return self._rows(Step, source, id=run_id, status=status)
+    def steps(self, run_id: str) -> list[Step]:
+        """The recorded steps of a run, in sequence."""
+        return self._rows(Step, "step WHERE run_id = :id ORDER BY sequence", id=run_id)
+
+    def taken(self, run_id: str, event: str, test: str, value: str | None
+              ) -> list[int | None]:
+        """Of the waits of a run for the same: which event each took, None if none."""
+        sql = """SELECT taken FROM wait WHERE run_id = :run_id AND step_id IS NOT NULL
+                    AND event = :event AND test = :test AND value = :value"""
+        return self._column(sql, run_id=run_id, event=event, test=test, value=value)
+
+    def events_after(self, name: str, seq: int, limit: int) -> list[Event]:
+        """Emitted events after a `seq`, oldest first: of a name; for a pattern, all."""
+        index = "events" if is_wild(name) else "by_name"
+        named = "" if is_wild(name) else "AND name = :name"
+        return self._rows(Event, f"""
+            journal INDEXED BY journal_{index} WHERE kind = 'event' {named}
+            AND seq > :seq AND source IS NOT 'invoke' ORDER BY seq LIMIT :limit""",
+            name=name, seq=seq, limit=limit)
+
+    def next_ticks(self) -> dict[str, float]:
+        """Of each function with a cron trigger, when it starts next."""
+        return dict(self._db.execute("SELECT function_id, min(due_at) FROM timer"
+                                     " WHERE kind = 'tick' GROUP BY 1").fetchall())
 
     def messages(self, after: int, limit: int) -> list[Message]:
         """Journal rows after a `seq`, each with what its subscribers are told of it."""
@@ -2622,7 +3221,8 @@ class Transaction(Queries):
     def __init__(self, db: sqlite3.Connection, ids: Ids) -> None:
         super().__init__(db)
         self.ids = ids
-        self._triggered: dict[str, list[Function]] = {}
+        self._triggered: dict[str, list[tuple[Function, set[str]]]] = {}
+        self._heard: dict[str, set[str]] | None = None  # by event, the tests of waits
         self._gather()
 
     def begin(self) -> None:
@@ -2642,7 +3242,12 @@ class Transaction(Queries):
     def forget(self) -> None:
         """After a rollback: what was remembered may have been read from lost rows."""
         self._triggered.clear()
+        self._heard = None
         self._gather()
+
+    @property
+    def last_seq(self) -> int:
+        return self._next_seq - 1
 
     @property
     def written(self) -> int:
@@ -2670,12 +3275,16 @@ class Transaction(Queries):
             self.flush()
         return super().find(row, **key)
 
-    def save(self, row: Function | Worker | Step) -> None:
+    def save(self, row: Function | Worker | Step | Timer) -> None:
         """A new row, or the same one later; the name and type of a step stay."""
         kind: Any = type(row)
-        kept, key = "type", "run_id, step_id"
-        if not isinstance(row, Step):
-            key = kept = column_names(kind)[0]
+        kept = key = column_names(kind)[0]
+        if isinstance(row, Step):
+            kept, key = "type", "run_id, step_id"
+        elif isinstance(row, Timer):
+            kept, key = "event", "kind, function_id, key, event"
+            self.alarm = min(self.alarm, row.due_at)
+            self.flush()  # the event that it refers to
         changes = columns(kind, "{0} = excluded.{0}", kept)
         sql = insert(kind.__name__.lower(), column_names(kind))
         self._db.execute(f"{sql} ON CONFLICT ({key}) DO UPDATE SET {changes}",
@@ -2711,20 +3320,42 @@ class Transaction(Queries):
         self._triggered.clear()
         self.save(function)
 
-    def set_triggers(self, function_id: str, events: Iterable[str]) -> None:
+    def set_triggers(self, function_id: str, triggers: Iterable[Trigger]) -> None:
         delete = "DELETE FROM function_trigger WHERE function_id = ?"
         self._db.execute(delete, (function_id,))
-        for event in dict.fromkeys(events):
-            self._db.execute("INSERT INTO function_trigger VALUES (?, ?, ?)",
-                             (event, function_id, is_wild(event)))
+        for event, expression in {(each.event, each.expression) for each in triggers}:
+            self._db.execute("INSERT INTO function_trigger VALUES (?, ?, ?, ?)",
+                             (event, function_id, expression, is_wild(event)))
+
+    def set_ticks(self, function_id: str, ticks: list[Timer]) -> None:
+        """Its cron triggers; one that it had before keeps its instant."""
+        old = {(key, event) for key, event in self._db.execute(
+            "SELECT key, event FROM timer WHERE kind = 'tick' AND function_id = ?",
+            (function_id,)).fetchall()}
+        for key, event in old - {(tick.key, tick.event) for tick in ticks}:
+            self.delete_timer(Timer("tick", function_id, key, event, 0.0))
+        for tick in ticks:
+            if (tick.key, tick.event) not in old:
+                self.save(tick)
+
+    def delete_timer(self, timer: Timer) -> None:
+        self._db.execute("DELETE FROM timer WHERE (kind, function_id, key, event) ="
+                         " (:kind, :function_id, :key, :event)", columns_of(timer))
+
+    def overdue_timers(self, now: float) -> list[Timer]:
+        source = "timer WHERE due_at <= :now ORDER BY due_at LIMIT :limit"
+        return self._rows(Timer, source, now=now, limit=BEHIND_AT_ONCE)
 
     def delete_function(self, function_id: str) -> None:
         self._triggered.clear()
         self.set_triggers(function_id, ())
-        self._db.execute("DELETE FROM function WHERE function_id = ?", (function_id,))
+        for table in ("timer", "actor", "function"):
+            self._db.execute(f"DELETE FROM {table} WHERE function_id = ?",
+                             (function_id,))
 
-    def functions_triggered_by(self, name: str) -> list[Function]:
-        """Active functions with a trigger that matches, each once, in the order of ids.
+    def functions_triggered_by(self, name: str) -> list[tuple[Function, set[str]]]:
+        """Active functions with a trigger for this name, in the order of ids, each with
+        the expressions of those triggers, "" among them if one has none.
 
         Remembered until a registration changes: every event asks.
         """
@@ -2732,12 +3363,15 @@ class Transaction(Queries):
             return known
         rows = self._db.execute(
             f"""
-            SELECT event, {columns(Function)}
+            SELECT event, expression, {columns(Function)}
               FROM function_trigger JOIN function USING (function_id)
              WHERE (event = :name OR wild = 1) AND status = 'active'
              ORDER BY function_id
             """, {"name": name}).fetchall()
-        found = {row[1]: Function(*row[1:]) for row in rows if matches(row[0], name)}
+        found: dict[str, tuple[Function, set[str]]] = {}
+        for event, expression, *row in rows:
+            if matches(event, name):
+                found.setdefault(row[0], (Function(*row), set()))[1].add(expression)
         if len(self._triggered) >= 1_000:
             self._triggered.clear()
         self._triggered[name] = list(found.values())
@@ -2748,12 +3382,14 @@ class Transaction(Queries):
             self.flush()
         return super().run_ids_of(event_seq)
 
-    def insert_run(self, run_id: str, function: Function, event: Event,
-                   now: float) -> None:
+    def insert_run(self, run_id: str, function: Function, event: Event, now: float,
+                   parent: tuple[str, str] | None, bounds: dict[str, str]) -> None:
         self.touched.add(function.function_id)
         self._new_runs[run_id] = (
             run_id, function.function_id, function.version, event.seq, event.event_id,
-            event.name, function.retry, "waiting_for_capacity", now, now, now)
+            event.name, function.retry, "waiting_for_capacity", now, now, now,
+            *(parent or (None, None)), *map(bounds.get, ("lane", "gate", "actor_id")),
+            int(bool(bounds)))
 
     def update_run(self, run: Run) -> None:
         """Everything of a run that can change."""
@@ -2773,13 +3409,138 @@ class Transaction(Queries):
                          " WHERE status = 'running' AND acked = :acked",
                          {"until": until, "acked": acked})
 
-    def due_runs(self, function_id: str, limit: int) -> list[Run]:
-        """Runs of a function that wait for a worker, the longest due first."""
+    def due_runs(self, function_id: str, workers: list[str], limit: int) -> list[Run]:
+        """Runs of a function that one of these workers may take, longest due first."""
         if self._new_runs:
             self.flush()
-        source = """run WHERE function_id = :id AND status = 'waiting_for_capacity'
-                    ORDER BY due_at, run_id LIMIT :limit"""
-        return self._rows(Run, source, id=function_id, limit=limit)
+        return self._rows(Run, f"""
+            run WHERE function_id = :id AND status = 'waiting_for_capacity' AND held = 0
+               AND (actor_id IS NULL OR NOT EXISTS (
+                 SELECT 1 FROM {self.BOUND} AND instr(:workers, '"' || worker_id || '"')
+                     = 0))
+             ORDER BY due_at, run_id LIMIT :limit""",
+            id=function_id, workers=dumps(workers), limit=limit)
+
+    BOUND = """actor JOIN worker USING (worker_id)
+                WHERE actor.function_id = run.function_id AND connected = 1
+                  AND actor.actor_id = run.actor_id"""
+
+    def worker_of_actor(self, run: Run) -> str | None:
+        """Where the runs of its actor go, while that worker is connected."""
+        if run.actor_id is None:
+            return None
+        found: str | None = self._value(
+            f"SELECT worker_id FROM run JOIN {self.BOUND} AND run_id = :id",
+            id=run.run_id)
+        return found
+
+    def bind_actor(self, run: Run) -> None:
+        self._db.execute("INSERT OR REPLACE INTO actor VALUES (?, ?, ?)",
+                         (run.function_id, run.actor_id, run.worker_id))
+
+    def delete_actors(self, worker_id: str) -> None:
+        self._db.execute("DELETE FROM actor WHERE worker_id = ?", (worker_id,))
+
+    PLACES = "run AS other INDEXED BY run_by_{0} WHERE other.function_id = :id" \
+             " AND other.{0} = {1} AND other.held = 0 AND status IN" \
+             " ('waiting_for_capacity', 'running')"
+    ROOM = {  # by column, whether a bound of the run in line has a place left
+        "lane": f"(SELECT count(*) FROM {PLACES}) < :lane",
+        "actor_id": f"(SELECT count(*) FROM {PLACES}) < :actor_id",
+        "gate": f"(SELECT count(*) FROM {PLACES} AND other.started_at IS NULL)"
+                " + (SELECT count(*) FROM run AS other INDEXED BY run_started WHERE"
+                " other.function_id = :id AND other.gate = {1}"
+                " AND other.started_at > :since) < :gate"}
+
+    def let_next_in(self, function_id: str, column: str, value: str,
+                    limits: dict[str, int], since: float) -> bool:
+        """Give a place to the run that is first in line, if there is one for it."""
+        self.flush()
+        given = limits | {"id": function_id, "value": value, "since": since}
+        if not self._value(f"SELECT {self.ROOM[column].format(column, ':value')}",
+                           **given):
+            return False
+        fits = " AND ".join(
+            f"(line.{name} IS NULL OR {room.format(name, f'line.{name}')}"
+            + (" OR line.started_at IS NOT NULL)" if name == "gate" else ")")
+            for name, room in self.ROOM.items())
+        run_id = self._value(
+            f"""
+            SELECT run_id FROM run AS line INDEXED BY run_by_{column}
+             WHERE function_id = :id AND {column} = :value AND held = 1
+               AND status IN ('waiting_for_capacity', 'running') AND {fits}
+             ORDER BY due_at, run_id LIMIT 1
+            """, **given)
+        self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
+        self.touched.add(function_id)
+        return run_id is not None
+
+    def in_line(self, function_id: str, gate: str) -> bool:
+        return bool(self._value(
+            "SELECT 1 FROM run INDEXED BY run_by_gate WHERE function_id = :id"
+            " AND gate = :gate AND held = 1 AND started_at IS NULL"
+            " AND status IN ('waiting_for_capacity', 'running')",
+            id=function_id, gate=gate))
+
+    def nth_start(self, function_id: str, gate: str, n: int) -> float:
+        """When the last but n - 1 of a gate's runs started; 0 for never."""
+        return self._value(
+            "SELECT started_at FROM run INDEXED BY run_started WHERE function_id = :id"
+            " AND gate = :gate AND started_at IS NOT NULL"
+            " ORDER BY started_at DESC LIMIT 1 OFFSET :n - 1",
+            id=function_id, gate=gate, n=n) or 0.0
+
+    def hold_queued(self, function_id: str) -> list[dict[str, str]]:
+        """Send the queued runs of a function back to their lines; those lines."""
+        self.flush()
+        some = "function_id = ? AND status = 'waiting_for_capacity'"
+        self._db.execute(f"UPDATE run SET held = 1 WHERE {some} AND coalesce(lane, gate,"
+                         " actor_id) IS NOT NULL", (function_id,))
+        lines = self._db.execute(f"SELECT DISTINCT lane, gate, actor_id FROM run WHERE"
+                                 f" {some} AND held = 1", (function_id,)).fetchall()
+        names = ("lane", "gate", "actor_id")
+        return [{name: value for name, value in zip(names, line, strict=True)
+                 if value is not None} for line in lines]
+
+    # --- what runs listen for
+
+    def listened_for(self, name: str) -> list[tuple[str, str]]:
+        """The names and patterns that an event has and somebody listens for, each with
+        a test. Remembered, for every event asks; what nobody asks any more may stay."""
+        if self._heard is None:
+            self._heard = {}
+            sql = "SELECT DISTINCT event, test FROM wait WHERE taken IS NULL"
+            for event, test in self._db.execute(sql).fetchall():
+                self._heard.setdefault(event, set()).add(test)
+            self._wild = {event for event in self._heard if is_wild(event)}
+        fit = [name, *(wild for wild in self._wild if matches(wild, name))]
+        return [(each, test) for each in fit for test in self._heard.get(each, ())]
+
+    def insert_wait(self, run_id: str, step_id: str | None, event: str, test: str,
+                    value: str, taken: int | None = None) -> None:
+        self.flush()  # the run that it refers to
+        self.listened_for(event)
+        assert self._heard is not None
+        self._heard.setdefault(event, set()).add(test)
+        self._wild |= {event} if is_wild(event) else set()
+        self._db.execute("INSERT INTO wait VALUES (NULL, ?, ?, ?, ?, ?, ?)",
+                         (run_id, step_id, event, test, value, taken))
+
+    def waits(self, event: str, test: str, value: str
+              ) -> list[tuple[int, str, str | None]]:
+        """Open waits, the oldest first: id, run and step; no step: to cancel."""
+        self.flush()
+        return self._db.execute(
+            "SELECT wait_id, run_id, step_id FROM wait WHERE taken IS NULL AND event = ?"
+            " AND test = ? AND value = ? ORDER BY wait_id", (event, test, value)
+            ).fetchall()
+
+    def take(self, wait_id: int, seq: int) -> None:
+        self._db.execute("UPDATE wait SET taken = ? WHERE wait_id = ?", (seq, wait_id))
+
+    def delete_waits(self, run_id: str) -> None:
+        if self._heard != {}:  # most journals have none
+            self._db.execute("DELETE FROM wait WHERE run_id = ?", (run_id,))
 
     TIMERS = {"running": ("run_lease", "lease_until"),  # by status: SQLite would take
               "waiting": ("run_timer", "due_at")}  # that index, and sort all sleepers
@@ -2793,10 +3554,27 @@ class Transaction(Queries):
 
     def next_instant(self) -> float:
         """When the next lease ends or the next sleeper is due; infinity for never."""
-        return min(self._value(
-            f"SELECT min({instant}) FROM run INDEXED BY {index}"
-            f" WHERE status = '{status}' AND {instant} IS NOT NULL") or math.inf
-            for status, (index, instant) in self.TIMERS.items())
+        return min(self._value(sql) or math.inf for sql in [
+            "SELECT min(due_at) FROM timer", *[
+                f"SELECT min({instant}) FROM run INDEXED BY {index}"
+                f" WHERE status = '{status}' AND {instant} IS NOT NULL"
+                for status, (index, instant) in self.TIMERS.items()]])
+
+    def done_steps(self, run_id: str, failures: bool) -> list[Step]:
+        """What a replay finds done; failed invokes too, for who understands those."""
+        also = "OR status = 'failed' AND type = 'invoke_function'" if failures else ""
+        return self._rows(Step, f"step WHERE run_id = :id AND (status = 'completed'"
+                          f" {also}) ORDER BY sequence", id=run_id)
+
+    def pending_steps(self, run_id: str) -> list[Step]:
+        return self._rows(Step, """step INDEXED BY step_pending WHERE run_id = :id
+                          AND status IN ('sleeping', 'waiting') ORDER BY sequence""",
+                          id=run_id)
+
+    def children_waited_for(self, run_id: str) -> list[Run]:
+        found = [self.find(Run, run_id=step.child_run_id)
+                 for step in self.pending_steps(run_id) if step.child_run_id]
+        return [child for child in found if child is not None]
 
     def next_sequence(self, run_id: str) -> int:
         """One more than the highest sequence of a run's rows; 0 for a new run."""
@@ -2810,7 +3588,8 @@ class Transaction(Queries):
         some = """(SELECT run_id FROM run
                     WHERE status IN ('completed', 'failed', 'cancelled')
                       AND run_id < :id AND ended_at < :before LIMIT :limit)"""
-        self._db.execute(f"DELETE FROM step WHERE run_id IN {some}", params)
+        for table in ("step", "wait"):
+            self._db.execute(f"DELETE FROM {table} WHERE run_id IN {some}", params)
         gone = self._db.execute(f"DELETE FROM run WHERE run_id IN {some}", params)
         return gone.rowcount > 0
 
@@ -2827,6 +3606,7 @@ class Transaction(Queries):
             """
             DELETE FROM journal WHERE seq > :after AND seq <= :last AND at < :before
                AND NOT EXISTS (SELECT 1 FROM run WHERE event_seq = journal.seq)
+               AND NOT EXISTS (SELECT 1 FROM timer WHERE timer.seq = journal.seq)
             """, {"after": after, "last": old[-1] if old else 0, "before": before})
         return rows[-1][0] if rows and rows[-1][1] < before else None
 
@@ -2885,7 +3665,7 @@ class JournalFile:
     def __init__(self, path: Path, ids: Ids, environment: str = "default",
                  cache_mb: int = 16, now: float = 0.0,
                  offers: Offers | None = None) -> None:
-        self.path, self.offers = path, offers
+        self.path, self.offers = path, offers or Offers(Limits())
         self._db = connect(path, cache_mb)
         try:
             version = check_owner(self._db, path)
@@ -2930,8 +3710,7 @@ class JournalFile:
             self.rollback()
             self.tx.begin()
             self._execute_apart(batch, now)
-        if self.offers is not None:
-            self.offers.hand_out(self.tx, now)
+        self.offers.hand_out(self.tx, now)
         self.tx.flush()
 
     def _execute_together(self, batch: list[Wish], now: float) -> bool:
@@ -2975,12 +3754,7 @@ class JournalFile:
         if self._db.in_transaction:  # SQLite may have rolled back by itself
             self._db.execute("ROLLBACK")
         self.tx.forget()
-        if self.offers is not None:
-            self.offers.rolled_back()
-
-    @property
-    def changes(self) -> int:
-        return self._db.total_changes
+        self.offers.rolled_back()
 
     def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"]) -> bool:
         """Move the log into the file; False if a reader is in the way of TRUNCATE."""
@@ -3016,9 +3790,8 @@ def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Conne
     uri = f"{path.as_uri()}?mode={'ro' if read_only else 'rwc'}"
     db: sqlite3.Connection | None = None
     try:
-        db = sqlite3.connect(uri, timeout=FOREIGN_LOCK_S, uri=True,
-                             isolation_level=None, check_same_thread=False,
-                             cached_statements=256)
+        db = sqlite3.connect(uri, FOREIGN_LOCK_S, isolation_level=None, uri=True,
+                             check_same_thread=False, cached_statements=256)
         db.execute(f"PRAGMA cache_size = {-cache_mb * KIB}")
         return db
     except sqlite3.Error as error:
@@ -3121,28 +3894,26 @@ class Journal:
                  on_failure: Callable[[BaseException], None]) -> None:
         self.path = path = path.resolve()
         self.last_trouble: str | None = None
-        self._clock, self._offers = clock, offers
-        self._on_alarm, self._on_failure = on_alarm, on_failure
+        self._clock, self._on_alarm, self._on_failure = clock, on_alarm, on_failure
         self._loop = asyncio.get_running_loop()
-        self._lock = lock(path)
-        try:
-            now = clock.wall()
-            self._file = JournalFile(path, ids, environment, cache_mb, now, offers)
-            self.journal_id = self._file.tx.meta("journal_id") or ""
-            self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
-            self._way_in = threading.Lock()  # to the readers
+        self._way_in = threading.Lock()  # to the readers
+        self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        with contextlib.ExitStack() as opened:
+            opened.callback(os.close, lock(path))
+            self._file = JournalFile(path, ids, environment, cache_mb, clock.wall(),
+                                     offers)
+            opened.callback(self._file.close)
             for _ in range(READERS):
-                self._readers.put(connect(path, cache_mb, read_only=True))
-        except BaseException:
-            os.close(self._lock)
-            raise
+                self._readers.put(reader := connect(path, cache_mb, read_only=True))
+                opened.callback(reader.close)
+            self.journal_id = self._file.tx.meta("journal_id") or ""
+            self._opened = opened.pop_all()
         self._gathered: list[Wish] = []
         self._queue: queue.SimpleQueue[list[Wish] | None] = queue.SimpleQueue()
-        self._queued_bytes = 0
-        self._open = True
+        self._queued_bytes, self._open = 0, True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
         self._warn_at = -math.inf  # the next time that a long log is worth a word
-        self._ends: dict[str, set[Future]] = {}  # who waits for which run
+        self._ends: WeakValueDictionary[str, Future] = WeakValueDictionary()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="ironflow reader")
         self._thread = threading.Thread(target=self._work, name="ironflow writer")
         self._thread.start()
@@ -3183,19 +3954,12 @@ class Journal:
                 db.execute("ROLLBACK")
             self._readers.put(db)
 
-    @contextlib.contextmanager
-    def ends_of(self, run_ids: Iterable[str]) -> Iterator[dict[str, Future]]:
-        """A future for each run, done by the commit that ends it from now on."""
-        ends = {run_id: self._loop.create_future() for run_id in run_ids}
-        for run_id, end in ends.items():
-            self._ends.setdefault(run_id, set()).add(end)
-        try:
-            yield ends
-        finally:
-            for run_id, end in ends.items():
-                self._ends[run_id].discard(end)
-                if not self._ends[run_id]:
-                    del self._ends[run_id]
+    def end_of(self, run_id: str) -> Future:
+        """A future that is done by the commit that ends the run from now on.
+
+        Shared by all who wait for it, and forgotten with the last of them.
+        """
+        return self._ends.setdefault(run_id, self._loop.create_future())
 
     def _work(self) -> None:
         """The writer thread: take what is there, commit once, answer all, again."""
@@ -3231,28 +3995,25 @@ class Journal:
         return batch or None
 
     def _commit(self, batch: list[Wish]) -> None:
-        before, failure = self._file.changes, None
+        file, tx, failure = self._file, self._file.tx, None
+        before = tx.written
         try:
-            self._file.execute(batch, self._clock.wall())
-            self._file.commit()
+            file.execute(batch, self._clock.wall())
+            file.commit()
         except Exception as error:
-            self._file.rollback()
-            failure = trouble(error, self.path)
-            if failure is None:
+            file.rollback()
+            if (failure := trouble(error, self.path)) is None:
                 raise
             log.error("%s", failure)
-        changes = self._file.changes - before
-        if failure or changes:
+        if failure or tx.written != before:
             self.last_trouble = str(failure) if failure else None
+            written = (tx.written - before) * KIB
+            self._unfolded += written + sum(wish.size for wish in batch)
         else:  # a batch that wrote nothing tells nothing of the disk
             self._see_whether_it_is_over()
-        filled = [] if failure else self._offers.committed()
-        tx = self._file.tx
         alarm, ended = (math.inf, []) if failure else (tx.alarm, tx.ended)
-        self._loop.call_soon_threadsafe(self._answer, batch, filled, alarm, ended,
-                                        failure)
-        if changes:
-            self._unfolded += changes * KIB + sum(wish.size for wish in batch)
+        self._loop.call_soon_threadsafe(
+            self._answer, batch, file.offers.committed(), alarm, ended, failure)
 
     def _see_whether_it_is_over(self) -> None:
         """By a write of our own: callers may wait until /ready says so."""
@@ -3292,8 +4053,7 @@ class Journal:
         for offer in filled:
             offer.answer(offer.error or offer.jobs)
         for run_id in ended:
-            for end in self._ends.get(run_id, ()):
-                settle_future(end, None)
+            settle_future(self._ends.pop(run_id, None), None)
         if alarm < math.inf:
             self._on_alarm(alarm)
 
@@ -3314,10 +4074,7 @@ class Journal:
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         self._pool.shutdown()
-        while not self._readers.empty():
-            self._readers.get().close()
-        self._file.close()
-        os.close(self._lock)
+        self._opened.close()
 
 def settle_future(future: Future | None, got: Any) -> None:
     """Give who waits what came; an exception is raised there. Nobody waits: nothing."""
@@ -3350,16 +4107,13 @@ class PullDesk:
     clock: Clock
     seen: dict[str, tuple[float, float]] = field(default_factory=dict)  # steady, wall
     in_hand: Counter[str] = field(default_factory=Counter)  # jobs, as far as we know
-    freed: dict[str, asyncio.Event] = field(default_factory=dict)
+    freed: dict[str, Future] = field(default_factory=dict)
     chores: set[asyncio.Task[Any]] = field(default_factory=set)
-    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    closing: Future = field(default_factory=asyncio.Future)
 
     def remember(self, worker_id: str) -> None:
         """It spoke; or at start, when it has the usual time to be heard of again."""
         self.seen[worker_id] = (self.clock.steady(), self.clock.wall())
-
-    def last_seen(self, worker: Worker) -> float:
-        return self.seen.get(worker.worker_id, (0.0, worker.registered_at))[1]
 
     async def heard_of(self, worker_id: str) -> None:
         """A worker spoke. Raises NotFound if it never registered."""
@@ -3383,7 +4137,7 @@ class PullDesk:
         nothing: the offer is withdrawn, and if it was taken already, the runs are given
         back. Raises NotFound for a worker that never registered.
         """
-        waiting: asyncio.Future[list[Job]] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[list[Job]] = asyncio.Future()
         offer = Offer(worker_id, slots, lambda got: settle_future(waiting, got), acked)
         self.offers.add(offer)
         try:
@@ -3395,7 +4149,7 @@ class PullDesk:
             return await asyncio.shield(waiting)  # taken: its commit is under way
         except BaseException:
             if not self.offers.withdraw(offer):
-                self._chore(self._give_back_when_known(waiting))
+                await self.give_back(await waiting, sent=False)
             raise
 
     async def spare_a_slot(self, worker_id: str, slots: int) -> int:
@@ -3405,29 +4159,18 @@ class PullDesk:
         millisecond; so the last slot is left free until a job ends, or for a second.
         """
         if slots == 1 and self.in_hand[worker_id]:
-            freed = self.freed[worker_id] = asyncio.Event()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LAST_SLOT_S):
-                    await freed.wait()
+            self.freed[worker_id] = asyncio.Future()
+            await asyncio.wait({self.freed[worker_id]}, timeout=LAST_SLOT_S)
         return max(1, slots - 1)
 
     def job_ended(self, worker_id: str) -> None:
         self.in_hand[worker_id] -= self.in_hand[worker_id] > 0
-        if worker_id in self.freed:
-            self.freed.pop(worker_id).set()
+        settle_future(self.freed.pop(worker_id, None), None)
 
     async def first_of(self, waiting: Future, wait_s: float) -> None:
         """Until the answer, the end of the wait, or the end of the server."""
-        closing: Future = asyncio.ensure_future(self.closing.wait())
-        try:
-            await asyncio.wait({waiting, closing}, timeout=wait_s,
-                               return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            closing.cancel()
-
-    async def _give_back_when_known(self, waiting: asyncio.Future[list[Job]]) -> None:
-        with contextlib.suppress(IronflowError):
-            await self.give_back(await waiting, sent=False)
+        await asyncio.wait({waiting, self.closing}, timeout=wait_s,
+                           return_when=asyncio.FIRST_COMPLETED)
 
     async def give_back(self, jobs: list[Job], sent: bool) -> None:
         for job in jobs:
@@ -3445,19 +4188,16 @@ class PullDesk:
 
         def look() -> None:
             gone = transport is None or transport.is_closing()
-            if gone and not self.closing.is_set():
-                self._chore(self.give_back(jobs, sent=True))
+            if gone and not self.closing.done():
+                chore = asyncio.create_task(self.give_back(jobs, sent=True))
+                self.chores.add(chore)
+                chore.add_done_callback(self.chores.discard)
 
         asyncio.get_running_loop().call_later(GONE_AFTER_S, look)
 
-    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self.chores.add(task)
-        task.add_done_callback(self.chores.discard)
-
     async def close(self) -> None:
         """Answer every held poll now, with nothing, and finish what is under way."""
-        self.closing.set()
+        settle_future(self.closing, None)
         if self.chores:
             await asyncio.wait(self.chores, timeout=STOP_S)
 
@@ -3465,8 +4205,7 @@ def worker_of(request: web.BaseRequest) -> str:
     """The worker's id, client-made: in every path, and taken as it is."""
     worker_id: str = request[GIVEN]["worker_id"]
     if len(worker_id) > 255 or CONTROL.search(worker_id):
-        raise InvalidInput("worker id: send up to 255 characters, no control "
-                           "characters")
+        raise InvalidInput("worker id: send up to 255 characters, none of control")
     return worker_id
 
 async def post_worker(api: Api, request: web.BaseRequest) -> web.Response:
@@ -3485,8 +4224,7 @@ async def post_worker(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def post_heartbeat(api: Api, request: web.BaseRequest) -> web.Response:
     """Renew the leases of the jobs that are listed: Python drops one to let it end."""
-    body = Fields(await api.read_json(request))
-    worker_id = worker_of(request)
+    body, worker_id = Fields(await api.read_json(request)), worker_of(request)
     await api.desk.heard_of(worker_id)
     if job_ids := [job.text("jobId") for job in body.objects("jobs")]:
         await api.journal.write(heartbeat, worker_id, job_ids, api.limits)
@@ -3516,14 +4254,15 @@ async def poll_jobs(api: Api, request: web.BaseRequest) -> web.Response:
 
 def job_to_json(job: Job) -> Json:
     """An assignment, by the strictest SDK's rules: absent, never null (Python 0.53)."""
-    steps = [join(members(step, "step_id name status")
-                  | {"output": step.output or "null"}) for step in job.completed]
+    steps = [join(members(step, "step_id name status error")
+                  | {"output": step.output or "null"}) for step in job.steps]
+    context = dumps({"secrets": job.secrets}) if job.secrets else None
     return join(members(job.run, "job_id run_id function_id attempt lease_token"
                                  " execution_seq=fence lease_expires_at=lease_until"
                                  " max_attempts=policy.max_attempts"
-                                 " on_exhausted=policy.on_exhausted") | {
+                                 " on_exhausted=policy.on_exhausted actor_id") | {
         "event": join(members(job.event, EVENT)), "completed_steps": listed(steps),
-        "step_sequence_base": str(job.next_sequence)})
+        "step_sequence_base": str(job.next_sequence), "context": context})
 
 async def put_ack(api: Api, request: web.BaseRequest) -> web.Response:
     said = read_report(Fields(await api.read_json(request)), "ack")
@@ -3540,8 +4279,14 @@ async def put_update(api: Api, request: web.BaseRequest) -> web.Response:
         said = last_word(job_id, status_in(body, wrong), wrong)
     if said.status != "progress":
         api.desk.job_ended(request[GIVEN]["worker_id"])
-    await api.journal.write(report, job_id, said, api.limits, size=len(body))
+    await take_report(api, job_id, said, len(body))
     return answer('{"status":"ok"}')
+
+async def take_report(api: Api, job_id: str, said: Report, size: int) -> None:
+    if any(wish.kind == "wait_for_event" for wish in said.yields):
+        run_id, _ = run_and_fence(job_id)
+        said = await api.journal.read(look_back, run_id, said)
+    await api.journal.write(report, job_id, said, api.limits, size=size)
 
 def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
     """What to make of a final report that cannot be kept: the run fails, and says why.
@@ -3553,9 +4298,9 @@ def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
     if fence is None or status not in ("completed", "failed", "yielded"):
         raise wrong
     log.warning("the report on %s cannot be kept: %s", job_id, wrong.message)
-    message = f"the worker's report cannot be kept: {wrong.message}"
-    error = {"message": message, "code": "INVALID_REPORT"}
-    return Report("failed", fence, None, error=error)
+    return Report("failed", fence, None, error={
+        "message": f"the worker's report cannot be kept: {wrong.message}",
+        "code": "INVALID_REPORT"})
 
 def status_in(body: bytes, wrong: IronflowError) -> Any:
     """The status of an unreadable report, for whose JSON a laxer reader may do."""
@@ -3572,9 +4317,8 @@ async def put_updates(api: Api, request: web.BaseRequest) -> web.Response:
     Ours, for our own client: {"updates": [{"job_id", "status", ...}]}, where `status`
     may also be `ack`. The answer's `results` hold a status and a body for each.
     """
-    updates = Fields(await api.read_json(request)).objects("updates")
-    if len(updates) > UPDATES_PER_REQUEST:
-        raise InvalidInput(f"{len(updates)} updates: send up to {UPDATES_PER_REQUEST}")
+    body = Fields(await api.read_json(request))
+    updates = body.objects("updates", UPDATES_PER_REQUEST)
     size = (request.content_length or KIB) // max(1, len(updates))
     results = await asyncio.gather(*[take_update(api, item, size) for item in updates])
     return answer(join({"results": listed(results)}))
@@ -3586,7 +4330,7 @@ async def take_update(api: Api, item: Fields, size: int) -> Json:
             said = read_report(item)
         except InvalidInput as wrong:
             said = last_word(job_id, item.get("status"), wrong)
-        await api.journal.write(report, job_id, said, api.limits, size=size)
+        await take_report(api, job_id, said, size)
     except IronflowError as error:
         return join({"status": str(error.status), "body": dumps(error_body(error))})
     return '{"status":200,"body":{"status":"ok"}}'
@@ -3606,7 +4350,8 @@ def read_report(body: Fields, status: str | None = None) -> Report:
         list(map(read_step, steps)), body.whole("stepOffset"),
         output=dumps(body.get("output")),
         error=read_error(body.get("error")) if said == "failed" else {},
-        yielded=read_yield(body.inner("yield")) if said == "yielded" else None,
+        yields=[] if said != "yielded" else list(map(
+            read_yield, [body.inner("yield"), *body.objects("yields")])),
     )
 
 def read_step(body: Fields) -> ReportedStep:
@@ -3642,14 +4387,29 @@ def read_error(value: Any) -> dict[str, Any]:
     return error if after is None else error | {"retry_after_ms": max(0.0, after)}
 
 def read_yield(body: Fields) -> Yield:
-    """Why the worker let go. What is not built yet is for the engine to refuse."""
+    """Why the worker let go. Our own client says in `yields` what else is blocked."""
     kind, step_id = body.text("type"), body.text("stepId")
     if not kind or not step_id:
         raise InvalidInput("yield.type and yield.step_id: send both")
-    until = body.instant("until")
+    about = body.inner("eventFilter")
+    target = about.text("event") or body.text("functionId")
+    until, value, timeout_s = body.instant("until"), about.get("matchValue"), 0.0
     if kind == "sleep" and until is None:
         raise InvalidInput("yield.until is missing: a sleep says when it ends")
-    return Yield(kind, step_id, body.text("stepName") or step_name(step_id), until)
+    if kind == "wait_for_event":
+        try:
+            timeout_s = duration_s(about.text("timeout") or "7d")
+        except ValueError as error:
+            raise InvalidInput(f"yield.event_filter.timeout: {error}") from None
+    elif kind == "invoke_function":
+        timeout_s = body.whole("invokeTimeoutMs", default=30_000) / 1000
+    if kind in YIELDS[1:] and not check_trigger(target):
+        raise InvalidInput(f"yield: a {kind} names its event or its function")
+    shown = about.all.get("payload") if kind == "wait_for_event" else body.get("input")
+    return Yield(
+        kind, step_id, body.text("stepName") or step_name(step_id), until or 0.0,
+        timeout_s, target, about.text("match"),
+        None if value is None else dumps(value), None if shown is None else dumps(shown))
 
 def step_name(step_id: str) -> str:
     """The name inside `{scope}:{name}:{index}`, for people; ids stay opaque."""
@@ -3664,10 +4424,68 @@ def step_name(step_id: str) -> str:
 # close, held polls are answered, the queue is committed, the log folded into the file.
 
 CLOCK_CHECK_S = 30.0  # how long a step of the wall clock can go unnoticed
+SECRETS_CHECK_S = 1.0  # between two looks at their file, while a run waits for one
 CLOCK_STEP_S = 1.0  # less than this is drift
 RETRY_S = 1.0  # between two tries of the timers to write
 SWEEP_EVERY_S, SWEEP_PAUSE_S = 3600.0, 0.05  # between sweeps; between parts of one
 STOP_S = 10.0  # how long requests in progress may take when stopping
+
+class Secrets:
+    """What `--secrets-file` holds: a JSON object of texts, or lines NAME=VALUE.
+
+    Read anew when the file changes; one that cannot be read leaves what was there.
+    Values go into assignments, and nowhere else. Raises StartError.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path, self._values = path, dict[str, str]()
+        self._seen = (0, 0)  # when the file was written, and its size
+        self.wanting = False  # somebody waits for one that is not there
+        self._read()
+
+    def of(self, function: Function | None) -> tuple[dict[str, str], list[str]]:
+        """Of the secrets it asks for, the values, and the names of those not there."""
+        if not (names := function.asks.get("secrets", []) if function else []):
+            return {}, []
+        self.refresh()
+        values = self._values
+        missing = [name for name in names if name not in values]
+        self.wanting |= bool(missing)
+        return {name: values[name] for name in names if name in values}, missing
+
+    def refresh(self) -> bool:
+        """Whether the file has changed."""
+        try:
+            return self._read()
+        except StartError as error:
+            log.error("%s; the secrets read before stay", error)
+            return False
+
+    def _read(self) -> bool:
+        if (path := self._path) is None:
+            return False
+        try:
+            about, seen = path.stat(), self._seen
+            self._seen = (about.st_mtime_ns, about.st_size)
+            if seen == self._seen:
+                return False
+            if os.name == "posix" and about.st_mode & 0o077:
+                raise StartError(f"{path} can be read by others: chmod 600 {path}")
+            text = path.read_text()
+            if text.lstrip().startswith("{"):
+                found = Fields(parse_json(text.encode())).all
+            else:
+                lines = filter(None, map(str.strip, text.splitlines()))
+                found = dict(line.split("=", 1) for line in lines if line[0] != "#")
+            if not all(isinstance(value, str) for value in found.values()):
+                raise ValueError
+        except OSError as error:
+            raise StartError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, IronflowError):  # which may quote a secret
+            raise StartError(f"{path} is neither a JSON object of texts nor lines "
+                             "NAME=VALUE") from None
+        self._values, self.wanting = dict(found), False
+        return True
 
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
@@ -3690,7 +4508,9 @@ class Timekeeper:
         wall, steady = clock.wall(), clock.steady()
         while True:
             self._rung.clear()
-            delay_s = min(max(self._next_at - clock.wall(), 0.0), CLOCK_CHECK_S)
+            secrets = self._desk.offers.secrets
+            patience_s = SECRETS_CHECK_S if secrets.wanting else CLOCK_CHECK_S
+            delay_s = min(max(self._next_at - clock.wall(), 0.0), patience_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._rung.wait()
@@ -3700,6 +4520,8 @@ class Timekeeper:
                 log.warning("the machine's clock was set by %+.1f s: leases start anew",
                             step_s)
                 await self._turn(keep_leases)
+            if secrets.wanting and secrets.refresh():
+                self._desk.offers.look_anew, self._next_at = True, wall
             with contextlib.suppress(DiskFull, Unavailable):  # again in half a minute
                 await self._desk.miss_the_silent()
             if self._next_at <= wall:
@@ -3750,6 +4572,7 @@ class Server:
     cors_origins: Iterable[str] = ()
     cache_mb: int = 16
     retain_s: float | None = None  # delete what is older; None: keep everything
+    secrets_file: Path | None = None
     limits: Limits = Limits()
     clock: Clock = field(default_factory=Clock)
     ids: Ids = field(default_factory=Ids)
@@ -3775,7 +4598,7 @@ class Server:
             sockets = listen(self.host, self.port, self._guard)
             for sock in sockets:
                 stack.callback(sock.close)
-            offers = Offers(self.limits)
+            offers = Offers(self.limits, Secrets(self.secrets_file))
             self.failed: Future = asyncio.get_running_loop().create_future()
             journal = Journal(
                 Path(self.db), clock=self.clock, ids=self.ids, offers=offers,
@@ -3977,6 +4800,8 @@ def parser() -> argparse.ArgumentParser:
     add("--cache-mb", type=within(1, 2**53), default=16, help="SQLite's page cache")
     add("--retain", type=told(duration_s), metavar="TIME", dest="retain_s",
         help="delete what is older, such as 30d; without it everything is kept")
+    add("--secrets-file", type=Path, metavar="FILE",
+        help="secrets for functions: a JSON object, or lines NAME=VALUE; mode 600")
     for name, what in {
         "event_bytes": "one event's name, data and metadata",
         "step_bytes": "one step's output, or one run's",
@@ -4079,7 +4904,7 @@ def serve(asked: argparse.Namespace) -> int:
         db=asked.db, host=asked.host, port=asked.port, environment=asked.env,
         api_key=api_key, dev=asked.dev, allow_hosts=asked.allow_host,
         cors_origins=asked.cors_origin, cache_mb=asked.cache_mb,
-        retain_s=asked.retain_s, limits=limits)
+        retain_s=asked.retain_s, secrets_file=asked.secrets_file, limits=limits)
     try:  # the extra `speed`
         from uvloop import new_event_loop as factory
     except ModuleNotFoundError:
