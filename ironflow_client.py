@@ -22,27 +22,24 @@ The life of one job, and who carries it:
 
     1. `Link._poll` waits at the server; the answer is a leased run, a `Job`
     2. `Worker._begin` takes it in hand: the heartbeats of `Link._beat` list it now
-    3. `Execution.play` calls the handler: a coroutine on the loop, or a plain function
-       in a thread of its own
+    3. `Execution.play` calls the handler: on the loop, or a plain one in a thread
     4. `Step.run` looks whether the journal has this step's result; if so, that is it
     5. if not, it calls the step's function, and `Execution.record` hands the result in
     6. `Link._report` sends what all jobs have to say, in one request; when the server
        has it on disk, the step returns
     7. meanwhile `Link._beat` says, from a thread of its own, which jobs are held
-    8. `Step.sleep` ends the execution; the run leaves this process and comes back as
-       another job when its time has come: the handler runs again from its first line,
-       and each step that the journal knows returns at once what it returned before
-    9. `Execution.settle` reports the end: completed, failed or yielded, again and again
-       until the server answers, for as long as that takes
+    8. a sleep, a wait or a child (`Step._leave`) ends the execution; the run leaves this
+       process and comes back as another job: the handler runs again from its first
+       line, and each step that the journal knows returns what it returned before
+    9. `Execution.settle` reports the end: completed, failed (undone, when it is for
+       good) or yielded, again and again until the server answers
 
 What holds: a step whose result the server has accepted never runs again. The step in
 hand when a process dies does, so a step should bear that. What stands between steps
 runs on every replay, so whatever touches the world belongs in a step.
 
-What is not here yet: waits for events, child functions, branches, compensations, push.
-
-Names and shapes are those of the public Python SDK, so that a program moves
-between the two by changing an import.
+Names and shapes are those of the public Python SDK, so that a program moves between
+the two by changing an import. What is not here yet: push endpoints, subscriptions.
 """
 
 from __future__ import annotations
@@ -116,9 +113,6 @@ LONGEST_S = 1000 * 365 * UNITS["d"]
 def now() -> datetime:
     return datetime.now(UTC)
 
-def new_name(prefix: str) -> str:
-    return prefix + secrets.token_hex(10)
-
 def backoff() -> Iterator[float]:
     """Seconds to wait before each further try: about 0.1, 0.2, 0.4 ... 2, 2, 2.
 
@@ -150,11 +144,8 @@ def seconds(value: Duration, field: str) -> float:
     return float(result)
 
 def instant(value: datetime | str, field: str) -> datetime:
-    """A point in time, from an aware datetime or RFC 3339 text.
-
-    Raises ValueError for a time without an offset: it would be another instant on each
-    machine, and a run may well go on on another machine.
-    """
+    """A point in time, from an aware datetime or RFC 3339 text. Raises ValueError, also
+    for a time without an offset, which is another instant on each machine."""
     with contextlib.suppress(ValueError, AttributeError):
         when = datetime.fromisoformat(value) if isinstance(value, str) else value
         if when.utcoffset() is not None:
@@ -171,12 +162,10 @@ encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
 def json_copy(value: Any, what: str, path: tuple[str | int, ...] = ()) -> Any:
     """The value as it would come back from JSON: tuples are lists, subclasses plain.
 
-    A step returns this copy and never the object that its function made, so that a
-    first run and a replay see the same. Refused is what json.dumps would bend silently
-    (keys that are no text, NaN, infinity), and what the server refuses: integers beyond
-    64 bits, lone surrogates, NUL in keys, deep nesting.
-
-    Raises NotJSON; its message says `what`, where in it, and why.
+    A step returns this copy, so that a first run and a replay see the same. Raises
+    NotJSON, which says where and why, for what json.dumps would bend silently (keys
+    that are no text, NaN) and what the server refuses (integers beyond 64 bits, lone
+    surrogates, NUL in keys, deep nesting).
     """
     if value is None or value is True or value is False:
         return value
@@ -222,9 +211,9 @@ class Event:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Event:
         known = {name: body[name] for name in cls.__slots__ if name in body}
-        if "idempotencyKey" in body:        # as outputs of waits spell it
-            known["idempotency_key"] = body["idempotencyKey"]
-        return cls(**{**known, "timestamp": instant(body["timestamp"], "timestamp")})
+        known["timestamp"] = instant(body["timestamp"], "timestamp")
+        key = body.get("idempotencyKey")    # as outputs of waits spell it
+        return cls(**{"idempotency_key": key} | known)
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
@@ -241,8 +230,7 @@ class Secrets(dict[str, str]):
     """`ctx.secrets`: name to value. Printed, it shows the names alone."""
 
     def __missing__(self, name: str) -> str:
-        raise KeyError(f"no secret {name!r} came with the run: declare it, "
-                       f"@function(secrets=[{name!r}])")
+        raise KeyError(f"{name!r} is no declared secret: @function(secrets=[{name!r}])")
 
     def __repr__(self) -> str:
         return f"<Secrets {sorted(self)}>"
@@ -255,12 +243,12 @@ class Job:
     run: RunInfo
     event: Event
     completed: dict[str, Any]           # step id to output: what a replay looks up
-    failed: dict[str, Any]              # step id to error, of children without output
+    failed: dict[str, Any]              # step id to error: children without output
+    secrets: Secrets
     execution_seq: int                  # with lease_token the fence that reports carry
     lease_token: str
     sequence_base: int                  # the place of the run's next new step
     received_at: datetime
-    secrets: Secrets
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Job:
@@ -268,15 +256,17 @@ class Job:
         run = RunInfo(body["run_id"], body["function_id"], body["attempt"],
                       body.get("max_attempts", 0), body.get("on_exhausted", ""),
                       body.get("actor_id"))
-        rows = [(row.get("status", "completed"), row) for row in body["completed_steps"]]
-        completed = {row["step_id"]: row["output"] for status, row in rows
-                     if status == "completed"}
-        failed = {row["step_id"]: row.get("error") for status, row in rows
-                  if status == "failed"}
+        completed, failed = {}, {}
+        for row in body["completed_steps"]:
+            if row.get("status") == "failed":
+                error = row.get("error")
+                failed[row["step_id"]] = error if isinstance(error, dict) else {}
+            elif row.get("status", "completed") == "completed":
+                completed[row["step_id"]] = row["output"]
         secrets = Secrets((body.get("context") or {}).get("secrets") or {})
         return cls(body["job_id"], run, Event.from_json(body["event"]), completed, failed,
-                   body["execution_seq"], body["lease_token"],
-                   body.get("step_sequence_base", 0), now(), secrets)
+                   secrets, body["execution_seq"], body["lease_token"],
+                   body.get("step_sequence_base", 0), now())
 
 class Row(dict[str, Any]):
     """One answer of the server: a dict as it came; its members are attributes too.
@@ -293,19 +283,18 @@ class Row(dict[str, Any]):
         raise AttributeError(f"{type(self).__name__} has no {name!r}: {sorted(self)}")
 
 class Run(Row):
-    """A run as REST has it: id, function_id, event_id, event_name, status (lower case),
-    attempt, max_attempts, input, output, error, worker_id, and as RFC 3339 text
-    created_at, updated_at, started_at, ended_at."""
+    """A run as REST has it: id, function_id, event_id, status (lower case), attempt,
+    max_attempts, created_at and updated_at (RFC 3339 text), and the `unset`."""
 
     unset = ("input", "output", "error", "event_name", "worker_id", "started_at",
-             "ended_at")
+             "ended_at", "actor_id", "parent_run_id", "parent_step_id")
 
 class StepRow(Row):
-    """A recorded step as REST has it: id (the row's), run_id, step_id, name,
-    step_type, sequence, status, attempt, output, error, duration_ms, started_at,
-    ended_at."""
+    """A recorded step as REST has it: id (the row's), run_id, step_id, step_type,
+    sequence, status, attempt, and the `unset`."""
 
-    unset = "name", "input", "output", "error", "duration_ms", "started_at", "ended_at"
+    unset = ("name", "input", "output", "error", "duration_ms", "started_at", "ended_at",
+             "compensation_for", "child_run_id", "wait_event_name", "wait_timeout")
 
 class EventRow(Row):
     """An event as REST has it: the members of Event, created_at, and as run_id the run
@@ -329,11 +318,8 @@ class Emitted(Row):
 # arguments are ValueError or TypeError, as everywhere in Python.
 
 class IronflowError(Exception):
-    """The server refused, could not be reached, or a step failed.
-
-    `code` is the server's word or one of ours, `status` the HTTP status or
-    0, `retry_after` seconds or None.
-    """
+    """The server refused, could not be reached, or a step failed. `code` is the server's
+    word or one of ours, `status` the HTTP status or 0, `retry_after` seconds or None."""
 
     def __init__(self, message: str, status_code: int = 0, code: str = "",
                  retryable: bool = False, retry_after: float | None = None) -> None:
@@ -355,22 +341,17 @@ class NotJSON(NonRetryableError):
         super().__init__(message, "SERIALIZATION_ERROR")
 
 class RetryAfterError(IronflowError):
-    """Raise it in a handler or a step to be tried again after the given duration.
-
-    The server caps the delay at the function's `max_delay`, and counts the attempt.
-    """
+    """Raise it in a handler or a step to be tried again after the given duration, at
+    most the function's `max_delay`. The attempt counts."""
 
     def __init__(self, message: str, retry_after: Duration,
                  code: str = "RETRY_AFTER") -> None:
         super().__init__(message, 0, code, True, seconds(retry_after, "retry_after"))
 
 class StepError(IronflowError):
-    """The function of a step raised; `__cause__` is what it raised.
-
-    A handler that catches it may go on: a further step, also of the same name, is
-    another step. Uncaught it fails the attempt, which is retried unless the cause was a
-    NonRetryableError.
-    """
+    """The function of a step raised; `__cause__` is what it raised. A handler that
+    catches it may go on. Uncaught it fails the attempt, which is retried unless the
+    cause was a NonRetryableError."""
 
     def __init__(self, message: str, *, step_id: str, retryable: bool,
                  retry_after: float | None = None) -> None:
@@ -385,37 +366,28 @@ class StepTimeoutError(IronflowError):
         super().__init__(message, 0, "STEP_TIMEOUT", True)
 
 class InvokeError(NonRetryableError):
-    """An invoked function gave no output; `code` says why. Uncaught, it is not retried.
+    """An invoked function gave no output. `code`: INVOKE_FAILED, INVOKE_CANCELLED,
+    INVOKE_NOT_FOUND, or INVOKE_TIMEOUT: it goes on. Uncaught it is not retried."""
 
-    INVOKE_FAILED, INVOKE_CANCELLED, INVOKE_NOT_FOUND, or INVOKE_TIMEOUT: it goes on.
-    """
-
-    def __init__(self, function_id: str, run_id: str, status: str, cause: str) -> None:
-        ends = {"failed": "failed", "cancelled": "was cancelled",
-                "not_found": "is not there, or not active"}
-        message = f"function {function_id!r} {ends.get(status, 'did not end in time')}"
-        message = f"{message} ({run_id})" if run_id else message
-        super().__init__(f"{message}: {cause}" if cause else message,
-                         f"INVOKE_{status.upper() if status in ends else 'TIMEOUT'}")
+    def __init__(self, function_id: str, cause: str = "",
+                 child_run_id: str | None = None, status: str = "failed",
+                 **_: object) -> None:
+        how = {"failed": "failed", "cancelled": "was cancelled",
+               "not_found": "could not be started"}.get(status)
+        told = [f"function {function_id!r} {how or 'did not end in time'}",
+                child_run_id and f" ({child_run_id})", cause and f": {cause}"]
+        super().__init__("".join(filter(None, told)),
+                         f"INVOKE_{status.upper() if how else 'TIMEOUT'}")
         self.function_id, self.cause = function_id, cause
-        self.run_id = self.child_run_id = run_id
-
-    @classmethod
-    def of(cls, function_id: str, error: Any) -> InvokeError:
-        """From the error of a step; what does not say its status has failed."""
-        told = error if isinstance(error, dict) else {"cause": str(error or "")}
-        return cls(told.get("function_id") or function_id, told.get("child_run_id") or "",
-                   told.get("status") or "failed", told.get("cause") or "")
+        self.run_id = self.child_run_id = child_run_id or None
 
 class WorkerAuthError(IronflowError):
     """The server refuses the worker's key (401, 403); a worker that hears it stops."""
 
 class _Unwind(BaseException):
-    """Leaves a handler whose execution is over: it sleeps, or the job is not ours now.
-
-    No Exception, so that `except Exception` in a handler lets it pass. What becomes of
-    the run is kept in the Execution: a handler that swallows this changes nothing.
-    """
+    """Leaves a handler whose execution is over: it waits, or the job is not ours now.
+    No Exception, so that `except Exception` lets it pass; to swallow it changes nothing,
+    for what becomes of the run is kept elsewhere."""
 
 def is_retryable(error: BaseException) -> bool:
     """Everything is, but a NonRetryableError and a step that failed with one."""
@@ -468,10 +440,7 @@ class Address:
 
     @classmethod
     def of(cls, server_url: str | None, api_key: str | None) -> Address:
-        """Arguments beat IRONFLOW_SERVER_URL and IRONFLOW_API_KEY.
-
-        Raises ValueError for what is no http or https URL.
-        """
+        """Arguments beat the environment. Raises ValueError for what is no http URL."""
         env = os.environ.get
         url = server_url or env("IRONFLOW_SERVER_URL") or "http://localhost:9123"
         key = api_key or env("IRONFLOW_API_KEY")
@@ -534,12 +503,9 @@ def said(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 class Connection:
-    """One connection to the server, opened when needed, kept for the next request.
-
-    Used by one thread at a time. Only `close` may be called from another: the request
-    in the air then fails at once, and so does every later one. Requests made inside a
-    handler name its run.
-    """
+    """One connection to the server, opened when needed, kept for the next request. Used
+    by one thread at a time; `close` from another fails the request in the air, and
+    every later one. Requests made inside a handler name its run."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -550,10 +516,9 @@ class Connection:
                 timeout: float) -> Reply:
         """Send one request, read its answer; `timeout` (s) bounds each wait for bytes.
 
-        When a kept connection turns out to be closed by the server, the request is sent
-        again on a new one, perhaps for the second time: all requests here bear that.
-
-        Raises OSError when there is no answer, or one that is neither HTTP nor JSON.
+        A kept connection that the server has closed is replaced, and the request sent
+        again, perhaps for the second time: all requests here bear that. Raises OSError
+        when there is no answer, or one that is neither HTTP nor JSON.
         """
         content = None if body is None else body()
         if self._socket is not None:
@@ -671,7 +636,7 @@ def played(steps: Any) -> Any:
 
 def keyed(what: str, key: str | None, **members: Any) -> dict[str, Any]:
     """A body in JSON, with the idempotency key or else a new one. Raises NotJSON."""
-    members["idempotency_key"] = key or new_name("once-")
+    members["idempotency_key"] = key or f"once-{secrets.token_hex(10)}"
     return dict(json_copy(members, what))
 
 def new_event(name: str, data: Any = None, version: int = 1,
@@ -728,12 +693,11 @@ class Calls:
     async def emit(self, name: str, data: Any = None, *, version: int = 1,
                    metadata: Mapping[str, Any] | None = None,
                    idempotency_key: str | None = None) -> Emitted:
-        """Record one event; returns when it is on the server's disk.
+        """Record one event; returns `event_id`, and `run_ids` of the runs it started,
+        when that is on the server's disk.
 
-        The result has `event_id`, and `run_ids` of the runs that it started. A repeat
-        with the same key and name returns the first result and starts nothing.
-        Without a key the event gets a new one, so that the retry after a lost answer
-        cannot double it; two calls of emit are two events.
+        A repeat with the same key and name returns the first result and starts nothing.
+        Without a key two calls are two events; a retry after a lost answer is not.
         """
         event = new_event(name, data, version, metadata, idempotency_key)
         return Emitted(await self._send("POST", rest("events"), event))
@@ -758,11 +722,9 @@ class Calls:
     async def emit_sync(self, name: str, data: Any = None, *, timeout: Duration = 30,
                         version: int = 1, metadata: Mapping[str, Any] | None = None,
                         idempotency_key: str | None = None) -> Emitted:
-        """Emit, and wait until all runs that the event started have ended.
-
-        Says in `results` what became of each, and raises for none: a run may have
-        failed, and one that did not end within `timeout` goes on. A server that
-        restarts meanwhile is asked again.
+        """Emit, wait until all runs that it started have ended, say in `results` what
+        became of each. Raises for none, failed or not done within `timeout`: that goes
+        on. A server that restarts meanwhile is asked again.
         """
         event = new_event(name, data, version, metadata, idempotency_key)
         event["event"] = event.pop("name")
@@ -779,10 +741,8 @@ class Calls:
                      names: str | Iterable[str] | None = None, since: When = None,
                      until: When = None, search: str | None = None,
                      ) -> abc.AsyncIterator[EventRow]:
-        """Iterate over all events that match, newest first, fetched page by page.
-
-        `name` is a part of the name, `names` are whole ones. Events that come meanwhile
-        are not among them.
+        """Iterate over all events that match, newest first, fetched page by page, but
+        none that come meanwhile. `name` is a part of the name, `names` are whole ones.
         """
         if names is not None and not isinstance(names, str):
             names = ",".join(names)
@@ -798,11 +758,8 @@ class Calls:
     @call
     async def publish(self, topic: str, data: Any = None, *,
                       idempotency_key: str | None = None) -> Row:
-        """Record a message for the topic's subscribers; it starts no function.
-
-        The result has `event_id`, `sequence`, and `duplicate`: whether the key was
-        known. Without a key the message gets a new one, as with `emit`.
-        """
+        """Record a message for the topic's subscribers; it starts no function. The
+        result has `event_id`, `sequence`, and `duplicate`: whether the key was known."""
         body = keyed(f"topic {topic!r}", idempotency_key, topic=topic, data=data)
         return Row(await self._send("POST", rest("publish"), body))
 
@@ -823,18 +780,15 @@ class Calls:
     @call
     async def invoke(self, function_id: str, data: Any = None, *,
                      timeout: Duration = 30, idempotency_key: str | None = None) -> Any:
-        """Run one function, whatever its triggers are, and return its output.
-
-        Raises InvokeError when the run failed, was cancelled, or did not end within
-        `timeout`; then it goes on. A server that restarts meanwhile is asked again.
-        """
+        """Run one function, whatever its triggers are, and return its output. Raises
+        InvokeError. A server that restarts meanwhile is asked again."""
         body = keyed(f"the input of {function_id!r}", idempotency_key,
                      function_id=function_id, data=data)
         _, (run,) = await self._wait_for_runs("InvokeFunctionSync", body, timeout)
         if run.status == "completed":
             return run.output
         cause = (run.error or {}).get("message", "")
-        raise InvokeError(function_id, run.run_id, run.status, cause)
+        raise InvokeError(function_id, cause, run.run_id, run.status)
 
     @call
     async def invoke_async(self, function_id: str, data: Any = None, *,
@@ -852,10 +806,8 @@ class Calls:
     async def list_runs(self, /, function_id: str | None = None,
                         status: str | None = None, limit: int | None = None,
                         **filters: Any) -> list[Run]:
-        """One page of runs, newest first, 50 unless `limit` says otherwise.
-
-        Further filters: offset, event_id, search, since, until.
-        """
+        """One page of runs, newest first, 50 unless `limit` says otherwise. Further
+        filters: offset, event_id, search, since, until."""
         return await self._list(Run, "runs", rest(
             "runs", function_id=function_id, status=status, limit=limit, **filters))
 
@@ -926,11 +878,8 @@ class Calls:
 
     async def _wait_for_runs(self, method: str, body: Any, timeout: Duration
                              ) -> tuple[Any, list[Run]]:
-        """The event's id, and what became of its runs.
-
-        A server that stops answers early, and one that dies does not: it is asked
-        again, with the same key, for what is left of the time.
-        """
+        """The event's id, and what became of its runs. A server that stops answers
+        early, one that dies not: it is asked again, for what is left of the time."""
         until = monotonic() + seconds(timeout, "timeout")
 
         def for_the_rest() -> dict[str, Any]:
@@ -1015,8 +964,7 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
     """The API for programs with an event loop; an async context manager.
 
     Any number of loops may use it, one after the other. Each exchange blocks a thread,
-    at most 64 at a time. Cancelling a call closes its connection: the server sees that
-    at once, and the thread ends.
+    at most 64 at a time. Cancelling a call closes its connection, and the thread ends.
     """
 
     _loop: asyncio.AbstractEventLoop | None = None      # that of `_gate`
@@ -1145,8 +1093,8 @@ def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
         check(name in known, f"{where} is none of {', '.join(known)}")
         spelled = re.sub("_(.)", lambda found: found[1].upper(), name)
         if name in ("initial_delay", "max_delay", "period", "max_wait"):
-            spelled, value = f"{spelled}Ms", _ms(value, where)
-            check(name != "period" or value >= 1000, f"{where} must be 1 s or more")
+            value = _ms(value, where, 1000 if name == "period" else 0)
+            spelled += "Ms"
         elif name == "on_exhausted":
             check(value in ("fail", "pause"), f"{where} must be 'fail' or 'pause'")
         elif name in ("max_attempts", "backoff_factor", "limit"):
@@ -1159,8 +1107,10 @@ def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
         wire[spelled] = value
     return wire
 
-def _ms(value: Duration, field: str) -> int:
-    return round(seconds(value, field) * 1000)
+def _ms(value: Duration, field: str, least: int = 0) -> int:
+    milliseconds = round(seconds(value, field) * 1000)
+    check(milliseconds >= least, f"{field} must be {least} ms or more, not {value!r}")
+    return milliseconds
 
 # ======================================================================================
 # 6. Steps
@@ -1199,9 +1149,9 @@ class Step:
     _host: Host
     _scope: str                         # what the ids of its steps begin with
     _parent: Step | None = None
+    _stopped: bool = False              # a branch beside it failed: begin nothing more
     _blocks: list[dict[str, Any]] = field(default_factory=list)     # what it waits for
-    _undos: list[Any] = field(default_factory=list)     # also lists: those of branches
-    _stopped: bool = False              # another branch failed: begin nothing more
+    _undos: list[Any] = field(default_factory=list)     # (name, fn); a list: a branch's
 
     def run(self, name: str, fn: Callable[[], Any], *,
             timeout: Duration | None = None) -> Any:
@@ -1251,10 +1201,9 @@ class Step:
         answer that came before the wait began is found. `payload` is for whoever shows
         the wait. Over its timeout the server fails the run: the handler never hears.
         """
-        what = f"step {name!r}"
-        check(isinstance(event, str) and event, f"{what}: event must be a name")
+        check(isinstance(event, str) and event, f"step {name!r}: event must be a name")
         wanted = {"event": event, "match": match, "match_value": match_value,
-                  "payload": payload, "timeout": _span(timeout, what) + "ms"}
+                  "payload": payload, "timeout": f"{_ms(timeout, f'step {name!r}: timeout', 1)}ms"}
         return self._leave(name, "wait_for_event", Event.from_json, event_filter={
             key: value for key, value in wanted.items() if value is not None})
 
@@ -1266,9 +1215,8 @@ class Step:
         not end within `timeout`; then it goes on. Uncaught that fails the run for good.
         """
         name = function_id if isinstance(function_id, str) else function_id.id
-        limit = int(_span(timeout, f"invoke {name!r}"))
         return self._leave(name, "invoke_function", function_id=name, input=input,
-                           invoke_timeout_ms=limit)
+                           invoke_timeout_ms=_ms(timeout, f"invoke {name!r}: timeout", 1))
 
     def invoke_async(self, function_id: str | Function, input: Any = None) -> Any:
         """Start another function; returns its `run_id` when that is on disk."""
@@ -1288,11 +1236,7 @@ class Step:
 
         def publish(step_id: str) -> Any:
             key = idempotency_key or f"step-{sha256(step_id.encode()).hexdigest()}"
-
-            def send() -> dict[str, Any]:
-                row = self._execution.publish(topic, body, idempotency_key=key)
-                return {"eventId": row["event_id"], "sequence": row["sequence"]}
-
+            send = functools.partial(self._execution.publish, topic, body, key)
             return self._call(step_id, name, send, self._host.step_timeout)
 
         return self._play(name, publish, lambda output: Row(snake(output)))
@@ -1392,9 +1336,15 @@ class Step:
                 if step._blocks and limit > 0:
                     break
 
-        with execution.group(stem):
-            most = min(len(steps), self._host.most, limit if limit > 0 else len(steps))
+        if stem in execution.groups:        # the steps of both would share their ids
+            raise NonRetryableError(f"a group {stem!r} is under way already; give each "
+                                    "of the two its own name", "TWO_GROUPS")
+        execution.groups.add(stem)
+        most = min(len(steps), self._host.most, limit if limit > 0 else len(steps))
+        try:
             await self._host.together([play_some() for _ in range(most)])
+        finally:
+            execution.groups.remove(stem)
         if failed and fail_fast:
             raise failed[min(failed)]
         self._blocks += [block for step in steps for block in step._blocks]
@@ -1434,11 +1384,6 @@ class Step:
             ended(begun, **row, **undo, status="completed", output=output), self._host)
         return output
 
-def _span(value: Duration, field: str) -> str:
-    milliseconds = _ms(value, f"{field}: timeout")
-    check(milliseconds > 0, f"{field}: timeout must be more than 0")
-    return str(milliseconds)
-
 def ended(begun: datetime, **row: Any) -> str:
     """The row of a step that has just ended, as JSON text.
 
@@ -1464,7 +1409,7 @@ class Host:
     loop: asyncio.AbstractEventLoop
     threads: asyncio.Semaphore          # bounds how many steps have one at a time
     step_timeout: float | None
-    most: int = 2**31                   # branches at a time
+    most = 2**31                        # branches at a time
 
     @staticmethod
     def play(steps: abc.Coroutine[Any, Any, T]) -> Any:
@@ -1490,6 +1435,7 @@ class PlainHost(Host):
     """For plain handlers: blocks their thread, so that no coroutine here suspends."""
 
     play = staticmethod(played)
+    most = THREADS
 
     async def call(self, name: str, fn: Callable[[], Any],
                    timeout: float | None) -> Any:
@@ -1569,7 +1515,7 @@ class Execution:
     `stand_ins`, by step id or name, are called instead of a step's function."""
 
     def __init__(self, job: Job, send: Callable[[Execution, str], Future[Reply]],
-                 flush_later: Callable[[Execution], None] | None = None,
+                 checkpoint_s: float = 0,
                  stand_ins: Mapping[str, Callable[[], Any]] | None = None,
                  publish: Any = None) -> None:
         self.job, self.stand_ins, self.publish = job, stand_ins or {}, publish
@@ -1579,10 +1525,10 @@ class Execution:
         self.cancel: Callable[[], None] = lambda: None  # how to wake an async handler
         self.rows: list[str] = []           # of ended steps, not sent yet
         self._sequence = job.sequence_base  # of the first of them
-        self._send, self._flush_later = send, flush_later
+        self._send, self._checkpoint_s, self._timed = send, checkpoint_s, False
         self._lock = threading.Lock()
         self._uses: Counter[str] = Counter()
-        self._groups: set[str] = set()      # of branches, under way
+        self.groups: set[str] = set()       # under way
         self._in_air: list[Future[Reply]] = []
         self._open = 0                      # steps in flight
         self._quiet: Future[None] | None = None         # set once the handler has ended
@@ -1629,7 +1575,7 @@ class Execution:
             self._open += 1
         try:
             if step_id in self.job.failed:
-                raise InvokeError.of(name, self.job.failed[step_id])
+                raise InvokeError(**{"function_id": name} | self.job.failed[step_id])
             if self.failure and not known:
                 raise StepError(self.failure["message"], step_id=step_id,
                                 retryable=False)
@@ -1641,18 +1587,6 @@ class Execution:
             if last is not None:
                 last.set_result(None)
 
-    @contextlib.contextmanager
-    def group(self, stem: str) -> Iterator[None]:
-        """Surrounds the branches of a group. Two of one name would share their ids."""
-        if stem in self._groups:
-            raise NonRetryableError(f"the group {stem!r} is under way already; groups "
-                                    "at the same time need different names", "TWO_GROUPS")
-        self._groups.add(stem)
-        try:
-            yield
-        finally:
-            self._groups.remove(stem)
-
     def keep(self, row: str) -> None:
         """Keep a row for the next update; that of a failed step can wait for it."""
         with self._lock:
@@ -1661,13 +1595,13 @@ class Execution:
     async def record(self, row: str, host: Host, now: bool = False) -> None:
         """Hand in a completed step; with checkpoint_interval=0, wait for the yes."""
         self.keep(row)
-        if self._flush_later is not None and not now:
-            self._flush_later(self)
-        else:
-            sent = self.flush()
-            while self.rows:
-                sent = self.flush()
-            await host.wait(sent)
+        if not self._checkpoint_s or now:
+            await host.wait(self.flush())
+        elif not self._timed:
+            self._timed = True
+            timer = threading.Timer(self._checkpoint_s, lambda: self.rows and self.flush())
+            timer.daemon = True
+            timer.start()
         if self.lost or self.fate:
             raise _Unwind
 
@@ -1679,15 +1613,14 @@ class Execution:
         function_id, loop = self.job.run.function_id, asyncio.get_running_loop()
         function = functions.get(function_id) or Function(
             no_such_function, {"id": function_id}, None, None)
-        host = (Host(loop, threads, function.step_timeout) if function.is_async else
-                PlainHost(loop, threads, function.step_timeout, most=THREADS))
-        step = Step(self, host, self.job.run.id)
-        life = self._live(function, step)
-        if not function.is_async:
-            life = in_thread(functools.partial(played, life), self.name)
-        running = asyncio.create_task(life)
+        kind = Host if function.is_async else PlainHost
+        host = kind(loop, threads, function.step_timeout)
+        life = self._live(function, Step(self, host, self.job.run.id))
         if function.is_async:
+            running = asyncio.create_task(life)
             self.cancel = lambda: from_thread(loop, running.cancel)
+        else:
+            running = asyncio.create_task(in_thread(lambda: played(life), self.name))
         end: dict[str, Any] = {}            # of no account: it is lost, or has a fate
         try:
             end = await running
@@ -1759,11 +1692,14 @@ class Execution:
         return self._send(self, self._text({"status": "ack"}))
 
     def flush(self) -> Future[Reply]:
-        """Send the rows that wait, as progress."""
-        sent = self._send(self, self._with_rows({"status": "progress"}))
-        with self._lock:
-            self._in_air = [*(one for one in self._in_air if not one.done()), sent]
-        return sent
+        """Send the rows that wait, as progress; the answer to the last of them."""
+        while True:
+            self._timed = False
+            sent = self._send(self, self._with_rows({"status": "progress"}))
+            with self._lock:
+                self._in_air = [*(one for one in self._in_air if not one.done()), sent]
+            if not self.rows:
+                return sent
 
     async def settle(self, fields: dict[str, Any]) -> None:
         """Report the end once all steps have ended; returns when the server has it.
@@ -1772,8 +1708,8 @@ class Execution:
         output over the limit) fails the run with the server's words; see `judge`.
         """
         await asyncio.wrap_future(self.hush())
-        while len(self.rows) > portion(self.rows) and not self.lost:
-            await asyncio.wrap_future(self.flush())
+        if len(self.rows) > portion(self.rows):
+            self.flush()
         for progress in self._in_air:       # after the report it would be refused
             await asyncio.wrap_future(progress)
         for _ in range(2):
@@ -1884,12 +1820,11 @@ class Link:
 
     def __init__(self, address: Address, registration: dict[str, Any],
                  functions: Sequence[Function], begin: Callable[[Job, bool], None],
-                 failed: Callable[[BaseException], None], heartbeat_s: float,
-                 checkpoint_s: float) -> None:
+                 failed: Callable[[BaseException], None], heartbeat_s: float) -> None:
         self._url = address.url
         self._registration, self._functions = registration, functions
         self._begin, self._failed = begin, failed
-        self._heartbeat_s, self._checkpoint_s = heartbeat_s, checkpoint_s
+        self._heartbeat_s = heartbeat_s
         self._path = f"/api/v1/workers/{quote(registration['worker_id'], safe='')}"
         self._slots: int = registration["max_concurrent_jobs"]
         self._wires = {role: Connection(address) for role in ("poll", "beat", "report")}
@@ -1901,7 +1836,6 @@ class Link:
         self._queued = threading.Condition(guard)   # wakes the reporter alone
         self._held: list[Execution] = []
         self._queue: list[Update] = []
-        self._unflushed: dict[Execution, float] = {}    # when their rows are due
         self._lost_at: float | None = None  # since when the server is not there
         self._returns = 0                   # how often it came back
 
@@ -1948,11 +1882,6 @@ class Link:
             if self._wires["report"].closed:
                 self._give_up()
         return answer
-
-    def flush_later(self, execution: Execution) -> None:
-        with self._changed:
-            self._unflushed.setdefault(execution, monotonic() + self._checkpoint_s)
-            self._queued.notify()
 
     # -- the three loops ---------------------------------------------------------------
 
@@ -2042,24 +1971,13 @@ class Link:
 
     def _next_batch(self, wire: Connection) -> list[Update]:
         """Wait for updates; returns the oldest, as many as one request may carry."""
-        while True:
-            with self._changed:
-                due = min(self._unflushed.values(), default=math.inf)
-                if not (self._queue or wire.closed or due <= monotonic()):
-                    self._queued.wait(None if due == math.inf else due - monotonic())
-                if wire.closed:
-                    raise _Closed
-                ripe = [execution for execution, due in self._unflushed.items()
-                        if due <= monotonic()]
-                for execution in ripe:
-                    del self._unflushed[execution]
-            for execution in ripe:
-                while execution.rows:
-                    execution.flush()       # comes back to `send`
-            with self._changed:
-                if count := portion([one.text for one in self._queue[:MAX_UPDATES]]):
-                    batch, self._queue = self._queue[:count], self._queue[count:]
-                    return batch
+        with self._changed:
+            self._queued.wait_for(lambda: self._queue or wire.closed)
+            if wire.closed:
+                raise _Closed
+            count = portion([one.text for one in self._queue[:MAX_UPDATES]])
+            batch, self._queue = self._queue[:count], self._queue[count:]
+            return batch
 
     def _give_up(self) -> None:
         while self._queue:
@@ -2185,8 +2103,8 @@ class Worker:
               "functions must not be empty, and no id may be in it twice")
         check(isinstance(max_concurrent_jobs, int) and max_concurrent_jobs >= 1,
               "max_concurrent_jobs must be an integer from 1")
-        self.worker_id = worker_id or new_name("worker-")
-        self._client = Client(server_url, api_key)      # of ctx.step.publish
+        self.worker_id = worker_id or f"worker-{secrets.token_hex(10)}"
+        self._client = Client(server_url, api_key)
         self._heartbeat_s = seconds(heartbeat_interval, "heartbeat_interval")
         check(self._heartbeat_s, "heartbeat_interval must be more than 0")
         self._checkpoint_s = seconds(checkpoint_interval, "checkpoint_interval")
@@ -2253,7 +2171,7 @@ class Worker:
         self._link = Link(
             self._client._address, self._registration, list(self._functions.values()),
             self._begin, lambda error: from_thread(self._loop, self._fail, error),
-            self._heartbeat_s, self._checkpoint_s)
+            self._heartbeat_s)
         threads = self._link.open()
         try:
             await self._leave.wait()
@@ -2325,7 +2243,9 @@ class Worker:
         self._hurry.set()
         self._leave.set()
 
-    # -- one job -----------------------------------------------------------------------
+    def _publish(self, topic: str, data: Any, key: str) -> dict[str, Any]:
+        sent = self._client.publish(topic, data, idempotency_key=key)
+        return {"eventId": sent.event_id, "sequence": sent.sequence}
 
     def _begin(self, job: Job, late: bool) -> None:
         """Take a job in hand, from the polling thread.
@@ -2334,8 +2254,8 @@ class Worker:
         each start. An answer that was long on the way (the process was suspended, say)
         may bring a lease that is over: then the ack is sent, and its yes awaited.
         """
-        later = self._link.flush_later if self._checkpoint_s else None
-        execution = Execution(job, self._link.send, later, publish=self._client.publish)
+        execution = Execution(job, self._link.send, self._checkpoint_s,
+                              publish=self._publish)
         self._link.hold(execution)
         ack = execution.ack() if late else None
         from_thread(self._loop, self._spawn, execution, ack)
@@ -2371,10 +2291,9 @@ def run_inline(function: Function, event: Any = None, *,
     - `event`: an Event; its name; a mapping with `name` and `data`; anything else is
       data, as if the function was invoked with it.
     - `steps`: results of steps, by name or id, or functions to be called instead of
-      theirs, which may raise. So too for children, by their function's id: a function
-      gets the child's input.
-    - `events`: what waits get, by the wait's name or the event's: an event, or data, or
-      a list of these, in order. A wait that gets none fails the run, as its timeout.
+      theirs, which may raise; of a child, by its id: that is given the child's input.
+    - `events`: what waits get, by the wait's or the event's name: an event, data, or a
+      list of those, in order. A wait without one fails the run, with WAIT_TIMEOUT.
     - `functions`: children that are really run, inline, with the same arguments.
     - `secrets`: `ctx.secrets`.
     - `attempts`: how often the handler may fail; nobody waits between two attempts.
@@ -2382,81 +2301,72 @@ def run_inline(function: Function, event: Any = None, *,
     Returns status (completed or failed), output, error, attempt, and in `steps` the
     recorded StepRows. Sleeps are recorded and skipped, messages recorded and not sent,
     and the handler replayed, as a server would. The run's id is "run_inline". Blocks,
-    and may be called anywhere, also where an event loop runs: the handler gets a loop
-    in a thread.
+    and may be called anywhere, also where an event loop runs.
     """
-    def play() -> Run:
-        return asyncio.run(inline.play(
-            {"name": event, "data": None} if isinstance(event, str) else event))
-
-    inline = Inline(function, steps or {}, events or {}, functions, secrets or {}, attempts)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(play).result()
+    if isinstance(event, str):
+        event = {"name": event, "data": None}
+    given = {"steps": steps or {}, "events": events or {}, "functions": functions,
+             "secrets": secrets or {}, "attempts": attempts}
+    with ThreadPoolExecutor(1) as pool:     # a loop of its own
+        return pool.submit(lambda: asyncio.run(
+            Inline(function, given).play(inline_event(event, function.id)))).result()
 
 class Inline:
-    """What a server is to `run_inline`."""
+    """What a server is to a worker, for one `run_inline`."""
 
-    def __init__(self, function: Function, steps: Mapping[str, Any],
-                 events: Mapping[str, Any], functions: Sequence[Function],
-                 secrets: Mapping[str, str], attempts: int) -> None:
-        self.function, self.attempts, self.secrets = function, attempts, Secrets(secrets)
-        self.for_child: dict[str, Any] = {"steps": steps, "events": events, "functions": functions,
-                          "secrets": secrets, "attempts": attempts}
-        self.children = {child.id: child for child in functions}
+    def __init__(self, function: Function, given: dict[str, Any]) -> None:
+        self.function, self.given = function, given
+        self.children = {child.id: child for child in given["functions"]}
         self.stand_ins = {key: one if callable(one) else (lambda *_, one=one: one)
-                          for key, one in steps.items()}
+                          for key, one in given["steps"].items()}
         self.mail = {name: list(one) if isinstance(one, list) else [one]
-                     for name, one in events.items()}
+                     for name, one in given["events"].items()}
         self.kept: dict[str, StepRow] = {}
-        self.end: dict[str, Any] = {}
+        self.attempt, self.end = 1, dict[str, Any]()
 
-    async def play(self, given: Any) -> Run:
-        event = inline_event(given, self.function.id)
-        threads, attempt = asyncio.Semaphore(THREADS), 1
+    async def play(self, event: dict[str, Any]) -> Run:
+        threads, about = asyncio.Semaphore(THREADS), {
+            "run_id": "run_inline", "function_id": self.function.id, "event": event,
+            "job_id": "job_inline", "execution_seq": 1, "lease_token": "inline",
+            "max_attempts": self.given["attempts"], "on_exhausted": "fail",
+            "context": {"secrets": self.given["secrets"]}}
         while True:
-            run = RunInfo("run_inline", self.function.id, attempt, self.attempts, "fail")
-            done = {status: {key: row for key, row in self.kept.items()
-                             if row.status == status} for status in ("completed", "failed")}
-            job = Job("job_inline", run, Event.from_json(event),
-                      {key: row.output for key, row in done["completed"].items()},
-                      {key: row.error for key, row in done["failed"].items()
-                       if row.step_type == "invoke_function"},
-                      1, "", len(self.kept), now(), self.secrets)
-            execution = Execution(job, self.send, None, self.stand_ins, self.publish)
+            known = [row for row in self.kept.values() if row.status == "completed"
+                     or row.step_type == "invoke_function"]
+            job = Job.from_json(about | {"attempt": self.attempt, "completed_steps": known,
+                                         "step_sequence_base": len(self.kept)})
+            execution = Execution(job, self.send, 0, self.stand_ins, self.publish)
             await execution.play({self.function.id: self.function}, threads)
-            end, error = self.end, self.end.get("error")
-            if end["status"] == "yielded":
-                for block in (end["yield"], *end.get("yields", ())):
-                    row = await self.answer(block)
-                    self.keep(row, attempt)
-                    if row["status"] == "timed_out":
-                        error = {"message": row["error"]["message"], "code": "WAIT_TIMEOUT"}
-                        end = {"status": "failed"}
-            elif error and error.pop("retryable") and attempt < self.attempts:
-                attempt += 1
-                continue
-            if end["status"] != "yielded":
-                return Run(id=run.id, function_id=run.function_id, status=end["status"],
-                           attempt=attempt, output=end.get("output"), error=error,
-                           steps=list(self.kept.values()))
+            end = self.end
+            for block in (end["yield"], *end.get("yields", ())) if "yield" in end else ():
+                row = await self.answer(block)
+                self.keep(row)
+                if row["status"] == "timed_out":
+                    end = {"status": "failed", "error": row["error"]}
+            error = end.get("error")
+            if error and error.pop("retryable") and self.attempt < self.given["attempts"]:
+                self.attempt += 1
+            elif end["status"] != "yielded":
+                return Run(id="run_inline", function_id=self.function.id, error=error,
+                           status=end["status"], output=end.get("output"),
+                           attempt=self.attempt, steps=list(self.kept.values()))
 
     def send(self, execution: Execution, text: str) -> Future[Reply]:
         self.end = json.loads(text)
         for row in self.end["steps"]:
-            self.keep(row, execution.job.run.attempt)
+            self.keep(row)
         answer: Future[Reply] = Future()
         answer.set_result(Reply(200))
         return answer
 
-    def keep(self, row: dict[str, Any], attempt: int) -> None:
-        step_id = row["id"]
-        sequence = self.kept.get(step_id, {"sequence": len(self.kept)})["sequence"]
-        self.kept[step_id] = StepRow(
-            row, step_id=step_id, step_type=row["type"], run_id="run_inline",
-            sequence=sequence, attempt=attempt)
+    def keep(self, row: dict[str, Any]) -> None:
+        old = self.kept.get(row["id"], {"sequence": len(self.kept)})
+        self.kept[row["id"]] = StepRow(
+            row, step_id=row["id"], step_type=row["type"], run_id="run_inline",
+            sequence=old["sequence"], attempt=self.attempt, output=row.get("output"))
 
-    def publish(self, topic: str, data: Any, idempotency_key: str) -> Row:
-        return Row(event_id="evt_inline", sequence=len(self.kept))
+    def publish(self, topic: str, data: Any, key: str) -> dict[str, Any]:
+        return {"eventId": "evt_inline", "sequence": len(self.kept)}
 
     async def answer(self, block: dict[str, Any]) -> dict[str, Any]:
         """The row that a server would have, sooner or later, for such a yield."""
@@ -2468,29 +2378,29 @@ class Inline:
             wanted = block["event_filter"]["event"]
             if queue := self.mail.get(name) or self.mail.get(wanted):
                 return row | {"output": inline_event(queue.pop(0), wanted)}
-            missing = f"step {name!r}: run_inline was given no event {wanted!r}"
-            return row | {"status": "timed_out", "error": {"message": missing}}
-        child, status, cause, output = block["function_id"], "completed", "", None
-        try:
-            if stand_in := self.stand_ins.get(row["id"]) or self.stand_ins.get(child):
-                output = json_copy(await called(stand_in, block["input"]), name)
-            elif child in self.children:
-                event = {"name": child, "data": block["input"]}
-                run = await in_thread(lambda: run_inline(
-                    self.children[child], event, **self.for_child), child)
-                status, output = run.status, run.output
-                cause = (run.error or {}).get("message", "")
-            else:
-                status = "not_found"
-        except Exception as error:
-            status, cause = "failed", message_of(error)
+            return row | {"status": "timed_out", "error": {
+                "message": f"step {name!r} was given no event {wanted!r}",
+                "code": "WAIT_TIMEOUT", "retryable": False}}
+        status, cause, output = await self.invoke(row["id"], name, block["input"])
         if kind != block["type"]:           # nobody waits for what becomes of it
-            return row | {"output": {"run_id": "run_inline"}}
-        if status == "completed":
-            return row | {"output": output}
-        return row | {"status": "failed", "error": {
-            "function_id": child, "child_run_id": "run_inline", "cause": cause,
-            "status": status}}
+            status, output = "completed", {"run_id": "run_inline"}
+        return row | ({"output": output} if status == "completed" else {
+            "status": "failed", "error": {"function_id": name, "cause": cause,
+                                          "status": status}})
+
+    async def invoke(self, step_id: str, child: str, input: Any) -> tuple[str, str, Any]:
+        """A child's status, why it failed, and its output."""
+        if (stand_in := self.stand_ins.get(step_id, self.stand_ins.get(child))) is not None:
+            try:
+                return "completed", "", json_copy(await called(stand_in, input), child)
+            except Exception as error:
+                return "failed", message_of(error), None
+        if child not in self.children:
+            return "not_found", "", None
+        event = {"name": child, "data": input}
+        run = await in_thread(
+            lambda: run_inline(self.children[child], event, **self.given), child)
+        return run.status, (run.error or {}).get("message", ""), run.output
 
 def inline_event(event: Any, name: str) -> dict[str, Any]:
     """An event, or data, as the event of that name that a server would keep."""
