@@ -80,6 +80,7 @@ __all__ = ["AsyncClient", "Client", "Context", "Duration", "Emitted", "Event",
            "run_inline"]
 
 T = TypeVar("T")
+Work = Callable[[], Any]
 log = logging.getLogger("ironflow")
 
 LATE_S = 5.0                # past its hold, an answer to a poll is an old one
@@ -165,8 +166,7 @@ def json_copy(value: Any, what: str, path: tuple[str | int, ...] = ()) -> Any:
     A step returns this copy, so that a first run and a replay see the same. Raises
     NotJSON, which says where and why, for what json.dumps would bend silently (keys
     that are no text, NaN) and what the server refuses (integers beyond 64 bits, lone
-    surrogates, NUL in keys, deep nesting).
-    """
+    surrogates, NUL in keys, deep nesting)."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -210,10 +210,10 @@ class Event:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Event:
-        known = {name: body[name] for name in cls.__slots__ if name in body}
-        known["timestamp"] = instant(body["timestamp"], "timestamp")
         key = body.get("idempotencyKey")    # as outputs of waits spell it
-        return cls(**{"idempotency_key": key} | known)
+        known = {"idempotency_key": key} | {
+            name: body[name] for name in cls.__slots__ if name in body}
+        return cls(**{**known, "timestamp": instant(body["timestamp"], "timestamp")})
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
@@ -269,11 +269,8 @@ class Job:
                    body.get("step_sequence_base", 0), now())
 
 class Row(dict[str, Any]):
-    """One answer of the server: a dict as it came; its members are attributes too.
-
-    So `client.get_run(id).status` reads well, and a row is still JSON: a step may
-    return it. What the server leaves out while it is unset is None.
-    """
+    """One answer of the server: a dict as it came, so that a step may return it; its
+    members are attributes too. What the server leaves out while it is unset is None."""
 
     unset: Iterable[str] = ()
 
@@ -283,22 +280,19 @@ class Row(dict[str, Any]):
         raise AttributeError(f"{type(self).__name__} has no {name!r}: {sorted(self)}")
 
 class Run(Row):
-    """A run as REST has it: id, function_id, event_id, status (lower case), attempt,
-    max_attempts, created_at and updated_at (RFC 3339 text), and the `unset`."""
+    """A run as REST has it; times are RFC 3339 text, `status` is lower case."""
 
     unset = ("input", "output", "error", "event_name", "worker_id", "started_at",
              "ended_at", "actor_id", "parent_run_id", "parent_step_id")
 
 class StepRow(Row):
-    """A recorded step as REST has it: id (the row's), run_id, step_id, step_type,
-    sequence, status, attempt, and the `unset`."""
+    """A recorded step as REST has it; `step_id` is the SDKs', `id` the row's."""
 
     unset = ("name", "input", "output", "error", "duration_ms", "started_at", "ended_at",
              "compensation_for", "child_run_id", "wait_event_name", "wait_timeout")
 
 class EventRow(Row):
-    """An event as REST has it: the members of Event, created_at, and as run_id the run
-    that emitted it."""
+    """An event as REST has it; `run_id` is the run that emitted it."""
 
     unset = "metadata", "source", "idempotency_key", "run_id"
 
@@ -518,8 +512,7 @@ class Connection:
 
         A kept connection that the server has closed is replaced, and the request sent
         again, perhaps for the second time: all requests here bear that. Raises OSError
-        when there is no answer, or one that is neither HTTP nor JSON.
-        """
+        when there is no answer, or one that is neither HTTP nor JSON."""
         content = None if body is None else body()
         if self._socket is not None:
             with contextlib.suppress(ConnectionError):
@@ -591,10 +584,9 @@ def _body(status: int, content: bytes) -> Any:
 # 4. The calls, and the two clients
 # ======================================================================================
 # A call is written once, as a coroutine, and a listing as an async generator. All they
-# ever wait for are their client's `_exchange` and `_pause`: AsyncClient awaits there,
-# Client blocks there and never suspends, so that one `send` runs the coroutine to its
-# end. The steps of plain handlers do the same (6). Every call bears being sent twice:
-# it reads, or says what should be, or carries a key.
+# wait for are their client's `_exchange` and `_pause`: AsyncClient awaits there, Client
+# blocks, so that one `send` runs the coroutine to its end (plain handlers do the same,
+# 6). Every call bears being sent twice: it reads, says what should be, or has a key.
 
 P = ParamSpec("P")
 SyncT = TypeVar("SyncT", covariant=True)
@@ -662,14 +654,11 @@ def snake(body: Mapping[str, Any]) -> dict[str, Any]:
     return row | {name: int(row[name]) for name in COUNTS & row.keys()}
 
 class Calls:
-    """The API. What blocks in Client is awaited in AsyncClient; what iterates there
-    with `for` iterates here with `async for`.
+    """The API. What blocks in Client is awaited in AsyncClient; `for` is `async for`.
 
     A call is repeated, for at most `timeout` (a duration), while the server cannot be
     reached or answers 408, 429 or 503. Then, and for every other refusal, it raises
-    IronflowError with the server's `code`, `message` and `status`. Inside a handler or
-    a step, calls tell the server which run they belong to.
-    """
+    IronflowError. Inside a handler, calls tell the server which run they belong to."""
 
     _exchange: Any                      # how a client waits for an answer,
     _pause: Any                         # and between two tries
@@ -688,7 +677,6 @@ class Calls:
                 self._idle.pop().drop()
 
     # -- events ------------------------------------------------------------------------
-
     @call
     async def emit(self, name: str, data: Any = None, *, version: int = 1,
                    metadata: Mapping[str, Any] | None = None,
@@ -697,19 +685,15 @@ class Calls:
         when that is on the server's disk.
 
         A repeat with the same key and name returns the first result and starts nothing.
-        Without a key two calls are two events; a retry after a lost answer is not.
-        """
+        Without a key two calls are two events; a retry after a lost answer is not."""
         event = new_event(name, data, version, metadata, idempotency_key)
         return Emitted(await self._send("POST", rest("events"), event))
 
     @call
     async def emit_many(self, events: Iterable[Mapping[str, Any]]) -> list[Emitted]:
-        """Record many events; the results are in the order given.
-
-        Each is a mapping with the arguments of `emit`: name, data, version, metadata,
-        idempotency_key. A thousand go in one request, all or nothing; with more, an
-        error leaves the thousands before it recorded.
-        """
+        """Record many events, mappings of `emit`'s arguments; results in their order.
+        A thousand go in one request, all or nothing; an error leaves the thousands
+        before it recorded."""
         ready = [new_event(**event) for event in events]
         done: list[Emitted] = []
         for at in range(0, len(ready), MAX_EVENTS):
@@ -724,8 +708,7 @@ class Calls:
                         idempotency_key: str | None = None) -> Emitted:
         """Emit, wait until all runs that it started have ended, say in `results` what
         became of each. Raises for none, failed or not done within `timeout`: that goes
-        on. A server that restarts meanwhile is asked again.
-        """
+        on. A server that restarts meanwhile is asked again."""
         event = new_event(name, data, version, metadata, idempotency_key)
         event["event"] = event.pop("name")
         event_id, runs = await self._wait_for_runs("TriggerSync", event, timeout)
@@ -738,16 +721,15 @@ class Calls:
 
     @call
     async def events(self, *, name: str | None = None, source: str | None = None,
-                     names: str | Iterable[str] | None = None, since: When = None,
+                     names: str | Iterable[str] = (), since: When = None,
                      until: When = None, search: str | None = None,
                      ) -> abc.AsyncIterator[EventRow]:
         """Iterate over all events that match, newest first, fetched page by page, but
         none that come meanwhile. `name` is a part of the name, `names` are whole ones.
         """
-        if names is not None and not isinstance(names, str):
-            names = ",".join(names)
-        async for row in self._pages("events", name=name, names=names, source=source,
-                                     since=since, until=until, search=search):
+        some = names if isinstance(names, str) else ",".join(names)
+        async for row in self._pages("events", name=name, names=some or None, search=search,
+                                     source=source, since=since, until=until):
             yield EventRow(row)
 
     @call
@@ -776,7 +758,6 @@ class Calls:
         return Row(snake(stats))
 
     # -- functions and runs ------------------------------------------------------------
-
     @call
     async def invoke(self, function_id: str, data: Any = None, *,
                      timeout: Duration = 30, idempotency_key: str | None = None) -> Any:
@@ -816,9 +797,9 @@ class Calls:
                    event_id: str | None = None, since: When = None, until: When = None,
                    search: str | None = None) -> abc.AsyncIterator[Run]:
         """Iterate over all runs that match, newest first, fetched page by page."""
-        async for row in self._pages(
-                "runs", function_id=function_id, status=status, event_id=event_id,
-                since=since, until=until, search=search):
+        async for row in self._pages("runs", function_id=function_id, status=status,
+                                     event_id=event_id, since=since, until=until,
+                                     search=search):
             yield Run(row)
 
     @call
@@ -864,7 +845,6 @@ class Calls:
         return Row(await self._send("GET", "/health"))
 
     # -- asking ------------------------------------------------------------------------
-
     async def _list(self, kind: type[RowT], member: str, path: str) -> list[RowT]:
         return [kind(row) for row in (await self._send("GET", path))[member]]
 
@@ -984,11 +964,11 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
 # ======================================================================================
 # 5. Functions
 # ======================================================================================
-# A function is a handler and what the server must know of it. All of it is checked
-# where it is written down, by an error that names the field: a mistake should not wait
-# for the first registration, on another machine, at night.
+# A function is a handler and what the server must know of it, all checked where it is
+# written down: a mistake should not wait for a registration, elsewhere, at night.
 
 Handler = Callable[[Any], Any]
+Fields = Mapping[str, Any] | None
 FIELDS = {                              # of options that are dicts; "!": must be there
     "triggers": "event expression cron", "cancel_on": "event! match",
     "retry": "max_attempts initial_delay backoff_factor max_delay on_exhausted",
@@ -1015,43 +995,40 @@ class Function:
 
 def function(
     *, id: str, triggers: Sequence[Mapping[str, str]] = (), mode: str | None = None,
-    retry: Mapping[str, Any] | None = None, timeout: Duration | None = None,
+    retry: Fields = None, timeout: Duration | None = None,
     step_timeout: Duration | None = None, recording: bool | None = None,
-    name: str | None = None, description: str | None = None,
-    metadata: Mapping[str, Any] | None = None, secrets: Sequence[str] | None = None,
-    concurrency: Mapping[str, Any] | None = None, actor_key: str | None = None,
-    throttle: Mapping[str, Any] | None = None,
-    debounce: Mapping[str, Any] | None = None,
-    cancel_on: Sequence[Mapping[str, str]] | None = None,
+    name: str | None = None, description: str | None = None, metadata: Fields = None,
+    concurrency: Fields = None, actor_key: str | None = None, throttle: Fields = None,
+    debounce: Fields = None, cancel_on: Sequence[Mapping[str, str]] | None = None,
+    secrets: Sequence[str] | None = None,
 ) -> Callable[[Handler], Function]:
     """Make a handler, an `async def` or `def` of one argument, a durable function.
 
-    - `triggers`: what starts it, `[{"event": "order.placed"}]`; also patterns such as
-      `order.*` and `order.>`; `expression` narrows them (CEL); `[{"cron": "0 8 * * *"}]`
-      is every day at 8 UTC. Without any it runs only when it is invoked.
+    - `triggers`: what starts it, `[{"event": "order.placed"}]`, also patterns such as
+      `order.*` and `order.>`; narrowed by an `expression` (CEL); `[{"cron": "0 8 * * *"}]`
+      is each day at 8 UTC. Without any it runs only when it is invoked.
     - `retry`: any of max_attempts (the first included), initial_delay, backoff_factor,
       max_delay, on_exhausted ("fail" or "pause"). Else 3, 1 s, 2, 5 min, "fail".
     - `timeout`: of one call of a push endpoint; pull runs have none.
     - `step_timeout`: for each undo, and each step.run that gives none itself.
-    - `concurrency`, {limit, key}: so many runs at once (of each value at the path `key`
-      in the event's data). `actor_key`, a path: one at once, on the same worker.
+    - `concurrency`, {limit, key}: so many runs at once, of each value at the path `key`
+      in the event's data. `actor_key`, a path: one at once, on the same worker.
     - `throttle`, {limit, period, key}: so many starts in a period; the others wait.
     - `debounce`, {period, key, max_wait}: one run, for the last event before a silence.
-    - `cancel_on`, [{event, match}]: such an event, with the same value at the path
-      `match` as the run's own event, cancels the run.
+    - `cancel_on`, [{event, match}]: such an event cancels a run whose own event has the
+      same value at the path `match`.
     - `secrets`: names of values that the server keeps, for `ctx.secrets`.
     - `mode`: "pull" or "push"; when unset, a Worker registers pull.
 
     Delays, periods and timeouts are durations. Raises ValueError that names function
-    and field. What the server does not support it refuses itself, at registration.
-    """
+    and field. What the server does not support it refuses itself, at registration."""
     at = f"@function(id={id!r})"
     check(isinstance(id, str) and re.fullmatch(r"[^*>\s\x00-\x1f\x7f]+", id)
           and "" not in id.split("."),
           f"{at}: id must be text without blanks, '*', '>' or empty dot segments")
     check(mode in (None, "pull", "push"), f"{at}: mode must be 'pull' or 'push'")
     check(actor_key is None or isinstance(actor_key, str), f"{at}: actor_key must be text")
-    check(not isinstance(secrets, str) and all(isinstance(one, str) and one for one in
+    check(not isinstance(secrets, str) and all(isinstance(one, str) for one in
           secrets or ()), f"{at}: secrets must be a list of names")
     fields = {
         "id": id, "name": name or id, "description": description,
@@ -1060,10 +1037,9 @@ def function(
         "actorKey": actor_key, "secrets": secrets, "recording": recording,
         "triggers": [_wire("triggers", one, at) for one in triggers],
         "cancelOn": cancel_on and [_wire("cancel_on", one, at) for one in cancel_on],
-    }
-    for option, value in (("retry", retry), ("concurrency", concurrency),
-                          ("throttle", throttle), ("debounce", debounce)):
-        fields[option] = None if value is None else _wire(option, value, at)
+        **{option: None if value is None else _wire(option, value, at)
+           for option, value in (("retry", retry), ("concurrency", concurrency),
+                                 ("throttle", throttle), ("debounce", debounce))}}
     given = {key: value for key, value in fields.items() if value is not None}
     registration = json_copy(given, at)
     limit = None
@@ -1081,13 +1057,12 @@ def function(
 
 def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
     """An option's fields, checked, as the server spells them."""
-    wire: dict[str, Any] = {}
-    known = FIELDS[option].replace("!", "").split()
-    needed = {one[:-1] for one in FIELDS[option].split() if one[-1] == "!"}
-    check(isinstance(given, Mapping) and needed <= given.keys()
+    known, wire = FIELDS[option].replace("!", "").split(), {}
+    needed = re.findall(r"(\w+)!", FIELDS[option])
+    check(isinstance(given, Mapping) and all(one in given for one in needed)
           and (option != "triggers" or given.keys() & {"event", "cron"}),
-          f"{at}: {option} must have {' and '.join(sorted(needed)) or 'event or cron'}, "
-          f"not be {given!r}")
+          f"{at}: {option} must have {' and '.join(needed) or 'event or cron'}, not be "
+          f"{given!r}")
     for name, value in given.items():
         where = f"{at}: {option}[{name!r}]"
         check(name in known, f"{where} is none of {', '.join(known)}")
@@ -1095,15 +1070,15 @@ def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
         if name in ("initial_delay", "max_delay", "period", "max_wait"):
             value = _ms(value, where, 1000 if name == "period" else 0)
             spelled += "Ms"
-        elif name == "on_exhausted":
-            check(value in ("fail", "pause"), f"{where} must be 'fail' or 'pause'")
         elif name in ("max_attempts", "backoff_factor", "limit"):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            check(number and 1 <= value < math.inf, f"{where} must be a number from 1")
-            check(name == "backoff_factor" or value == int(value),
-                  f"{where} must be a whole number")
+            check(number and 1 <= value < math.inf and (
+                name == "backoff_factor" or value == int(value)),
+                f"{where} must be a {'whole ' * (name != 'backoff_factor')}number from 1")
         else:
-            check(isinstance(value, str) and value, f"{where} must be text")
+            check(value in ("fail", "pause") if name == "on_exhausted" else
+                  isinstance(value, str) and value,
+                  f"{where} must be {'fail or pause' if name == 'on_exhausted' else 'text'}")
         wire[spelled] = value
     return wire
 
@@ -1116,9 +1091,8 @@ def _ms(value: Duration, field: str, least: int = 0) -> int:
 # 6. Steps
 # ======================================================================================
 # What a handler writes with. One core serves both kinds of handler: coroutines that
-# await nothing but their host. In an async handler the host really waits, and the
-# handler awaits the coroutine. In a plain one the host blocks its thread and never
-# suspends, so that one `send` runs the coroutine to its end. No second core can drift.
+# await nothing but their host, which in an async handler really waits. In a plain one
+# it blocks its thread, so that one `send` runs the coroutine to its end.
 #
 # A step's id is counted when the step is called, and not when it is awaited: with
 # asyncio.gather the ids follow the order in the text, whatever the loop does.
@@ -1142,8 +1116,7 @@ class Step:
 
     In an async handler every call but `compensate` must be awaited; in a plain one it
     blocks and returns the value. Names are free text and may repeat: the uses of each
-    name are counted.
-    """
+    name are counted."""
 
     _execution: Execution
     _host: Host
@@ -1153,22 +1126,18 @@ class Step:
     _blocks: list[dict[str, Any]] = field(default_factory=list)     # what it waits for
     _undos: list[Any] = field(default_factory=list)     # (name, fn); a list: a branch's
 
-    def run(self, name: str, fn: Callable[[], Any], *,
-            timeout: Duration | None = None) -> Any:
+    def run(self, name: str, fn: Work, *, timeout: Duration | None = None) -> Any:
         """The result of `fn()`, called once per run and remembered from then on.
 
         `fn` is sync or async. Returned is what JSON makes of its result, the first time
-        as on every replay, and only when the server has it on disk (unless the worker
-        has a `checkpoint_interval`).
+        as on every replay, when the server has it on disk (see `checkpoint_interval`).
 
-        A sync `fn` runs in a thread when the handler is async, so that the loop stays
-        free; in a plain handler it runs in the handler's own thread. It cannot be
-        interrupted. Over its timeout the step fails: in an async handler at once, while
-        the thread works on and its result is dropped; in a plain one after `fn`.
+        A sync `fn` runs in a thread of its own, in a plain handler in the handler's. It
+        cannot be interrupted: over its timeout the step of an async handler fails at
+        once, and what the thread returns is dropped; that of a plain one after `fn`.
 
         Raises StepError from what `fn` raised, StepTimeoutError, NotJSON when the
-        output cannot be kept, NonRetryableError for a step inside another's function.
-        """
+        output cannot be kept, NonRetryableError for a step inside another's function."""
         limit = self._host.step_timeout
         if timeout is not None:
             limit = seconds(timeout, f"step {name!r}: timeout")
@@ -1177,17 +1146,14 @@ class Step:
     def sleep(self, name: str, duration: Duration) -> Any:
         """Suspend the run; while it sleeps it costs neither a worker nor the server.
 
-        The handler ends here, and is replayed when the time is over. Steps under way at
-        that moment, in other branches, end first, and are kept.
-        """
+        The handler ends here, once steps under way in other branches have ended, and is
+        replayed when the time is over."""
         length = timedelta(seconds=seconds(duration, f"step {name!r}: duration"))
         return self.sleep_until(name, now() + length)
 
     def sleep_until(self, name: str, when: datetime | str) -> Any:
-        """Suspend the run until an aware datetime, or RFC 3339 text.
-
-        A time in the past is no error, for a retry may come late: the run goes on.
-        """
+        """Suspend the run until an aware datetime, or RFC 3339 text; a time in the past
+        is no error, for a retry may come late."""
         until = rfc3339(instant(when, f"step {name!r}: when"))
         return self._leave(name, "sleep", until=until)
 
@@ -1196,11 +1162,10 @@ class Step:
                        timeout: Duration = "7d") -> Any:
         """Suspend the run until there is such an event; returns the Event.
 
-        `match` is a path: the event that comes must have there what the run's own event
-        has, or `match_value`. Or it is a condition: `status == "paid"`, or CEL. An
-        answer that came before the wait began is found. `payload` is for whoever shows
-        the wait. Over its timeout the server fails the run: the handler never hears.
-        """
+        `match` is a path: the event must have there what the run's own event has, or
+        `match_value`. Or it is a condition: `status == "paid"`, or CEL. An answer that
+        came before the question is found. `payload` is for whoever shows the wait. Over
+        its timeout the server fails the run: the handler never hears."""
         check(isinstance(event, str) and event, f"step {name!r}: event must be a name")
         wanted = {"event": event, "match": match, "match_value": match_value,
                   "payload": payload, "timeout": f"{_ms(timeout, f'step {name!r}: timeout', 1)}ms"}
@@ -1209,11 +1174,8 @@ class Step:
 
     def invoke(self, function_id: str | Function, input: Any = None, *,
                timeout: Duration = 30) -> Any:
-        """Run another function as a child; returns its output.
-
-        Raises InvokeError when the child failed, was cancelled, does not exist, or did
-        not end within `timeout`; then it goes on. Uncaught that fails the run for good.
-        """
+        """Run another function as a child; returns its output. Raises InvokeError, which
+        uncaught fails the run for good; a child over its `timeout` goes on."""
         name = function_id if isinstance(function_id, str) else function_id.id
         return self._leave(name, "invoke_function", function_id=name, input=input,
                            invoke_timeout_ms=_ms(timeout, f"invoke {name!r}: timeout", 1))
@@ -1226,11 +1188,8 @@ class Step:
 
     def publish(self, topic: str, data: Any = None, *,
                 idempotency_key: str | None = None) -> Any:
-        """Record a message for the topic's subscribers, once, as a step.
-
-        The result has `event_id` and `sequence`. A repeat, after a crash, sends the
-        same key: `idempotency_key`, or one made of the step's id.
-        """
+        """Record a message for the topic's subscribers, once, as a step; the result has
+        `event_id` and `sequence`. The key is by default made of the step's id."""
         check(isinstance(topic, str) and topic, f"a topic must be text, not {topic!r}")
         body, name = json_copy(data, f"topic {topic!r}"), f"publish:{topic}"
 
@@ -1241,15 +1200,14 @@ class Step:
 
         return self._play(name, publish, lambda output: Row(snake(output)))
 
-    def compensate(self, step_name: str, fn: Callable[[], Any]) -> None:
-        """Register the undo of a step, to be called if the run fails for good.
+    def compensate(self, step_name: str, fn: Work) -> None:
+        """Register the undo of a step, for when the run fails for good: not retryable, or
+        in the last attempt when `on_exhausted` is "fail".
 
-        For good is: not retryable, or the last attempt when `on_exhausted` is "fail".
-        Undos are called newest first (of branches: the last one's first), each as a
-        step, recorded, with the function's step_timeout. One that raises is recorded as
-        failed and told in the run's error; the others go on. A run that is cancelled,
-        or that the server fails (a wait's timeout), undoes nothing.
-        """
+        Undos are called newest first (the last branch's first), each a recorded step,
+        with the function's step_timeout. One that raises is told in the run's error,
+        and the others go on. A run that is cancelled, or that the server fails (a wait
+        over its timeout), undoes nothing."""
         check(isinstance(step_name, str) and step_name and callable(fn),
               f"compensate takes a step's name and a function, not {step_name!r}, {fn!r}")
         self._undos.append((step_name, fn))
@@ -1258,18 +1216,15 @@ class Step:
                  concurrency: int | None = None, on_error: str = "fail_fast") -> Any:
         """Call each branch with steps of its own, at the same time; list of results.
 
-        At most `concurrency` branches are under way, one that sleeps or waits included.
-        In a plain handler each has a thread, and 64 are the most. The run lets go when
-        each branch has ended or waits; it comes back when any may go on.
+        At most `concurrency` branches are under way, those included that sleep or wait;
+        in a plain handler each has a thread, and 64 are the most. The run lets go when
+        each branch has ended or waits, and comes back when any may go on.
 
-        With "fail_fast" a branch that raises keeps the others from beginning steps.
-        When those in flight have ended (and are kept), its error is raised; of several,
-        that of the first branch in the list. With "collect" all branches go on to their
-        end, and in the list errors stand in the places of results.
+        With "fail_fast" a branch that raises keeps the others from beginning steps;
+        when those in flight have ended its error is raised, of several the first
+        branch's. With "collect" all go on, and errors stand in the places of results.
 
-        The steps of two groups of one name are counted together, so of groups under way
-        at the same time each needs its own name.
-        """
+        Groups of one name count their steps together: at one time, only one of them."""
         check(on_error in ("fail_fast", "collect"),
               f"group {name!r}: on_error must be 'fail_fast' or 'collect'")
         stem = self._execution.stem(self._scope, name)
@@ -1289,7 +1244,6 @@ class Step:
         return self.parallel(name, branches, concurrency=concurrency, on_error=on_error)
 
     # -- how a step goes ---------------------------------------------------------------
-
     def _play(self, name: str, work: Callable[[str], Any],
               read: Callable[[Any], Any] = lambda output: output) -> Any:
         """What the journal has for the next step of this name, or else its work."""
@@ -1357,8 +1311,8 @@ class Step:
         above = self._parent is None or self._parent._may_begin()
         return above and not (self._stopped or self._blocks)
 
-    async def _call(self, step_id: str, name: str, fn: Callable[[], Any],
-                    timeout: float | None, **undo: str) -> Any:
+    async def _call(self, step_id: str, name: str, fn: Work, timeout: float | None,
+                    **undo: str) -> Any:
         """Call the step's function; returns its output once that is recorded."""
         execution = self._execution
         fn = execution.stand_ins.get(step_id, execution.stand_ins.get(name, fn))
@@ -1387,8 +1341,7 @@ class Step:
 def ended(begun: datetime, **row: Any) -> str:
     """The row of a step that has just ended, as JSON text.
 
-    As text at once: a handler may change what a step returned, not what is reported.
-    """
+    As text at once: a handler may change what a step returned, not what is reported."""
     at = now()
     took_ms = max(0, round((at - begun).total_seconds() * 1000))
     return encode({**row, "started_at": rfc3339(begun), "ended_at": rfc3339(at),
@@ -1415,8 +1368,7 @@ class Host:
     def play(steps: abc.Coroutine[Any, Any, T]) -> Any:
         return steps
 
-    async def call(self, name: str, fn: Callable[[], Any],
-                   timeout: float | None) -> Any:
+    async def call(self, name: str, fn: Work, timeout: float | None) -> Any:
         if inspect.iscoroutinefunction(fn):
             return await within(timeout, name, fn())
         async with self.threads:
@@ -1437,8 +1389,7 @@ class PlainHost(Host):
     play = staticmethod(played)
     most = THREADS
 
-    async def call(self, name: str, fn: Callable[[], Any],
-                   timeout: float | None) -> Any:
+    async def call(self, name: str, fn: Work, timeout: float | None) -> Any:
         started = monotonic()
         value = fn()
         if inspect.isawaitable(value):
@@ -1477,8 +1428,7 @@ async def in_thread(fn: Callable[[], T], name: str) -> T:
 
     Not asyncio's default executor: user code may fill that one, and its threads hold up
     the end of the process. The outcome travels as a value, since a Future refuses some
-    exceptions (StopIteration). Cancelling ends the waiting; the thread works on.
-    """
+    exceptions (StopIteration). Cancelling ends the waiting; the thread works on."""
     outcome: Future[tuple[list[T], BaseException | None]] = Future()
     outcome.set_running_or_notify_cancel()
 
@@ -1516,7 +1466,7 @@ class Execution:
 
     def __init__(self, job: Job, send: Callable[[Execution, str], Future[Reply]],
                  checkpoint_s: float = 0,
-                 stand_ins: Mapping[str, Callable[[], Any]] | None = None,
+                 stand_ins: Mapping[str, Work] | None = None,
                  publish: Any = None) -> None:
         self.job, self.stand_ins, self.publish = job, stand_ins or {}, publish
         self.name = f"run {job.run.id} attempt {job.run.attempt}"
@@ -1536,7 +1486,6 @@ class Execution:
         self.failure: dict[str, Any] | None = job.completed.get(self._undoing)
 
     # -- what steps ask ----------------------------------------------------------------
-
     def stem(self, scope: str, name: str) -> str:
         """A step's id but for its number, byte for byte as in all SDKs (6)."""
         check(isinstance(name, str) and name and "\0" not in name,
@@ -1562,8 +1511,7 @@ class Execution:
         """Surrounds a step; gives its output, in a list, if the journal has it.
 
         Raises NonRetryableError for one inside another's `fn`, InvokeError for a child
-        that gave no output, and for a new step of a run that is undone its failure.
-        """
+        that gave no output, and for a new step of a run that is undone its failure."""
         if (outer := _STEP.get()) is not None:
             raise NonRetryableError(
                 f"step {name!r} is called inside the function of step {outer!r}, and a "
@@ -1606,7 +1554,6 @@ class Execution:
             raise _Unwind
 
     # -- the handler's life ------------------------------------------------------------
-
     async def play(self, functions: Mapping[str, Function],
                    threads: asyncio.Semaphore) -> None:
         """Run the handler, and report how it ended."""
@@ -1633,8 +1580,7 @@ class Execution:
     async def _live(self, function: Function, step: Step) -> dict[str, Any]:
         """Call the handler, and if that fails for good, the undos; returns the report.
 
-        Raises _Unwind when there is nothing left to report.
-        """
+        Raises _Unwind when there is nothing left to report."""
         run, output, error = self.job.run, None, self.failure
         RUN_ID.set(run.id)
         ctx = Context(self.job.event, run, step, RunLogger(log, {"run": self.name}),
@@ -1666,8 +1612,7 @@ class Execution:
         """Call the undos, newest first. Returns the error, with what was not undone.
 
         First it is recorded that the run fails, and how. After a crash in the middle a
-        replay finds that, so that no step is tried again whose undo may have run.
-        """
+        replay finds that, so that no step is tried again whose undo may have run."""
         await step._host.wait(self.hush())
         undos = list(newest_first(step._undos))
         if undos and self.failure is None:
@@ -1687,7 +1632,6 @@ class Execution:
         return error
 
     # -- what the server is told -------------------------------------------------------
-
     def ack(self) -> Future[Reply]:
         return self._send(self, self._text({"status": "ack"}))
 
@@ -1705,8 +1649,7 @@ class Execution:
         """Report the end once all steps have ended; returns when the server has it.
 
         `fields` is how the handler ended. What the server refuses to keep (413: an
-        output over the limit) fails the run with the server's words; see `judge`.
-        """
+        output over the limit) fails the run with the server's words; see `judge`."""
         await asyncio.wrap_future(self.hush())
         if len(self.rows) > portion(self.rows):
             self.flush()
@@ -1732,8 +1675,7 @@ class Execution:
         """Hear the answer to an update; the link calls this before its sender hears it.
 
         409: another lease, or a cancel, has taken the run. Any other refusal
-        would come again if the step were tried again, so it fails the run.
-        """
+        would come again if the step were tried again, so it fails the run."""
         if reply.ok or self.lost:
             return
         error = reply.error("the server refuses the report")
@@ -1760,7 +1702,7 @@ class Execution:
                        "execution_seq": self.job.execution_seq,
                        "lease_token": self.job.lease_token, **fields})
 
-def newest_first(undos: list[Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+def newest_first(undos: list[Any]) -> Iterator[tuple[str, Work]]:
     for one in reversed(undos):
         if isinstance(one, list):
             yield from newest_first(one)
@@ -1815,8 +1757,7 @@ class Update:
 class Link:
     """Keeps `functions` registered, brings jobs to `begin`, and carries their reports.
 
-    `failed` hears of what ends the worker: a refused key, a refused registration.
-    """
+    `failed` hears of what ends the worker: a refused key, a refused registration."""
 
     def __init__(self, address: Address, registration: dict[str, Any],
                  functions: Sequence[Function], begin: Callable[[Job, bool], None],
@@ -1851,8 +1792,7 @@ class Link:
 
         The server takes back the offer of a poll that vanishes. A job handed out in
         that instant is run if its answer still reached us; if it was lost on the way,
-        it comes back when its lease ends.
-        """
+        it comes back when its lease ends."""
         with self._changed:
             for role in roles:
                 self._wires[role].close()
@@ -1884,7 +1824,6 @@ class Link:
         return answer
 
     # -- the three loops ---------------------------------------------------------------
-
     def _guard(self, wire: Connection, loop: Callable[[Connection], None]) -> None:
         try:
             loop(wire)
@@ -1986,15 +1925,13 @@ class Link:
             update.answer.set_result(WORKER_STOPPED)
 
     # -- asking until answered ---------------------------------------------------------
-
     def _ask(self, wire: Connection, method: str, path: str,
              body: Callable[[], bytes] | None = None, refusable: bool = False) -> Reply:
         """The server's answer, however long it takes; `body` is made for each try.
 
         Registers again when the server has forgotten this worker (404). Raises _Closed
         when the connection is closed, WorkerAuthError for 401 and 403, and, unless it
-        is `refusable`, IronflowError for every other refusal.
-        """
+        is `refusable`, IronflowError for every other refusal."""
         doing = f"{method} {self._url}{path.partition('?')[0]}"
         for delay in backoff():
             registered = self._registered
@@ -2086,8 +2023,7 @@ class Worker:
 
     Intervals and timeouts are durations. A server that restarts, or is not there, is
     waited for as long as it takes, and finished work is reported when it is back.
-    Raises ValueError or TypeError for bad arguments, naming them.
-    """
+    Raises ValueError or TypeError for bad arguments, naming them."""
 
     def __init__(self, functions: Sequence[Function], server_url: str | None = None,
                  api_key: str | None = None, worker_id: str | None = None, *,
@@ -2157,8 +2093,7 @@ class Worker:
         """Work until `drain` or `stop` is called. To cancel it is to stop at once.
 
         Raises WorkerAuthError when the server refuses the key, and IronflowError when
-        it refuses a function. A server that is not there is waited for.
-        """
+        it refuses a function. A server that is not there is waited for."""
         if self._running:
             raise RuntimeError("this worker is running already")
         self._running = True
@@ -2194,8 +2129,7 @@ class Worker:
 
         After `timeout` (else `drain_timeout`) async handlers are cancelled, and plain
         ones end at their next step. Their runs go to another worker when the leases
-        end, with all steps that are recorded.
-        """
+        end, with all steps that are recorded."""
         if self._running:
             if timeout is not None:
                 self._patience_s = seconds(timeout, "timeout")
@@ -2211,8 +2145,7 @@ class Worker:
     async def __aenter__(self) -> Self:
         """Work beside the caller, from the moment that the functions are registered.
 
-        When the server is not there the caller does not wait for it, but goes on.
-        """
+        When the server is not there the caller does not wait for it, but goes on."""
         self._beside = asyncio.create_task(self.start(), name="ironflow worker")
         await asyncio.sleep(0)              # it has begun: there is a link
         await asyncio.shield(asyncio.wrap_future(self._link.first_word))
@@ -2252,8 +2185,7 @@ class Worker:
 
         The poll said that its answer counts as the ack, which saves a request before
         each start. An answer that was long on the way (the process was suspended, say)
-        may bring a lease that is over: then the ack is sent, and its yes awaited.
-        """
+        may bring a lease that is over: then the ack is sent, and its yes awaited."""
         execution = Execution(job, self._link.send, self._checkpoint_s,
                               publish=self._publish)
         self._link.hold(execution)
@@ -2301,8 +2233,7 @@ def run_inline(function: Function, event: Any = None, *,
     Returns status (completed or failed), output, error, attempt, and in `steps` the
     recorded StepRows. Sleeps are recorded and skipped, messages recorded and not sent,
     and the handler replayed, as a server would. The run's id is "run_inline". Blocks,
-    and may be called anywhere, also where an event loop runs.
-    """
+    and may be called anywhere, also where an event loop runs."""
     if isinstance(event, str):
         event = {"name": event, "data": None}
     given = {"steps": steps or {}, "events": events or {}, "functions": functions,
