@@ -28,11 +28,11 @@ The life of one job, and who carries it:
     6. `Link._report` sends what all jobs have to say, in one request; when the server
        has it on disk, the step returns
     7. meanwhile `Link._beat` says, from a thread of its own, which jobs are held
-    8. a sleep, a wait or a child (`Step._leave`) ends the execution; the run leaves this
-       process and comes back as another job: the handler runs again from its first
-       line, and each step that the journal knows returns what it returned before
-    9. `Execution.settle` reports the end: completed, failed (undone, when it is for
-       good) or yielded, again and again until the server answers
+    8. a sleep, a wait or a child (`Step._leave`) ends the execution; the run leaves
+       this process and comes back as another job: the handler runs again from its
+       first line, and each step that the journal knows returns what it returned before
+    9. if the handler fails for good, `Execution._undo` calls what it has registered
+   10. `Execution.settle` reports the end until the server answers, however long
 
 What holds: a step whose result the server has accepted never runs again. The step in
 hand when a process dies does, so a step should bear that. What stands between steps
@@ -210,10 +210,10 @@ class Event:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Event:
-        key = body.get("idempotencyKey")    # as outputs of waits spell it
-        known = {"idempotency_key": key} | {
-            name: body[name] for name in cls.__slots__ if name in body}
-        return cls(**{**known, "timestamp": instant(body["timestamp"], "timestamp")})
+        known = {name: body[name] for name in cls.__slots__ if name in body}
+        if "idempotencyKey" in body:        # as outputs of waits spell it
+            known["idempotency_key"] = body["idempotencyKey"]
+        return cls(**known | {"timestamp": instant(body["timestamp"], "timestamp")})
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
@@ -239,62 +239,54 @@ class Secrets(dict[str, str]):
 class Job:
     """A leased run, as a poll brings it."""
 
-    job_id: str
+    fence: dict[str, Any]               # what reports carry
     run: RunInfo
     event: Event
     completed: dict[str, Any]           # step id to output: what a replay looks up
     failed: dict[str, Any]              # step id to error: children without output
     secrets: Secrets
-    execution_seq: int                  # with lease_token the fence that reports carry
-    lease_token: str
     sequence_base: int                  # the place of the run's next new step
     received_at: datetime
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Job:
         """Raises KeyError, TypeError, ValueError, AttributeError for what is no job."""
+        fence = {name: body[name] for name in
+                 ("job_id", "run_id", "execution_seq", "lease_token")}
         run = RunInfo(body["run_id"], body["function_id"], body["attempt"],
                       body.get("max_attempts", 0), body.get("on_exhausted", ""),
                       body.get("actor_id"))
-        completed, failed = {}, {}
+        ended: dict[str, dict[str, Any]] = {"completed": {}, "failed": {}}
         for row in body["completed_steps"]:
-            if row.get("status") == "failed":
-                error = row.get("error")
-                failed[row["step_id"]] = error if isinstance(error, dict) else {}
-            elif row.get("status", "completed") == "completed":
-                completed[row["step_id"]] = row["output"]
+            status = row.get("status", "completed")
+            what = row["output"] if status == "completed" else row.get("error") or {}
+            ended.get(status, {})[row["step_id"]] = what
         secrets = Secrets((body.get("context") or {}).get("secrets") or {})
-        return cls(body["job_id"], run, Event.from_json(body["event"]), completed, failed,
-                   secrets, body["execution_seq"], body["lease_token"],
-                   body.get("step_sequence_base", 0), now())
+        return cls(fence, run, Event.from_json(body["event"]), ended["completed"],
+                   ended["failed"], secrets, body.get("step_sequence_base", 0), now())
 
 class Row(dict[str, Any]):
     """One answer of the server: a dict as it came, so that a step may return it; its
     members are attributes too. What the server leaves out while it is unset is None."""
 
-    unset: Iterable[str] = ()
-
     def __getattr__(self, name: str) -> Any:
-        if name in self or name in self.unset:
+        if name in self or name in UNSET:
             return self.get(name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}: {sorted(self)}")
+
+UNSET = frozenset((
+    "input output error event_name worker_id started_at ended_at actor_id name source "
+    "parent_run_id parent_step_id duration_ms compensation_for child_run_id metadata "
+    "wait_event_name wait_timeout idempotency_key run_id").split())
 
 class Run(Row):
     """A run as REST has it; times are RFC 3339 text, `status` is lower case."""
 
-    unset = ("input", "output", "error", "event_name", "worker_id", "started_at",
-             "ended_at", "actor_id", "parent_run_id", "parent_step_id")
-
 class StepRow(Row):
     """A recorded step as REST has it; `step_id` is the SDKs', `id` the row's."""
 
-    unset = ("name", "input", "output", "error", "duration_ms", "started_at", "ended_at",
-             "compensation_for", "child_run_id", "wait_event_name", "wait_timeout")
-
 class EventRow(Row):
     """An event as REST has it; `run_id` is the run that emitted it."""
-
-    unset = "metadata", "source", "idempotency_key", "run_id"
 
 class Emitted(Row):
     """What an accepted event became. `results` is there after emit_sync: run_id,
@@ -312,8 +304,8 @@ class Emitted(Row):
 # arguments are ValueError or TypeError, as everywhere in Python.
 
 class IronflowError(Exception):
-    """The server refused, could not be reached, or a step failed. `code` is the server's
-    word or one of ours, `status` the HTTP status or 0, `retry_after` seconds or None."""
+    """The server refused, could not be reached, or a step failed. `code` is its word or
+    one of ours, `status` the HTTP status or 0, `retry_after` seconds or None."""
 
     def __init__(self, message: str, status_code: int = 0, code: str = "",
                  retryable: bool = False, retry_after: float | None = None) -> None:
@@ -380,8 +372,8 @@ class WorkerAuthError(IronflowError):
 
 class _Unwind(BaseException):
     """Leaves a handler whose execution is over: it waits, or the job is not ours now.
-    No Exception, so that `except Exception` lets it pass; to swallow it changes nothing,
-    for what becomes of the run is kept elsewhere."""
+    No Exception, so that `except Exception` lets it pass. To swallow it changes
+    nothing: what becomes of the run is kept elsewhere."""
 
 def is_retryable(error: BaseException) -> bool:
     """Everything is, but a NonRetryableError and a step that failed with one."""
@@ -728,8 +720,8 @@ class Calls:
         none that come meanwhile. `name` is a part of the name, `names` are whole ones.
         """
         some = names if isinstance(names, str) else ",".join(names)
-        async for row in self._pages("events", name=name, names=some or None, search=search,
-                                     source=source, since=since, until=until):
+        async for row in self._pages("events", name=name, names=some or None, since=since,
+                                     source=source, search=search, until=until):
             yield EventRow(row)
 
     @call
@@ -740,8 +732,8 @@ class Calls:
     @call
     async def publish(self, topic: str, data: Any = None, *,
                       idempotency_key: str | None = None) -> Row:
-        """Record a message for the topic's subscribers; it starts no function. The
-        result has `event_id`, `sequence`, and `duplicate`: whether the key was known."""
+        """Record a message for the topic's subscribers; it starts no function. Returns
+        `event_id`, `sequence`, and `duplicate`: whether the key was known."""
         body = keyed(f"topic {topic!r}", idempotency_key, topic=topic, data=data)
         return Row(await self._send("POST", rest("publish"), body))
 
@@ -1005,8 +997,8 @@ def function(
     """Make a handler, an `async def` or `def` of one argument, a durable function.
 
     - `triggers`: what starts it, `[{"event": "order.placed"}]`, also patterns such as
-      `order.*` and `order.>`; narrowed by an `expression` (CEL); `[{"cron": "0 8 * * *"}]`
-      is each day at 8 UTC. Without any it runs only when it is invoked.
+      `order.*` and `order.>`, with an `expression` (CEL) that has to be true; or `cron`,
+      `[{"cron": "0 8 * * mon-fri"}]`, in UTC. Without any it runs only when invoked.
     - `retry`: any of max_attempts (the first included), initial_delay, backoff_factor,
       max_delay, on_exhausted ("fail" or "pause"). Else 3, 1 s, 2, 5 min, "fail".
     - `timeout`: of one call of a push endpoint; pull runs have none.
@@ -1027,7 +1019,7 @@ def function(
           and "" not in id.split("."),
           f"{at}: id must be text without blanks, '*', '>' or empty dot segments")
     check(mode in (None, "pull", "push"), f"{at}: mode must be 'pull' or 'push'")
-    check(actor_key is None or isinstance(actor_key, str), f"{at}: actor_key must be text")
+    check(isinstance(actor_key, str | None), f"{at}: actor_key must be text")
     check(not isinstance(secrets, str) and all(isinstance(one, str) for one in
           secrets or ()), f"{at}: secrets must be a list of names")
     fields = {
@@ -1072,13 +1064,13 @@ def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
             spelled += "Ms"
         elif name in ("max_attempts", "backoff_factor", "limit"):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            check(number and 1 <= value < math.inf and (
-                name == "backoff_factor" or value == int(value)),
-                f"{where} must be a {'whole ' * (name != 'backoff_factor')}number from 1")
+            check(number and 1 <= value < math.inf, f"{where} must be a number from 1")
+            check(name == "backoff_factor" or value == int(value),
+                  f"{where} must be a whole number")
         else:
-            check(value in ("fail", "pause") if name == "on_exhausted" else
-                  isinstance(value, str) and value,
-                  f"{where} must be {'fail or pause' if name == 'on_exhausted' else 'text'}")
+            check(isinstance(value, str) and value, f"{where} must be text")
+            check(name != "on_exhausted" or value in ("fail", "pause"),
+                  f"{where} must be 'fail' or 'pause'")
         wire[spelled] = value
     return wire
 
@@ -1136,8 +1128,8 @@ class Step:
         cannot be interrupted: over its timeout the step of an async handler fails at
         once, and what the thread returns is dropped; that of a plain one after `fn`.
 
-        Raises StepError from what `fn` raised, StepTimeoutError, NotJSON when the
-        output cannot be kept, NonRetryableError for a step inside another's function."""
+        Raises StepError from what `fn` raised, StepTimeoutError, NotJSON for what cannot
+        be kept, NonRetryableError for a step inside another's function."""
         limit = self._host.step_timeout
         if timeout is not None:
             limit = seconds(timeout, f"step {name!r}: timeout")
@@ -1167,18 +1159,20 @@ class Step:
         came before the question is found. `payload` is for whoever shows the wait. Over
         its timeout the server fails the run: the handler never hears."""
         check(isinstance(event, str) and event, f"step {name!r}: event must be a name")
+        limit = _ms(timeout, f"step {name!r}: timeout", 1)
         wanted = {"event": event, "match": match, "match_value": match_value,
-                  "payload": payload, "timeout": f"{_ms(timeout, f'step {name!r}: timeout', 1)}ms"}
+                  "payload": payload, "timeout": f"{limit}ms"}
         return self._leave(name, "wait_for_event", Event.from_json, event_filter={
             key: value for key, value in wanted.items() if value is not None})
 
     def invoke(self, function_id: str | Function, input: Any = None, *,
                timeout: Duration = 30) -> Any:
-        """Run another function as a child; returns its output. Raises InvokeError, which
-        uncaught fails the run for good; a child over its `timeout` goes on."""
+        """Run another function as a child; returns its output. Raises InvokeError:
+        uncaught that fails the run for good. A child over its `timeout` goes on."""
         name = function_id if isinstance(function_id, str) else function_id.id
+        limit = _ms(timeout, f"invoke {name!r}: timeout", 1)
         return self._leave(name, "invoke_function", function_id=name, input=input,
-                           invoke_timeout_ms=_ms(timeout, f"invoke {name!r}: timeout", 1))
+                           invoke_timeout_ms=limit)
 
     def invoke_async(self, function_id: str | Function, input: Any = None) -> Any:
         """Start another function; returns its `run_id` when that is on disk."""
@@ -1201,15 +1195,15 @@ class Step:
         return self._play(name, publish, lambda output: Row(snake(output)))
 
     def compensate(self, step_name: str, fn: Work) -> None:
-        """Register the undo of a step, for when the run fails for good: not retryable, or
-        in the last attempt when `on_exhausted` is "fail".
+        """Register the undo of a step, for when the run fails for good: not retryable,
+        or in the last attempt when `on_exhausted` is "fail".
 
         Undos are called newest first (the last branch's first), each a recorded step,
         with the function's step_timeout. One that raises is told in the run's error,
         and the others go on. A run that is cancelled, or that the server fails (a wait
         over its timeout), undoes nothing."""
         check(isinstance(step_name, str) and step_name and callable(fn),
-              f"compensate takes a step's name and a function, not {step_name!r}, {fn!r}")
+              f"compensate takes a step's name and a function, not {step_name!r}")
         self._undos.append((step_name, fn))
 
     def parallel(self, name: str, branches: Sequence[Branch], *,
@@ -1450,12 +1444,11 @@ async def in_thread(fn: Callable[[], T], name: str) -> T:
 # ======================================================================================
 # One lease on one run: what the journal knew when it began, what was added since, and
 # how it ends. `lost` says that the run is not ours any more; `fate` how it ends when
-# that is not for the handler to say: it sleeps, or the server refused a step. A handler
-# that goes on after either meets _Unwind at its next step; what it returns is ignored.
+# that is not for the handler to say, for the server refused a step. A handler that goes
+# on after either meets _Unwind at its next step; what it returns is ignored.
 #
-# It ends only after the steps in flight have ended too: with asyncio.gather a branch
-# may be at work while another one fails or sleeps. To report at once would let another
-# process start the same step again beside it.
+# It ends only after the steps in flight have ended too: a branch may be at work while
+# another one fails. To report at once would let another process start its step again.
 #
 # Several threads touch it: the handler's, the loop's, and the link's, which brings the
 # server's verdicts. Its lock is never held while anything else is called.
@@ -1465,9 +1458,8 @@ class Execution:
     `stand_ins`, by step id or name, are called instead of a step's function."""
 
     def __init__(self, job: Job, send: Callable[[Execution, str], Future[Reply]],
-                 checkpoint_s: float = 0,
-                 stand_ins: Mapping[str, Work] | None = None,
-                 publish: Any = None) -> None:
+                 publish: Any, checkpoint_s: float = 0,
+                 stand_ins: Mapping[str, Work] | None = None) -> None:
         self.job, self.stand_ins, self.publish = job, stand_ins or {}, publish
         self.name = f"run {job.run.id} attempt {job.run.attempt}"
         self.lost = False
@@ -1508,17 +1500,17 @@ class Execution:
 
     @contextlib.contextmanager
     def step(self, step: Step, step_id: str, name: str) -> Iterator[list[Any]]:
-        """Surrounds a step; gives its output, in a list, if the journal has it.
-
-        Raises NonRetryableError for one inside another's `fn`, InvokeError for a child
-        that gave no output, and for a new step of a run that is undone its failure."""
+        """Surrounds a step; gives its output, in a list, if the journal has it. Raises
+        NonRetryableError for one inside another's `fn`, InvokeError for a child without
+        output, and, for a new step of a run that is undone, its failure."""
         if (outer := _STEP.get()) is not None:
             raise NonRetryableError(
                 f"step {name!r} is called inside the function of step {outer!r}, and a "
                 "replay would skip both; call it from the handler", "NESTED_STEP")
         known = [self.job.completed[step_id]] if step_id in self.job.completed else []
         with self._lock:
-            if self.lost or self.fate or self._quiet or not (known or step._may_begin()):
+            over = self.lost or self.fate or self._quiet
+            if over or not (known or step._may_begin()):
                 raise _Unwind
             self._open += 1
         try:
@@ -1547,9 +1539,9 @@ class Execution:
             await host.wait(self.flush())
         elif not self._timed:
             self._timed = True
-            timer = threading.Timer(self._checkpoint_s, lambda: self.rows and self.flush())
-            timer.daemon = True
-            timer.start()
+            later = threading.Timer(self._checkpoint_s, lambda: self.rows and self.flush())
+            later.daemon = True
+            later.start()
         if self.lost or self.fate:
             raise _Unwind
 
@@ -1600,7 +1592,7 @@ class Execution:
             raise _Unwind
         if step._blocks:
             first, *more = step._blocks
-            return {"status": "yielded", "yield": first} | ({"yields": more} if more else {})
+            return {"status": "yielded", "yield": first, "yields": more}
         if error is None:
             return {"status": "completed", "output": output}
         last = run.on_exhausted == "fail" and 0 < run.max_attempts <= run.attempt
@@ -1609,16 +1601,15 @@ class Execution:
         return {"status": "failed", "error": error}
 
     async def _undo(self, step: Step, error: dict[str, Any]) -> dict[str, Any]:
-        """Call the undos, newest first. Returns the error, with what was not undone.
-
-        First it is recorded that the run fails, and how. After a crash in the middle a
-        replay finds that, so that no step is tried again whose undo may have run."""
+        """Call the undos, newest first; returns the error, with what was not undone.
+        Recorded first is that the run fails, and how: after a crash in the middle no
+        step is tried again, for its undo may have run."""
         await step._host.wait(self.hush())
         undos = list(newest_first(step._undos))
         if undos and self.failure is None:
-            await self.record(ended(
-                now(), id=self._undoing, name="compensate:", type="compensate",
-                status="completed", compensation_for="", output=error), step._host, True)
+            row = ended(now(), id=self._undoing, name="compensate:", type="compensate",
+                        status="completed", compensation_for="", output=error)
+            await self.record(row, step._host, True)
         for name, fn in undos:
             what = f"compensate:{name}"
             step_id = self.new_step_id(self.job.run.id, what)
@@ -1646,10 +1637,8 @@ class Execution:
                 return sent
 
     async def settle(self, fields: dict[str, Any]) -> None:
-        """Report the end once all steps have ended; returns when the server has it.
-
-        `fields` is how the handler ended. What the server refuses to keep (413: an
-        output over the limit) fails the run with the server's words; see `judge`."""
+        """Report the end once all steps have ended; returns when the server has it. What
+        it refuses to keep (413: a large output) fails the run with its words."""
         await asyncio.wrap_future(self.hush())
         if len(self.rows) > portion(self.rows):
             self.flush()
@@ -1673,9 +1662,8 @@ class Execution:
 
     def judge(self, reply: Reply) -> None:
         """Hear the answer to an update; the link calls this before its sender hears it.
-
-        409: another lease, or a cancel, has taken the run. Any other refusal
-        would come again if the step were tried again, so it fails the run."""
+        409: another lease, or a cancel, has taken the run. Any other refusal would come
+        again with the step, so it fails the run."""
         if reply.ok or self.lost:
             return
         error = reply.error("the server refuses the report")
@@ -1698,9 +1686,7 @@ class Execution:
                 f'"step_offset":{first}}}')
 
     def _text(self, fields: dict[str, Any]) -> str:
-        return encode({"job_id": self.job.job_id, "run_id": self.job.run.id,
-                       "execution_seq": self.job.execution_seq,
-                       "lease_token": self.job.lease_token, **fields})
+        return encode({**self.job.fence, **fields})
 
 def newest_first(undos: list[Any]) -> Iterator[tuple[str, Work]]:
     for one in reversed(undos):
@@ -1731,16 +1717,13 @@ def portion(texts: Sequence[str]) -> int:
 # ======================================================================================
 # 8. The link
 # ======================================================================================
-# What a worker says to its server and hears from it: three threads, a connection each.
-# One polls, one beats, one reports. They are threads and not tasks, so that a handler
-# that holds the loop or the processor for an hour does not cost the worker its leases.
+# What a worker says to its server and hears from it: three threads, a connection each,
+# one to poll, one to beat, one to report. They are no tasks, so that a handler that
+# holds the loop or the processor for an hour does not cost the worker its leases.
 #
-# The reporter is a group commit: while one request is on the wire, whatever the jobs
-# have to say gathers, and goes together in the next. A worker with ten jobs costs the
-# server hardly more requests than a worker with one.
-#
-# Each thread asks until it is answered. A server that is gone for an hour costs an
-# hour, and one line in the log when it goes and one when it is back.
+# The reporter is a group commit: what jobs have to say while one request is on the wire
+# goes together in the next. Each thread asks until it is answered: a server that is
+# gone for an hour costs an hour, and one line in the log when it goes and comes.
 
 REGISTER = ("/RegisterFunction", "/register")
 WORKER_STOPPED = Reply(499, {"code": "canceled", "message": "the worker has stopped"})
@@ -1788,11 +1771,8 @@ class Link:
                 for role, loop in loops.items()}
 
     def close(self, *roles: str) -> None:
-        """Let threads end, and wake them. Without the poll no more jobs come.
-
-        The server takes back the offer of a poll that vanishes. A job handed out in
-        that instant is run if its answer still reached us; if it was lost on the way,
-        it comes back when its lease ends."""
+        """Let threads end, and wake them. Without the poll no more jobs come: the server
+        takes back its offer, and a job lost on the way when its lease ends."""
         with self._changed:
             for role in roles:
                 self._wires[role].close()
@@ -1866,8 +1846,8 @@ class Link:
         def body() -> bytes:
             with self._changed:
                 held = [execution.job for execution in self._held if not execution.lost]
-            jobs = [{"job_id": job.job_id, "started_at": rfc3339(job.received_at)}
-                    for job in held]
+            jobs = [{"job_id": job.fence["job_id"],
+                     "started_at": rfc3339(job.received_at)} for job in held]
             return encode({"worker_id": self._registration["worker_id"],
                            "active_jobs": len(jobs), "jobs": jobs}).encode()
 
@@ -1928,10 +1908,8 @@ class Link:
     def _ask(self, wire: Connection, method: str, path: str,
              body: Callable[[], bytes] | None = None, refusable: bool = False) -> Reply:
         """The server's answer, however long it takes; `body` is made for each try.
-
-        Registers again when the server has forgotten this worker (404). Raises _Closed
-        when the connection is closed, WorkerAuthError for 401 and 403, and, unless it
-        is `refusable`, IronflowError for every other refusal."""
+        Registers again when the server has forgotten this worker (404). Raises _Closed,
+        WorkerAuthError and, unless it is `refusable`, IronflowError for a refusal."""
         doing = f"{method} {self._url}{path.partition('?')[0]}"
         for delay in backoff():
             registered = self._registered
@@ -2017,8 +1995,7 @@ class Worker:
     - `heartbeat_interval`: well below the server's lease, which is 90 s.
     - `checkpoint_interval`: with 0 a step's result is sent when it ends, and the
       handler goes on after the server's yes: only the step in hand can run twice. With
-      more, up to so much later and in fewer requests; what a process has not sent when
-      it dies runs again.
+      more, results follow up to so much later, in fewer requests, and may run again.
     - `drain_timeout`: how long running jobs may go on when the worker is to end.
 
     Intervals and timeouts are durations. A server that restarts, or is not there, is
@@ -2055,11 +2032,9 @@ class Worker:
         self._running = False
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT, then let running jobs end (`drain_timeout`).
-
-        A second signal stops at once. Call it from the main thread. If nothing has set
-        up logging, it does (IRONFLOW_LOG_LEVEL, else INFO). Raises what `start` raises.
-        """
+        """Work until SIGTERM or SIGINT, then let running jobs end; a second signal stops
+        at once. Call it from the main thread. Sets up logging (IRONFLOW_LOG_LEVEL, else
+        INFO) if nothing has. Raises what `start` raises."""
         if not logging.getLogger().handlers:
             level = os.environ.get("IRONFLOW_LOG_LEVEL", "INFO").upper()
             logging.basicConfig(
@@ -2090,10 +2065,8 @@ class Worker:
                 signal.signal(number, handler)
 
     async def start(self) -> None:
-        """Work until `drain` or `stop` is called. To cancel it is to stop at once.
-
-        Raises WorkerAuthError when the server refuses the key, and IronflowError when
-        it refuses a function. A server that is not there is waited for."""
+        """Work until `drain` or `stop` is called; to cancel it is to stop at once. Raises
+        WorkerAuthError for a refused key, IronflowError for a refused function."""
         if self._running:
             raise RuntimeError("this worker is running already")
         self._running = True
@@ -2126,10 +2099,8 @@ class Worker:
 
     async def drain(self, timeout: Duration | None = None) -> None:
         """Take no more jobs; returns when the running ones have ended and are reported.
-
-        After `timeout` (else `drain_timeout`) async handlers are cancelled, and plain
-        ones end at their next step. Their runs go to another worker when the leases
-        end, with all steps that are recorded."""
+        After `timeout` (else `drain_timeout`) async handlers are cancelled, plain ones
+        end at their next step; their runs go on elsewhere when the leases end."""
         if self._running:
             if timeout is not None:
                 self._patience_s = seconds(timeout, "timeout")
@@ -2143,9 +2114,8 @@ class Worker:
             await self.drain()
 
     async def __aenter__(self) -> Self:
-        """Work beside the caller, from the moment that the functions are registered.
-
-        When the server is not there the caller does not wait for it, but goes on."""
+        """Work beside the caller, once the functions are registered, or the server is
+        not there: the caller does not wait for it."""
         self._beside = asyncio.create_task(self.start(), name="ironflow worker")
         await asyncio.sleep(0)              # it has begun: there is a link
         await asyncio.shield(asyncio.wrap_future(self._link.first_word))
@@ -2181,13 +2151,10 @@ class Worker:
         return {"eventId": sent.event_id, "sequence": sent.sequence}
 
     def _begin(self, job: Job, late: bool) -> None:
-        """Take a job in hand, from the polling thread.
-
-        The poll said that its answer counts as the ack, which saves a request before
-        each start. An answer that was long on the way (the process was suspended, say)
-        may bring a lease that is over: then the ack is sent, and its yes awaited."""
-        execution = Execution(job, self._link.send, self._checkpoint_s,
-                              publish=self._publish)
+        """Take a job in hand, from the polling thread. The answer to a poll counts as the
+        ack. If it was long on the way (the process was suspended, say) its lease may be
+        over: then the ack is sent, and its yes awaited."""
+        execution = Execution(job, self._link.send, self._publish, self._checkpoint_s)
         self._link.hold(execution)
         ack = execution.ack() if late else None
         from_thread(self._loop, self._spawn, execution, ack)
@@ -2266,7 +2233,7 @@ class Inline:
                      or row.step_type == "invoke_function"]
             job = Job.from_json(about | {"attempt": self.attempt, "completed_steps": known,
                                          "step_sequence_base": len(self.kept)})
-            execution = Execution(job, self.send, 0, self.stand_ins, self.publish)
+            execution = Execution(job, self.send, self.publish, 0, self.stand_ins)
             await execution.play({self.function.id: self.function}, threads)
             end = self.end
             for block in (end["yield"], *end.get("yields", ())) if "yield" in end else ():
