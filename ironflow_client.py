@@ -115,10 +115,8 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 def backoff() -> Iterator[float]:
-    """Seconds to wait before each further try: about 0.1, 0.2, 0.4 ... 2, 2, 2.
-
-    Drawn from the upper half of each, so that a thousand workers do not return at once.
-    """
+    """Seconds to wait before each further try: about 0.1, 0.2, 0.4 ... 2, 2, 2, spread,
+    so that a thousand workers do not return at once."""
     delay = RETRY_FIRST_S
     while True:
         yield random.uniform(delay / 2, delay)
@@ -161,11 +159,10 @@ encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
                           separators=(",", ":")).encode
 
 def json_copy(value: Any, what: str, path: tuple[str | int, ...] = ()) -> Any:
-    """The value as it would come back from JSON: tuples are lists, subclasses plain.
-
-    A step returns this copy, so that a first run and a replay see the same. Raises
+    """The value as it would come back from JSON: tuples are lists, subclasses plain. A
+    step returns this copy, so that a first run and a replay see the same. Raises
     NotJSON, which says where and why, for what json.dumps would bend silently (keys
-    that are no text, NaN) and what the server refuses (integers beyond 64 bits, lone
+    that are no text, NaN) or the server refuses (integers beyond 64 bits, lone
     surrogates, NUL in keys, deep nesting)."""
     if value is None or value is True or value is False:
         return value
@@ -235,49 +232,40 @@ class Secrets(dict[str, str]):
     def __repr__(self) -> str:
         return f"<Secrets {sorted(self)}>"
 
-@dataclass(frozen=True, slots=True)
 class Job:
-    """A leased run, as a poll brings it."""
+    """A leased run, as a poll brings it. Raises KeyError, TypeError, ValueError or
+    AttributeError for what is none."""
 
-    fence: dict[str, Any]               # what reports carry
-    run: RunInfo
-    event: Event
-    completed: dict[str, Any]           # step id to output: what a replay looks up
-    failed: dict[str, Any]              # step id to error: children without output
-    secrets: Secrets
-    sequence_base: int                  # the place of the run's next new step
-    received_at: datetime
-
-    @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> Job:
-        """Raises KeyError, TypeError, ValueError, AttributeError for what is no job."""
-        fence = {name: body[name] for name in
-                 ("job_id", "run_id", "execution_seq", "lease_token")}
-        run = RunInfo(body["run_id"], body["function_id"], body["attempt"],
-                      body.get("max_attempts", 0), body.get("on_exhausted", ""),
-                      body.get("actor_id"))
-        ended: dict[str, dict[str, Any]] = {"completed": {}, "failed": {}}
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self.fence = {name: body[name] for name in      # what reports carry
+                      ("job_id", "run_id", "execution_seq", "lease_token")}
+        self.run = RunInfo(body["run_id"], body["function_id"], body["attempt"],
+                           body.get("max_attempts", 0), body.get("on_exhausted", ""),
+                           body.get("actor_id"))
+        self.event = Event.from_json(body["event"])
+        self.secrets = Secrets((body.get("context") or {}).get("secrets") or {})
+        self.completed: dict[str, Any] = {}     # step id to output, for replays
+        self.failed: dict[str, Any] = {}        # step id to error, of children
         for row in body["completed_steps"]:
-            status = row.get("status", "completed")
-            what = row["output"] if status == "completed" else row.get("error") or {}
-            ended.get(status, {})[row["step_id"]] = what
-        secrets = Secrets((body.get("context") or {}).get("secrets") or {})
-        return cls(fence, run, Event.from_json(body["event"]), ended["completed"],
-                   ended["failed"], secrets, body.get("step_sequence_base", 0), now())
+            if (status := row.get("status", "completed")) == "completed":
+                self.completed[row["step_id"]] = row["output"]
+            elif status == "failed":
+                self.failed[row["step_id"]] = row.get("error") or {}
+        self.sequence_base = body.get("step_sequence_base", 0)
+        self.received_at = now()
 
 class Row(dict[str, Any]):
     """One answer of the server: a dict as it came, so that a step may return it; its
     members are attributes too. What the server leaves out while it is unset is None."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in self or name in UNSET:
+        if name in self or name in UNSET.split():
             return self.get(name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}: {sorted(self)}")
 
-UNSET = frozenset((
-    "input output error event_name worker_id started_at ended_at actor_id name source "
-    "parent_run_id parent_step_id duration_ms compensation_for child_run_id metadata "
-    "wait_event_name wait_timeout idempotency_key run_id").split())
+UNSET = """input output error event_name worker_id started_at ended_at actor_id name source
+    parent_run_id parent_step_id duration_ms compensation_for child_run_id metadata
+    wait_event_name wait_timeout idempotency_key run_id"""
 
 class Run(Row):
     """A run as REST has it; times are RFC 3339 text, `status` is lower case."""
@@ -413,25 +401,15 @@ def sound_text(text: str) -> str:
 # one send: http.client sends them apart, and the server wakes up twice. It reads the
 # answer for us, for that part is long. Nothing here follows redirects or asks proxies.
 
-@dataclass(frozen=True, slots=True)
 class Address:
-    """Where the server is, and the header lines that every request to it carries."""
+    """Where the server is, and the header lines that every request to it carries.
+    Arguments beat the environment. Raises ValueError for what is no http URL."""
 
-    url: str
-    tls: bool
-    host: str
-    port: int
-    base: str                           # path before /api, without a slash at the end
-    head: str
-
-    @classmethod
-    def of(cls, server_url: str | None, api_key: str | None) -> Address:
-        """Arguments beat the environment. Raises ValueError for what is no http URL."""
+    def __init__(self, server_url: str | None, api_key: str | None) -> None:
         env = os.environ.get
         url = server_url or env("IRONFLOW_SERVER_URL") or "http://localhost:9123"
         key = api_key or env("IRONFLOW_API_KEY")
         parts = urlsplit(url)
-        tls = parts.scheme == "https"
         check(parts.scheme in ("http", "https") and parts.hostname
               and not parts.username and not parts.query,
               f"server_url must be like http://host:9123, not {url!r}")
@@ -443,35 +421,25 @@ class Address:
         lines = [f"{name}: {value}" for name, value in headers.items() if value]
         for line in lines:
             check(line.isascii() and line.isprintable(), f"no header: {line[:20]!r}...")
-        return cls(url.rstrip("/"), tls, parts.hostname or "",
-                   parts.port or (443 if tls else 80), quote(parts.path.rstrip("/")),
-                   "\r\n".join([*lines, ""]))
+        self.url, self.head = url.rstrip("/"), "\r\n".join([*lines, ""])
+        self.tls, self.host = parts.scheme == "https", parts.hostname or ""
+        self.port = parts.port or (443 if self.tls else 80)
+        self.base = quote(parts.path.rstrip("/"))       # what is before /api
 
 NO_HEADERS = http.client.HTTPMessage()
 RUN_ID: ContextVar[str | None] = ContextVar("ironflow_run", default=None)
 
-@dataclass(frozen=True, slots=True)
 class Reply:
     """An answer: HTTP status, JSON body (None when there is none), headers."""
 
-    status: int
-    body: Any = None
-    headers: http.client.HTTPMessage = NO_HEADERS
-
-    @property
-    def ok(self) -> bool:
-        return 200 <= self.status < 300
-
-    @property
-    def transient(self) -> bool:
-        """Says something about the moment, and nothing about the request."""
-        return self.status in (408, 429) or (self.status >= 500 and self.status != 501)
-
-    @property
-    def retry_after(self) -> float:
-        """Seconds that the server asks us to wait; 0 when it does not."""
-        text = self.headers.get("Retry-After", "")
-        return float(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0.0
+    def __init__(self, status: int, body: Any = None,
+                 headers: http.client.HTTPMessage = NO_HEADERS) -> None:
+        self.status, self.body, self.headers = status, body, headers
+        self.ok = 200 <= status < 300
+        # Says something about the moment, and nothing about the request:
+        self.transient = status in (408, 429) or (status >= 500 and status != 501)
+        text = headers.get("Retry-After", "")
+        self.retry_after = float(text) if re.fullmatch("[0-9]{1,6}", text) else 0.0
 
     def error(self, doing: str) -> IronflowError:
         """The refusal as an exception. Reads all spellings of 1.4 and 4.7."""
@@ -500,11 +468,9 @@ class Connection:
 
     def request(self, method: str, path: str, body: Callable[[], bytes] | None,
                 timeout: float) -> Reply:
-        """Send one request, read its answer; `timeout` (s) bounds each wait for bytes.
-
-        A kept connection that the server has closed is replaced, and the request sent
-        again, perhaps for the second time: all requests here bear that. Raises OSError
-        when there is no answer, or one that is neither HTTP nor JSON."""
+        """Send one request, read its answer; `timeout` (s) bounds each wait for bytes. If
+        the server has closed a kept connection the request is sent again, perhaps for
+        the second time: all here bear that. Raises OSError without a sound answer."""
         content = None if body is None else body()
         if self._socket is not None:
             with contextlib.suppress(ConnectionError):
@@ -647,7 +613,6 @@ def snake(body: Mapping[str, Any]) -> dict[str, Any]:
 
 class Calls:
     """The API. What blocks in Client is awaited in AsyncClient; `for` is `async for`.
-
     A call is repeated, for at most `timeout` (a duration), while the server cannot be
     reached or answers 408, 429 or 503. Then, and for every other refusal, it raises
     IronflowError. Inside a handler, calls tell the server which run they belong to."""
@@ -658,7 +623,7 @@ class Calls:
     def __init__(self, server_url: str | None = None, api_key: str | None = None,
                  timeout: Duration = 30) -> None:
         self._idle: list[Connection] = []   # append and pop are atomic: no lock
-        self._address = Address.of(server_url, api_key)
+        self._address = Address(server_url, api_key)
         self._timeout = seconds(timeout, "timeout")
 
     @call
@@ -674,10 +639,8 @@ class Calls:
                    metadata: Mapping[str, Any] | None = None,
                    idempotency_key: str | None = None) -> Emitted:
         """Record one event; returns `event_id`, and `run_ids` of the runs it started,
-        when that is on the server's disk.
-
-        A repeat with the same key and name returns the first result and starts nothing.
-        Without a key two calls are two events; a retry after a lost answer is not."""
+        when that is on the server's disk. A repeat with the same key and name returns
+        the first result. Without a key two calls are two events, two tries are one."""
         event = new_event(name, data, version, metadata, idempotency_key)
         return Emitted(await self._send("POST", rest("events"), event))
 
@@ -716,12 +679,12 @@ class Calls:
                      names: str | Iterable[str] = (), since: When = None,
                      until: When = None, search: str | None = None,
                      ) -> abc.AsyncIterator[EventRow]:
-        """Iterate over all events that match, newest first, fetched page by page, but
-        none that come meanwhile. `name` is a part of the name, `names` are whole ones.
-        """
+        """Iterate over all events that match, newest first, none that come meanwhile;
+        `name` is a part of the name, `names` are whole ones."""
         some = names if isinstance(names, str) else ",".join(names)
-        async for row in self._pages("events", name=name, names=some or None, since=since,
-                                     source=source, search=search, until=until):
+        async for row in self._pages("events", name=name, names=some or None,
+                                     source=source, since=since, until=until,
+                                     search=search):
             yield EventRow(row)
 
     @call
@@ -876,15 +839,15 @@ class Calls:
         make = None if body is None else content
         deadline = deadline or monotonic() + self._timeout
         for delay in backoff():
-            cause: OSError | None = None
             left = max(deadline - monotonic(), 0.001)
             try:
                 reply: Reply = await self._exchange(method, path, make, left)
             except OSError as error:
-                cause, trouble = error, IronflowError(
+                trouble = IronflowError(
                     f"cannot reach the ironflow server at {self._address.url} "
                     f"({said(error)}); is it running? `python ironflow.py` starts one, "
                     "IRONFLOW_SERVER_URL says where it is", 0, "unavailable", True)
+                trouble.__cause__ = error
             else:
                 if reply.ok:
                     return reply.body
@@ -893,7 +856,7 @@ class Calls:
                     raise trouble
                 delay = max(delay, reply.retry_after)
             if monotonic() + delay >= deadline:
-                raise trouble from cause
+                raise trouble
             await self._pause(delay)
         raise AssertionError("backoff() never ends")
 
@@ -933,11 +896,9 @@ class Client(Calls, contextlib.AbstractContextManager["Client"]):
         time.sleep(delay)  # noqa: ASYNC251
 
 class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
-    """The API for programs with an event loop; an async context manager.
-
-    Any number of loops may use it, one after the other. Each exchange blocks a thread,
-    at most 64 at a time. Cancelling a call closes its connection, and the thread ends.
-    """
+    """The API for programs with an event loop; an async context manager. Any number of
+    loops may use it, one after the other. Each exchange blocks a thread, at most 64 at a
+    time. Cancelling a call closes its connection, and the thread ends."""
 
     _loop: asyncio.AbstractEventLoop | None = None      # that of `_gate`
     _pause = staticmethod(asyncio.sleep)
@@ -997,7 +958,7 @@ def function(
     """Make a handler, an `async def` or `def` of one argument, a durable function.
 
     - `triggers`: what starts it, `[{"event": "order.placed"}]`, also patterns such as
-      `order.*` and `order.>`, with an `expression` (CEL) that has to be true; or `cron`,
+      `order.*` and `order.>`; with an `expression` (CEL), which then has to be true;
       `[{"cron": "0 8 * * mon-fri"}]`, in UTC. Without any it runs only when invoked.
     - `retry`: any of max_attempts (the first included), initial_delay, backoff_factor,
       max_delay, on_exhausted ("fail" or "pause"). Else 3, 1 s, 2, 5 min, "fail".
@@ -1119,27 +1080,24 @@ class Step:
     _undos: list[Any] = field(default_factory=list)     # (name, fn); a list: a branch's
 
     def run(self, name: str, fn: Work, *, timeout: Duration | None = None) -> Any:
-        """The result of `fn()`, called once per run and remembered from then on.
-
-        `fn` is sync or async. Returned is what JSON makes of its result, the first time
-        as on every replay, when the server has it on disk (see `checkpoint_interval`).
+        """The result of `fn()`, sync or async, called once per run and remembered: what
+        JSON makes of it, when the server has that on disk (see `checkpoint_interval`).
 
         A sync `fn` runs in a thread of its own, in a plain handler in the handler's. It
         cannot be interrupted: over its timeout the step of an async handler fails at
         once, and what the thread returns is dropped; that of a plain one after `fn`.
 
-        Raises StepError from what `fn` raised, StepTimeoutError, NotJSON for what cannot
-        be kept, NonRetryableError for a step inside another's function."""
+        Raises StepError from what `fn` raised, StepTimeoutError, NotJSON for an output
+        that is none, NonRetryableError for a step inside another's function."""
         limit = self._host.step_timeout
         if timeout is not None:
             limit = seconds(timeout, f"step {name!r}: timeout")
         return self._play(name, lambda step_id: self._call(step_id, name, fn, limit))
 
     def sleep(self, name: str, duration: Duration) -> Any:
-        """Suspend the run; while it sleeps it costs neither a worker nor the server.
-
-        The handler ends here, once steps under way in other branches have ended, and is
-        replayed when the time is over."""
+        """Suspend the run, which then costs no worker. The handler ends here, once steps
+        under way in other branches have ended, and is replayed when the time is over.
+        """
         length = timedelta(seconds=seconds(duration, f"step {name!r}: duration"))
         return self.sleep_until(name, now() + length)
 
@@ -1217,8 +1175,7 @@ class Step:
         With "fail_fast" a branch that raises keeps the others from beginning steps;
         when those in flight have ended its error is raised, of several the first
         branch's. With "collect" all go on, and errors stand in the places of results.
-
-        Groups of one name count their steps together: at one time, only one of them."""
+        Groups under way at the same time need different names."""
         check(on_error in ("fail_fast", "collect"),
               f"group {name!r}: on_error must be 'fail_fast' or 'collect'")
         stem = self._execution.stem(self._scope, name)
@@ -1231,13 +1188,10 @@ class Step:
     def map(self, name: str, items: Iterable[Any], fn: Callable[[Any, Step, int], Any],
             *, concurrency: int | None = None, on_error: str = "fail_fast") -> Any:
         """`fn(item, step, index)` for each item, as the branches of `parallel`."""
-        def branch(index: int, item: Any) -> Branch:
-            return lambda step: fn(item, step, index)
-
-        branches = [branch(index, item) for index, item in enumerate(items)]
+        branches = [lambda step, item=item, index=index: fn(item, step, index)
+                    for index, item in enumerate(items)]
         return self.parallel(name, branches, concurrency=concurrency, on_error=on_error)
 
-    # -- how a step goes ---------------------------------------------------------------
     def _play(self, name: str, work: Callable[[str], Any],
               read: Callable[[Any], Any] = lambda output: output) -> Any:
         """What the journal has for the next step of this name, or else its work."""
@@ -1333,9 +1287,7 @@ class Step:
         return output
 
 def ended(begun: datetime, **row: Any) -> str:
-    """The row of a step that has just ended, as JSON text.
-
-    As text at once: a handler may change what a step returned, not what is reported."""
+    """The row of a step that has just ended, as text, which no handler can change."""
     at = now()
     took_ms = max(0, round((at - begun).total_seconds() * 1000))
     return encode({**row, "started_at": rfc3339(begun), "ended_at": rfc3339(at),
@@ -1418,26 +1370,25 @@ def from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., object],
         loop.call_soon_threadsafe(call, *args)
 
 async def in_thread(fn: Callable[[], T], name: str) -> T:
-    """What `fn` returns or raises, from a daemon thread of its own.
-
-    Not asyncio's default executor: user code may fill that one, and its threads hold up
-    the end of the process. The outcome travels as a value, since a Future refuses some
-    exceptions (StopIteration). Cancelling ends the waiting; the thread works on."""
-    outcome: Future[tuple[list[T], BaseException | None]] = Future()
+    """What `fn` returns or raises, from a daemon thread of its own: user code may fill
+    asyncio's default executor, and its threads hold up the end of the process. The
+    outcome travels as a value, for a Future refuses some exceptions (StopIteration).
+    Cancelling ends the waiting; the thread works on."""
+    outcome: Future[tuple[bool, Any]] = Future()
     outcome.set_running_or_notify_cancel()
 
     def body() -> None:
         try:
-            outcome.set_result(([fn()], None))
+            outcome.set_result((True, fn()))
         except BaseException as error:
-            outcome.set_result(([], error))
+            outcome.set_result((False, error))
 
     threading.Thread(target=copy_context().run, args=(body,), name=name,
                      daemon=True).start()
-    value, error = await asyncio.wrap_future(outcome)
-    if error is not None:
-        raise error
-    return value[0]
+    fine, value = await asyncio.wrap_future(outcome)
+    if not fine:
+        raise value
+    return value  # type: ignore[no-any-return]
 
 # ======================================================================================
 # 7. An execution
@@ -1477,7 +1428,6 @@ class Execution:
         self._undoing = f"{job.run.id}:compensate::0"   # see _undo
         self.failure: dict[str, Any] | None = job.completed.get(self._undoing)
 
-    # -- what steps ask ----------------------------------------------------------------
     def stem(self, scope: str, name: str) -> str:
         """A step's id but for its number, byte for byte as in all SDKs (6)."""
         check(isinstance(name, str) and name and "\0" not in name,
@@ -1539,13 +1489,13 @@ class Execution:
             await host.wait(self.flush())
         elif not self._timed:
             self._timed = True
-            later = threading.Timer(self._checkpoint_s, lambda: self.rows and self.flush())
+            later = threading.Timer(self._checkpoint_s,
+                                    lambda: self.rows and self.flush())
             later.daemon = True
             later.start()
         if self.lost or self.fate:
             raise _Unwind
 
-    # -- the handler's life ------------------------------------------------------------
     async def play(self, functions: Mapping[str, Function],
                    threads: asyncio.Semaphore) -> None:
         """Run the handler, and report how it ended."""
@@ -1605,7 +1555,7 @@ class Execution:
         Recorded first is that the run fails, and how: after a crash in the middle no
         step is tried again, for its undo may have run."""
         await step._host.wait(self.hush())
-        undos = list(newest_first(step._undos))
+        undos = newest_first(step._undos)
         if undos and self.failure is None:
             row = ended(now(), id=self._undoing, name="compensate:", type="compensate",
                         status="completed", compensation_for="", output=error)
@@ -1622,7 +1572,6 @@ class Execution:
                     error = {**error, "message": sound_text(text)}
         return error
 
-    # -- what the server is told -------------------------------------------------------
     def ack(self) -> Future[Reply]:
         return self._send(self, self._text({"status": "ack"}))
 
@@ -1637,8 +1586,8 @@ class Execution:
                 return sent
 
     async def settle(self, fields: dict[str, Any]) -> None:
-        """Report the end once all steps have ended; returns when the server has it. What
-        it refuses to keep (413: a large output) fails the run with its words."""
+        """Report the end, once all steps have ended; returns when the server has it.
+        What it refuses to keep (413: a large output) fails the run with its words."""
         await asyncio.wrap_future(self.hush())
         if len(self.rows) > portion(self.rows):
             self.flush()
@@ -1688,12 +1637,9 @@ class Execution:
     def _text(self, fields: dict[str, Any]) -> str:
         return encode({**self.job.fence, **fields})
 
-def newest_first(undos: list[Any]) -> Iterator[tuple[str, Work]]:
-    for one in reversed(undos):
-        if isinstance(one, list):
-            yield from newest_first(one)
-        else:
-            yield one
+def newest_first(undos: list[Any]) -> list[tuple[str, Work]]:
+    return [each for one in reversed(undos)
+            for each in (newest_first(one) if isinstance(one, list) else [one])]
 
 def no_such_function(ctx: Context) -> None:
     raise NonRetryableError(f"this worker has no function {ctx.run.function_id!r}",
@@ -1727,19 +1673,13 @@ def portion(texts: Sequence[str]) -> int:
 
 REGISTER = ("/RegisterFunction", "/register")
 WORKER_STOPPED = Reply(499, {"code": "canceled", "message": "the worker has stopped"})
+Update = tuple["Execution", str, Future[Reply]]     # whose, what, and the answer to it
 
 class _Closed(Exception):
     """This thread's connection was closed, for the worker stops."""
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    execution: Execution
-    text: str
-    answer: Future[Reply]
-
 class Link:
-    """Keeps `functions` registered, brings jobs to `begin`, and carries their reports.
-
+    """Keeps `functions` registered, brings jobs to `begin`, and carries their reports;
     `failed` hears of what ends the worker: a refused key, a refused registration."""
 
     def __init__(self, address: Address, registration: dict[str, Any],
@@ -1771,8 +1711,8 @@ class Link:
                 for role, loop in loops.items()}
 
     def close(self, *roles: str) -> None:
-        """Let threads end, and wake them. Without the poll no more jobs come: the server
-        takes back its offer, and a job lost on the way when its lease ends."""
+        """Let threads end, and wake them. Without the poll no more jobs come: the
+        server takes back what was on the way, at the latest when its lease ends."""
         with self._changed:
             for role in roles:
                 self._wires[role].close()
@@ -1797,13 +1737,12 @@ class Link:
         answer: Future[Reply] = Future()
         answer.set_running_or_notify_cancel()       # nobody can withdraw a report
         with self._changed:
-            self._queue.append(Update(execution, text, answer))
+            self._queue.append((execution, text, answer))
             self._queued.notify()
             if self._wires["report"].closed:
                 self._give_up()
         return answer
 
-    # -- the three loops ---------------------------------------------------------------
     def _guard(self, wire: Connection, loop: Callable[[Connection], None]) -> None:
         try:
             loop(wire)
@@ -1833,7 +1772,7 @@ class Link:
             bodies = reply.body["jobs"] if reply.body else []
             for body in bodies:
                 try:
-                    job = Job.from_json(body)
+                    job = Job(body)
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     log.error("no job, its lease will end: %r in %.300r", error, body)
                 else:
@@ -1862,7 +1801,7 @@ class Link:
             try:
                 unanswered = self._deliver(wire, batch)
             finally:                        # also for _give_up, if we are leaving
-                left = [update for update in unanswered if not update.answer.done()]
+                left = [update for update in unanswered if not update[2].done()]
                 with self._changed:
                     self._queue[:0] = left
             if left:
@@ -1870,7 +1809,7 @@ class Link:
 
     def _deliver(self, wire: Connection, batch: list[Update]) -> list[Update]:
         """Send a batch and hand out the answers; returns what must be sent again."""
-        body = f'{{"updates":[{",".join(update.text for update in batch)}]}}'
+        body = f'{{"updates":[{",".join(text for _, text, _ in batch)}]}}'
         path = f"{self._path}/jobs"
         reply = self._ask(wire, "PUT", path, body.encode, refusable=True)
         if not reply.ok and len(batch) > 1:     # one spoils it for all: send each alone
@@ -1879,14 +1818,12 @@ class Link:
         if reply.ok:
             results = reply.body["results"]
             answers = [Reply(one["status"], one.get("body")) for one in results]
-        again = []
-        for update, answer in zip(batch, answers, strict=True):
-            if answer.transient:
-                again.append(update)
-            else:
-                update.execution.judge(answer)
-                update.answer.set_result(answer)
-        return again
+        pairs = list(zip(batch, answers, strict=True))
+        for (execution, _, promise), answer in pairs:
+            if not answer.transient:
+                execution.judge(answer)
+                promise.set_result(answer)
+        return [update for update, answer in pairs if answer.transient]
 
     def _next_batch(self, wire: Connection) -> list[Update]:
         """Wait for updates; returns the oldest, as many as one request may carry."""
@@ -1894,17 +1831,16 @@ class Link:
             self._queued.wait_for(lambda: self._queue or wire.closed)
             if wire.closed:
                 raise _Closed
-            count = portion([one.text for one in self._queue[:MAX_UPDATES]])
+            count = portion([text for _, text, _ in self._queue[:MAX_UPDATES]])
             batch, self._queue = self._queue[:count], self._queue[count:]
             return batch
 
     def _give_up(self) -> None:
         while self._queue:
-            update = self._queue.pop()
-            update.execution.judge(WORKER_STOPPED)
-            update.answer.set_result(WORKER_STOPPED)
+            execution, _, promise = self._queue.pop()
+            execution.judge(WORKER_STOPPED)
+            promise.set_result(WORKER_STOPPED)
 
-    # -- asking until answered ---------------------------------------------------------
     def _ask(self, wire: Connection, method: str, path: str,
              body: Callable[[], bytes] | None = None, refusable: bool = False) -> Reply:
         """The server's answer, however long it takes; `body` is made for each try.
@@ -1924,17 +1860,15 @@ class Link:
                 if reply.status in (401, 403):
                     raise WorkerAuthError(f"{refusal} (is IRONFLOW_API_KEY right?)",
                                           reply.status, refusal.code)
+                self._heard(str(refusal) if reply.transient else None)
                 if reply.transient:
-                    self._heard(str(refusal))
                     delay = max(delay, reply.retry_after)
+                elif reply.status == 404 and not path.endswith(REGISTER):
+                    self._register(wire, registered)
+                elif reply.ok or refusable:
+                    return reply
                 else:
-                    self._heard(None)
-                    if reply.status == 404 and not path.endswith(REGISTER):
-                        self._register(wire, registered)
-                    elif reply.ok or refusable:
-                        return reply
-                    else:
-                        raise refusal
+                    raise refusal
             self._pause(wire, delay)
         raise AssertionError("backoff() never ends")
 
@@ -1944,10 +1878,8 @@ class Link:
             if self._registered != seen:
                 return
             for function in self._functions:
-                body = {**function.registration,
-                        "preferredMode": "EXECUTION_MODE_PULL"}
-                self._ask(wire, "POST", "/ironflow.v1.IronflowService/RegisterFunction",
-                          encode(body).encode)
+                body = function.registration | {"preferredMode": "EXECUTION_MODE_PULL"}
+                self._ask(wire, "POST", f"{RPC}RegisterFunction", encode(body).encode)
             self._ask(wire, "POST", f"{self._path}/register",
                       encode(self._registration).encode)
             self._registered += 1
@@ -1998,9 +1930,8 @@ class Worker:
       more, results follow up to so much later, in fewer requests, and may run again.
     - `drain_timeout`: how long running jobs may go on when the worker is to end.
 
-    Intervals and timeouts are durations. A server that restarts, or is not there, is
-    waited for as long as it takes, and finished work is reported when it is back.
-    Raises ValueError or TypeError for bad arguments, naming them."""
+    Intervals and timeouts are durations. A server that is not there is waited for as
+    long as it takes. Raises ValueError or TypeError for bad arguments, naming them."""
 
     def __init__(self, functions: Sequence[Function], server_url: str | None = None,
                  api_key: str | None = None, worker_id: str | None = None, *,
@@ -2032,13 +1963,11 @@ class Worker:
         self._running = False
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT, then let running jobs end; a second signal stops
+        """Work until SIGTERM or SIGINT, then let running jobs end; a second one stops
         at once. Call it from the main thread. Sets up logging (IRONFLOW_LOG_LEVEL, else
         INFO) if nothing has. Raises what `start` raises."""
-        if not logging.getLogger().handlers:
-            level = os.environ.get("IRONFLOW_LOG_LEVEL", "INFO").upper()
-            logging.basicConfig(
-                level=level, format="%(asctime)s %(levelname)s %(message)s")
+        level = os.environ.get("IRONFLOW_LOG_LEVEL", "INFO").upper()
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
         try:
             asyncio.run(self._run())
         except KeyboardInterrupt:
@@ -2065,7 +1994,7 @@ class Worker:
                 signal.signal(number, handler)
 
     async def start(self) -> None:
-        """Work until `drain` or `stop` is called; to cancel it is to stop at once. Raises
+        """Work until `drain` or `stop` is called; to cancel it is to stop. Raises
         WorkerAuthError for a refused key, IronflowError for a refused function."""
         if self._running:
             raise RuntimeError("this worker is running already")
@@ -2151,9 +2080,9 @@ class Worker:
         return {"eventId": sent.event_id, "sequence": sent.sequence}
 
     def _begin(self, job: Job, late: bool) -> None:
-        """Take a job in hand, from the polling thread. The answer to a poll counts as the
-        ack. If it was long on the way (the process was suspended, say) its lease may be
-        over: then the ack is sent, and its yes awaited."""
+        """Take a job in hand, from the polling thread. The poll's answer counts as ack.
+        If it came late (the process was suspended, say) the lease may be over: then an
+        ack is sent, and its yes awaited."""
         execution = Execution(job, self._link.send, self._publish, self._checkpoint_s)
         self._link.hold(execution)
         ack = execution.ack() if late else None
@@ -2198,9 +2127,8 @@ def run_inline(function: Function, event: Any = None, *,
     - `attempts`: how often the handler may fail; nobody waits between two attempts.
 
     Returns status (completed or failed), output, error, attempt, and in `steps` the
-    recorded StepRows. Sleeps are recorded and skipped, messages recorded and not sent,
-    and the handler replayed, as a server would. The run's id is "run_inline". Blocks,
-    and may be called anywhere, also where an event loop runs."""
+    recorded StepRows. Sleeps are recorded and skipped, messages recorded and not sent.
+    The run's id is "run_inline". Blocks; may be called where an event loop runs."""
     if isinstance(event, str):
         event = {"name": event, "data": None}
     given = {"steps": steps or {}, "events": events or {}, "functions": functions,
@@ -2223,26 +2151,25 @@ class Inline:
         self.attempt, self.end = 1, dict[str, Any]()
 
     async def play(self, event: dict[str, Any]) -> Run:
-        threads, about = asyncio.Semaphore(THREADS), {
-            "run_id": "run_inline", "function_id": self.function.id, "event": event,
-            "job_id": "job_inline", "execution_seq": 1, "lease_token": "inline",
-            "max_attempts": self.given["attempts"], "on_exhausted": "fail",
-            "context": {"secrets": self.given["secrets"]}}
+        threads, most = asyncio.Semaphore(THREADS), self.given["attempts"]
         while True:
             known = [row for row in self.kept.values() if row.status == "completed"
                      or row.step_type == "invoke_function"]
-            job = Job.from_json(about | {"attempt": self.attempt, "completed_steps": known,
-                                         "step_sequence_base": len(self.kept)})
-            execution = Execution(job, self.send, self.publish, 0, self.stand_ins)
+            execution = Execution(Job({
+                "run_id": "run_inline", "function_id": self.function.id, "event": event,
+                "job_id": "", "execution_seq": 1, "lease_token": "",
+                "on_exhausted": "fail",                 "attempt": self.attempt, "max_attempts": most, "completed_steps": known,
+                "context": {"secrets": self.given["secrets"]},
+            }), self.send, self.publish, 0, self.stand_ins)
             await execution.play({self.function.id: self.function}, threads)
             end = self.end
-            for block in (end["yield"], *end.get("yields", ())) if "yield" in end else ():
-                row = await self.answer(block)
+            blocks = [end["yield"], *end["yields"]] if "yield" in end else []
+            for row in [await self.answer(block) for block in blocks]:
                 self.keep(row)
                 if row["status"] == "timed_out":
                     end = {"status": "failed", "error": row["error"]}
             error = end.get("error")
-            if error and error.pop("retryable") and self.attempt < self.given["attempts"]:
+            if error and error.pop("retryable") and self.attempt < most:
                 self.attempt += 1
             elif end["status"] != "yielded":
                 return Run(id="run_inline", function_id=self.function.id, error=error,
@@ -2269,36 +2196,38 @@ class Inline:
     async def answer(self, block: dict[str, Any]) -> dict[str, Any]:
         """The row that a server would have, sooner or later, for such a yield."""
         kind, name = block["type"].removesuffix("_async"), block["step_name"]
-        row = {"id": block["step_id"], "name": name, "type": kind, "status": "completed"}
-        if kind == "sleep":
-            return row | {"sleep_until": block["until"]}
+        row = {"id": block["step_id"], "name": name, "type": kind}
+        output: Any = None
+        error: dict[str, Any] = {}
         if kind == "wait_for_event":
             wanted = block["event_filter"]["event"]
             if queue := self.mail.get(name) or self.mail.get(wanted):
-                return row | {"output": inline_event(queue.pop(0), wanted)}
-            return row | {"status": "timed_out", "error": {
-                "message": f"step {name!r} was given no event {wanted!r}",
-                "code": "WAIT_TIMEOUT", "retryable": False}}
-        status, cause, output = await self.invoke(row["id"], name, block["input"])
-        if kind != block["type"]:           # nobody waits for what becomes of it
-            status, output = "completed", {"run_id": "run_inline"}
-        return row | ({"output": output} if status == "completed" else {
-            "status": "failed", "error": {"function_id": name, "cause": cause,
-                                          "status": status}})
-
-    async def invoke(self, step_id: str, child: str, input: Any) -> tuple[str, str, Any]:
-        """A child's status, why it failed, and its output."""
-        if (stand_in := self.stand_ins.get(step_id, self.stand_ins.get(child))) is not None:
+                output = inline_event(queue.pop(0), wanted)
+            else:
+                message = f"step {name!r} was given no event {wanted!r}"
+                error = {"message": message, "code": "WAIT_TIMEOUT", "retryable": False}
+                return row | {"status": "timed_out", "error": error}
+        elif kind == "invoke_function":
             try:
-                return "completed", "", json_copy(await called(stand_in, input), child)
-            except Exception as error:
-                return "failed", message_of(error), None
-        if child not in self.children:
-            return "not_found", "", None
-        event = {"name": child, "data": input}
-        run = await in_thread(
-            lambda: run_inline(self.children[child], event, **self.given), child)
-        return run.status, (run.error or {}).get("message", ""), run.output
+                output = await self.invoke(row["id"], name, block["input"])
+            except Exception as raised:
+                error = {"cause": message_of(raised), "status": (
+                    "not_found" if isinstance(raised, LookupError) else "failed")}
+        if kind != block["type"]:           # nobody waits for what becomes of it
+            output, error = {"run_id": "run_inline"}, {}
+        return row | {"status": "failed" if error else "completed", "output": output,
+                      "error": error or None, "sleep_until": block.get("until")}
+
+    async def invoke(self, step_id: str, child: str, input: Any) -> Any:
+        """The output of a child. Raises what its stand-in raises, or RuntimeError."""
+        stand_in = self.stand_ins.get(step_id, self.stand_ins.get(child))
+        if stand_in is not None:
+            return json_copy(await called(stand_in, input), f"the output of {child!r}")
+        function, event = self.children[child], {"name": child, "data": input}
+        run = await in_thread(lambda: run_inline(function, event, **self.given), child)
+        if run.status != "completed":
+            raise RuntimeError(run.error["message"])
+        return run.output
 
 def inline_event(event: Any, name: str) -> dict[str, Any]:
     """An event, or data, as the event of that name that a server would keep."""
