@@ -25,8 +25,8 @@ The life of one job, and who carries it:
     3. `Execution.play` calls the handler: on the loop, or a plain one in a thread
     4. `Step.run` looks whether the journal has this step's result; if so, that is it
     5. if not, it calls the step's function, and `Execution.record` hands the result in
-    6. `Link._report` sends what all jobs have to say, in one request; when the server
-       has it on disk, the step returns
+    6. `Link._report` sends what all jobs have to say; the step returns when the server
+       has it on disk
     7. meanwhile `Link._beat` says, from a thread of its own, which jobs are held
     8. a sleep, a wait or a child (`Step._leave`) ends the execution; the run leaves
        this process and comes back as another job: the handler runs again from its
@@ -101,15 +101,13 @@ MAX_ERROR_TEXT = 8000       # characters of an error's message that are reported
 # ======================================================================================
 # 1. Words
 # ======================================================================================
-# Clock and chance come from the first functions below and from nowhere else. Durations
-# and instants have one reader each. JSON is checked before it leaves: what the server
-# would refuse is better said where it was made.
+# Clock and chance come from the first functions below. Durations and instants have one
+# reader each. JSON is checked where it is made, and not first by the server.
 
 Duration = timedelta | int | float | str
 """Seconds, a timedelta, or text like "500ms", "1h30m", "1.5d"; units ms s m h d w."""
 
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-LONGEST_S = 1000 * 365 * UNITS["d"]
 
 def now() -> datetime:
     return datetime.now(UTC)
@@ -137,7 +135,7 @@ def seconds(value: Duration, field: str) -> float:
             result = sum(float(number) * UNITS[unit] for number, unit in parts)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         result = value
-    check(0 <= result <= LONGEST_S,                                # NaN fails as well
+    check(0 <= result <= 365_000 * UNITS["d"],                      # NaN fails as well
           f"{field} must be a duration, such as 30 (seconds), '500ms', '1h30m', '7d' "
           f"or a timedelta, not negative and not over 1000 years; not {value!r}")
     return float(result)
@@ -263,9 +261,9 @@ class Row(dict[str, Any]):
             return self.get(name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}: {sorted(self)}")
 
-UNSET = """input output error event_name worker_id started_at ended_at actor_id name source
+UNSET = """input output error event_name worker_id started_at ended_at actor_id name
     parent_run_id parent_step_id duration_ms compensation_for child_run_id metadata
-    wait_event_name wait_timeout idempotency_key run_id"""
+    wait_event_name wait_timeout source idempotency_key run_id"""
 
 class Run(Row):
     """A run as REST has it; times are RFC 3339 text, `status` is lower case."""
@@ -288,8 +286,7 @@ class Emitted(Row):
 # 2. Errors
 # ======================================================================================
 # IronflowError is what this module raises, and what a handler may raise to be precise.
-# Any other exception in a handler is as good: it fails the attempt and is retried. Bad
-# arguments are ValueError or TypeError, as everywhere in Python.
+# Any other exception in it is as good. Bad arguments are ValueError or TypeError.
 
 class IronflowError(Exception):
     """The server refused, could not be reached, or a step failed. `code` is its word or
@@ -315,17 +312,15 @@ class NotJSON(NonRetryableError):
         super().__init__(message, "SERIALIZATION_ERROR")
 
 class RetryAfterError(IronflowError):
-    """Raise it in a handler or a step to be tried again after the given duration, at
-    most the function's `max_delay`. The attempt counts."""
+    """Raise it to be tried again after a duration, at most the function's max_delay."""
 
     def __init__(self, message: str, retry_after: Duration,
                  code: str = "RETRY_AFTER") -> None:
         super().__init__(message, 0, code, True, seconds(retry_after, "retry_after"))
 
 class StepError(IronflowError):
-    """The function of a step raised; `__cause__` is what it raised. A handler that
-    catches it may go on. Uncaught it fails the attempt, which is retried unless the
-    cause was a NonRetryableError."""
+    """The function of a step raised `__cause__`. A handler may catch it and go on; else
+    the attempt fails, and is retried unless that was a NonRetryableError."""
 
     def __init__(self, message: str, *, step_id: str, retryable: bool,
                  retry_after: float | None = None) -> None:
@@ -360,8 +355,7 @@ class WorkerAuthError(IronflowError):
 
 class _Unwind(BaseException):
     """Leaves a handler whose execution is over: it waits, or the job is not ours now.
-    No Exception, so that `except Exception` lets it pass. To swallow it changes
-    nothing: what becomes of the run is kept elsewhere."""
+    No Exception, so that `except Exception` lets it pass; to swallow it is no use."""
 
 def is_retryable(error: BaseException) -> bool:
     """Everything is, but a NonRetryableError and a step that failed with one."""
@@ -398,8 +392,8 @@ def sound_text(text: str) -> str:
 # 3. The wire
 # ======================================================================================
 # One keep-alive HTTP/1.1 connection. We write the request ourselves, head and body in
-# one send: http.client sends them apart, and the server wakes up twice. It reads the
-# answer for us, for that part is long. Nothing here follows redirects or asks proxies.
+# one send: http.client, which reads the answer, would send them apart, and the server
+# wake up twice. Nothing here follows redirects or asks proxies.
 
 class Address:
     """Where the server is, and the header lines that every request to it carries.
@@ -457,9 +451,8 @@ def said(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 class Connection:
-    """One connection to the server, opened when needed, kept for the next request. Used
-    by one thread at a time; `close` from another fails the request in the air, and
-    every later one. Requests made inside a handler name its run."""
+    """One connection to the server, opened when needed, kept for the next request. One
+    thread uses it at a time; `close` from another ends the request in the air."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -468,9 +461,9 @@ class Connection:
 
     def request(self, method: str, path: str, body: Callable[[], bytes] | None,
                 timeout: float) -> Reply:
-        """Send one request, read its answer; `timeout` (s) bounds each wait for bytes. If
-        the server has closed a kept connection the request is sent again, perhaps for
-        the second time: all here bear that. Raises OSError without a sound answer."""
+        """Send one request, read its answer; `timeout` (s) bounds each wait for bytes.
+        If a kept connection is closed the request is sent again, perhaps for the second
+        time: all here bear that. Raises OSError when there is no sound answer."""
         content = None if body is None else body()
         if self._socket is not None:
             with contextlib.suppress(ConnectionError):
@@ -646,9 +639,8 @@ class Calls:
 
     @call
     async def emit_many(self, events: Iterable[Mapping[str, Any]]) -> list[Emitted]:
-        """Record many events, mappings of `emit`'s arguments; results in their order.
-        A thousand go in one request, all or nothing; an error leaves the thousands
-        before it recorded."""
+        """Record many events, mappings of emit's arguments. A thousand go in a request,
+        all or nothing; an error leaves the thousands before it recorded."""
         ready = [new_event(**event) for event in events]
         done: list[Emitted] = []
         for at in range(0, len(ready), MAX_EVENTS):
@@ -662,8 +654,7 @@ class Calls:
                         version: int = 1, metadata: Mapping[str, Any] | None = None,
                         idempotency_key: str | None = None) -> Emitted:
         """Emit, wait until all runs that it started have ended, say in `results` what
-        became of each. Raises for none, failed or not done within `timeout`: that goes
-        on. A server that restarts meanwhile is asked again."""
+        became of each. A run that failed, or is not done in time, raises nothing."""
         event = new_event(name, data, version, metadata, idempotency_key)
         event["event"] = event.pop("name")
         event_id, runs = await self._wait_for_runs("TriggerSync", event, timeout)
@@ -709,15 +700,14 @@ class Calls:
     @call
     async def topic_stats(self, topic: str) -> Row:
         """name, message_count, consumer_count, lag, first_seq, last_seq."""
-        stats = await self._send("POST", f"{PUBSUB}GetTopicStats", {"topic": topic})
-        return Row(snake(stats))
+        answer = await self._send("POST", f"{PUBSUB}GetTopicStats", {"topic": topic})
+        return Row(snake(answer))
 
     # -- functions and runs ------------------------------------------------------------
     @call
     async def invoke(self, function_id: str, data: Any = None, *,
                      timeout: Duration = 30, idempotency_key: str | None = None) -> Any:
-        """Run one function, whatever its triggers are, and return its output. Raises
-        InvokeError. A server that restarts meanwhile is asked again."""
+        """The output of one function, run whatever its triggers are. Or InvokeError."""
         body = keyed(f"the input of {function_id!r}", idempotency_key,
                      function_id=function_id, data=data)
         _, (run,) = await self._wait_for_runs("InvokeFunctionSync", body, timeout)
@@ -813,8 +803,7 @@ class Calls:
 
     async def _wait_for_runs(self, method: str, body: Any, timeout: Duration
                              ) -> tuple[Any, list[Run]]:
-        """The event's id, and what became of its runs. A server that stops answers
-        early, one that dies not: it is asked again, for what is left of the time."""
+        """The event's id, and what became of its runs, also if the server restarts."""
         until = monotonic() + seconds(timeout, "timeout")
 
         def for_the_rest() -> dict[str, Any]:
@@ -896,9 +885,9 @@ class Client(Calls, contextlib.AbstractContextManager["Client"]):
         time.sleep(delay)  # noqa: ASYNC251
 
 class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
-    """The API for programs with an event loop; an async context manager. Any number of
-    loops may use it, one after the other. Each exchange blocks a thread, at most 64 at a
-    time. Cancelling a call closes its connection, and the thread ends."""
+    """The API for programs with an event loop; an async context manager. Loops may use
+    it one after the other. Each exchange blocks a thread, at most 64 at a time.
+    Cancelling a call closes its connection, and the thread ends."""
 
     _loop: asyncio.AbstractEventLoop | None = None      # that of `_gate`
     _pause = staticmethod(asyncio.sleep)
@@ -956,7 +945,6 @@ def function(
     secrets: Sequence[str] | None = None,
 ) -> Callable[[Handler], Function]:
     """Make a handler, an `async def` or `def` of one argument, a durable function.
-
     - `triggers`: what starts it, `[{"event": "order.placed"}]`, also patterns such as
       `order.*` and `order.>`; with an `expression` (CEL), which then has to be true;
       `[{"cron": "0 8 * * mon-fri"}]`, in UTC. Without any it runs only when invoked.
@@ -972,7 +960,6 @@ def function(
       same value at the path `match`.
     - `secrets`: names of values that the server keeps, for `ctx.secrets`.
     - `mode`: "pull" or "push"; when unset, a Worker registers pull.
-
     Delays, periods and timeouts are durations. Raises ValueError that names function
     and field. What the server does not support it refuses itself, at registration."""
     at = f"@function(id={id!r})"
@@ -995,9 +982,8 @@ def function(
                                  ("throttle", throttle), ("debounce", debounce))}}
     given = {key: value for key, value in fields.items() if value is not None}
     registration = json_copy(given, at)
-    limit = None
-    if step_timeout is not None:
-        limit = seconds(step_timeout, f"{at}: step_timeout")
+    limit = None if step_timeout is None else seconds(
+        step_timeout, f"{at}: step_timeout")
 
     def decorate(handler: Handler) -> Function:
         try:
@@ -1045,13 +1031,11 @@ def _ms(value: Duration, field: str, least: int = 0) -> int:
 # ======================================================================================
 # What a handler writes with. One core serves both kinds of handler: coroutines that
 # await nothing but their host, which in an async handler really waits. In a plain one
-# it blocks its thread, so that one `send` runs the coroutine to its end.
-#
-# A step's id is counted when the step is called, and not when it is awaited: with
-# asyncio.gather the ids follow the order in the text, whatever the loop does.
+# it blocks its thread, so that one `send` runs the coroutine to its end. A step's id is
+# counted when the step is called, not when it is awaited: with asyncio.gather the ids
+# follow the order in the text, whatever the loop does.
 
 _STEP: ContextVar[str | None] = ContextVar("ironflow_step", default=None)
-Branch = Callable[["Step"], Any]
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -1089,15 +1073,13 @@ class Step:
 
         Raises StepError from what `fn` raised, StepTimeoutError, NotJSON for an output
         that is none, NonRetryableError for a step inside another's function."""
-        limit = self._host.step_timeout
-        if timeout is not None:
-            limit = seconds(timeout, f"step {name!r}: timeout")
+        limit = self._host.step_timeout if timeout is None else seconds(
+            timeout, f"step {name!r}: timeout")
         return self._play(name, lambda step_id: self._call(step_id, name, fn, limit))
 
     def sleep(self, name: str, duration: Duration) -> Any:
-        """Suspend the run, which then costs no worker. The handler ends here, once steps
-        under way in other branches have ended, and is replayed when the time is over.
-        """
+        """Suspend the run, which then costs no worker. The handler ends here, and is
+        replayed when the time is over."""
         length = timedelta(seconds=seconds(duration, f"step {name!r}: duration"))
         return self.sleep_until(name, now() + length)
 
@@ -1154,17 +1136,15 @@ class Step:
 
     def compensate(self, step_name: str, fn: Work) -> None:
         """Register the undo of a step, for when the run fails for good: not retryable,
-        or in the last attempt when `on_exhausted` is "fail".
-
-        Undos are called newest first (the last branch's first), each a recorded step,
-        with the function's step_timeout. One that raises is told in the run's error,
-        and the others go on. A run that is cancelled, or that the server fails (a wait
-        over its timeout), undoes nothing."""
+        or in the last attempt when `on_exhausted` is "fail". Undos are called newest
+        first (the last branch's first), each a recorded step. One that raises is told
+        in the run's error, and the others go on. A run that is cancelled, or that the
+        server fails (a wait over its timeout), undoes nothing."""
         check(isinstance(step_name, str) and step_name and callable(fn),
               f"compensate takes a step's name and a function, not {step_name!r}")
         self._undos.append((step_name, fn))
 
-    def parallel(self, name: str, branches: Sequence[Branch], *,
+    def parallel(self, name: str, branches: Sequence[Handler], *,
                  concurrency: int | None = None, on_error: str = "fail_fast") -> Any:
         """Call each branch with steps of its own, at the same time; list of results.
 
@@ -1212,7 +1192,7 @@ class Step:
 
         return self._play(name, leave, read)
 
-    async def _branches(self, stem: str, branches: Sequence[Branch], steps: list[Step],
+    async def _branches(self, stem: str, branches: Sequence[Handler], steps: list[Step],
                         limit: int, fail_fast: bool) -> list[Any]:
         execution, rest = self._execution, iter(range(len(steps)))
         results: list[Any] = [None] * len(steps)
@@ -1310,9 +1290,7 @@ class Host:
     step_timeout: float | None
     most = 2**31                        # branches at a time
 
-    @staticmethod
-    def play(steps: abc.Coroutine[Any, Any, T]) -> Any:
-        return steps
+    play = staticmethod(lambda steps: steps)
 
     async def call(self, name: str, fn: Work, timeout: float | None) -> Any:
         if inspect.iscoroutinefunction(fn):
@@ -1394,9 +1372,9 @@ async def in_thread(fn: Callable[[], T], name: str) -> T:
 # 7. An execution
 # ======================================================================================
 # One lease on one run: what the journal knew when it began, what was added since, and
-# how it ends. `lost` says that the run is not ours any more; `fate` how it ends when
-# that is not for the handler to say, for the server refused a step. A handler that goes
-# on after either meets _Unwind at its next step; what it returns is ignored.
+# how it ends. `lost` says that the run is not ours any more; `fate` how it ends because
+# the server refused a step. A handler that goes on after either meets _Unwind at its
+# next step; what it returns is ignored.
 #
 # It ends only after the steps in flight have ended too: a branch may be at work while
 # another one fails. To report at once would let another process start its step again.
@@ -1451,8 +1429,8 @@ class Execution:
     @contextlib.contextmanager
     def step(self, step: Step, step_id: str, name: str) -> Iterator[list[Any]]:
         """Surrounds a step; gives its output, in a list, if the journal has it. Raises
-        NonRetryableError for one inside another's `fn`, InvokeError for a child without
-        output, and, for a new step of a run that is undone, its failure."""
+        for one inside another's `fn`, a failed child, a new step of a run being undone.
+        """
         if (outer := _STEP.get()) is not None:
             raise NonRetryableError(
                 f"step {name!r} is called inside the function of step {outer!r}, and a "
@@ -1473,9 +1451,8 @@ class Execution:
         finally:
             with self._lock:
                 self._open -= 1
-                last = self._quiet if self._open == 0 else None
-            if last is not None:
-                last.set_result(None)
+                if self._quiet is not None and not self._open:
+                    self._quiet.set_result(None)
 
     def keep(self, row: str) -> None:
         """Keep a row for the next update; that of a failed step can wait for it."""
@@ -1521,8 +1498,7 @@ class Execution:
 
     async def _live(self, function: Function, step: Step) -> dict[str, Any]:
         """Call the handler, and if that fails for good, the undos; returns the report.
-
-        Raises _Unwind when there is nothing left to report."""
+        Raises _Unwind when there is nothing to report."""
         run, output, error = self.job.run, None, self.failure
         RUN_ID.set(run.id)
         ctx = Context(self.job.event, run, step, RunLogger(log, {"run": self.name}),
@@ -1572,9 +1548,6 @@ class Execution:
                     error = {**error, "message": sound_text(text)}
         return error
 
-    def ack(self) -> Future[Reply]:
-        return self._send(self, self._text({"status": "ack"}))
-
     def flush(self) -> Future[Reply]:
         """Send the rows that wait, as progress; the answer to the last of them."""
         while True:
@@ -1610,9 +1583,8 @@ class Execution:
             return self._quiet
 
     def judge(self, reply: Reply) -> None:
-        """Hear the answer to an update; the link calls this before its sender hears it.
-        409: another lease, or a cancel, has taken the run. Any other refusal would come
-        again with the step, so it fails the run."""
+        """Hear the answer to an update, before its sender does. 409: another lease, or
+        a cancel, has the run now. Any other refusal would come again: the run fails."""
         if reply.ok or self.lost:
             return
         error = reply.error("the server refuses the report")
@@ -1631,10 +1603,10 @@ class Execution:
             count = portion(self.rows)
             rows, self.rows = self.rows[:count], self.rows[count:]
             first, self._sequence = self._sequence, self._sequence + count
-        return (f'{self._text(fields)[:-1]},"steps":[{",".join(rows)}],'
+        return (f'{self.text(fields)[:-1]},"steps":[{",".join(rows)}],'
                 f'"step_offset":{first}}}')
 
-    def _text(self, fields: dict[str, Any]) -> str:
+    def text(self, fields: dict[str, Any]) -> str:
         return encode({**self.job.fence, **fields})
 
 def newest_first(undos: list[Any]) -> list[tuple[str, Work]]:
@@ -1685,11 +1657,10 @@ class Link:
     def __init__(self, address: Address, registration: dict[str, Any],
                  functions: Sequence[Function], begin: Callable[[Job, bool], None],
                  failed: Callable[[BaseException], None], heartbeat_s: float) -> None:
-        self._url = address.url
+        self._url, self._heartbeat_s = address.url, heartbeat_s
         self._registration, self._functions = registration, functions
         self._begin, self._failed = begin, failed
-        self._heartbeat_s = heartbeat_s
-        self._path = f"/api/v1/workers/{quote(registration['worker_id'], safe='')}"
+        self._path = rest("workers", registration["worker_id"])
         self._slots: int = registration["max_concurrent_jobs"]
         self._wires = {role: Connection(address) for role in ("poll", "beat", "report")}
         self._registering = threading.Lock()
@@ -1711,8 +1682,7 @@ class Link:
                 for role, loop in loops.items()}
 
     def close(self, *roles: str) -> None:
-        """Let threads end, and wake them. Without the poll no more jobs come: the
-        server takes back what was on the way, at the latest when its lease ends."""
+        """Let threads end, and wake them. A job on its way comes back by its lease."""
         with self._changed:
             for role in roles:
                 self._wires[role].close()
@@ -1732,8 +1702,7 @@ class Link:
             self._changed.notify_all()
 
     def send(self, execution: Execution, text: str) -> Future[Reply]:
-        """Queue an update; the future gives the server's answer, whenever that comes,
-        or WORKER_STOPPED. `execution.judge` has heard it before."""
+        """Queue an update; the future gives the server's answer, or WORKER_STOPPED."""
         answer: Future[Reply] = Future()
         answer.set_running_or_notify_cancel()       # nobody can withdraw a report
         with self._changed:
@@ -1810,14 +1779,11 @@ class Link:
     def _deliver(self, wire: Connection, batch: list[Update]) -> list[Update]:
         """Send a batch and hand out the answers; returns what must be sent again."""
         body = f'{{"updates":[{",".join(text for _, text, _ in batch)}]}}'
-        path = f"{self._path}/jobs"
-        reply = self._ask(wire, "PUT", path, body.encode, refusable=True)
+        reply = self._ask(wire, "PUT", f"{self._path}/jobs", body.encode, True)
         if not reply.ok and len(batch) > 1:     # one spoils it for all: send each alone
             return [left for one in batch for left in self._deliver(wire, [one])]
-        answers = [reply]
-        if reply.ok:
-            results = reply.body["results"]
-            answers = [Reply(one["status"], one.get("body")) for one in results]
+        answers = [Reply(one["status"], one.get("body"))
+                   for one in reply.body["results"]] if reply.ok else [reply]
         pairs = list(zip(batch, answers, strict=True))
         for (execution, _, promise), answer in pairs:
             if not answer.transient:
@@ -1844,8 +1810,7 @@ class Link:
     def _ask(self, wire: Connection, method: str, path: str,
              body: Callable[[], bytes] | None = None, refusable: bool = False) -> Reply:
         """The server's answer, however long it takes; `body` is made for each try.
-        Registers again when the server has forgotten this worker (404). Raises _Closed,
-        WorkerAuthError and, unless it is `refusable`, IronflowError for a refusal."""
+        Raises _Closed, WorkerAuthError, and a refusal unless it is `refusable`."""
         doing = f"{method} {self._url}{path.partition('?')[0]}"
         for delay in backoff():
             registered = self._registered
@@ -1922,14 +1887,12 @@ class Link:
 
 class Worker:
     """Runs `functions` for a server, at most `max_concurrent_jobs` at a time.
-
     - `server_url`, `api_key`: else IRONFLOW_SERVER_URL, IRONFLOW_API_KEY, localhost.
     - `heartbeat_interval`: well below the server's lease, which is 90 s.
     - `checkpoint_interval`: with 0 a step's result is sent when it ends, and the
       handler goes on after the server's yes: only the step in hand can run twice. With
       more, results follow up to so much later, in fewer requests, and may run again.
     - `drain_timeout`: how long running jobs may go on when the worker is to end.
-
     Intervals and timeouts are durations. A server that is not there is waited for as
     long as it takes. Raises ValueError or TypeError for bad arguments, naming them."""
 
@@ -2043,8 +2006,7 @@ class Worker:
             await self.drain()
 
     async def __aenter__(self) -> Self:
-        """Work beside the caller, once the functions are registered, or the server is
-        not there: the caller does not wait for it."""
+        """Work beside the caller. If a server is there, we are registered by now."""
         self._beside = asyncio.create_task(self.start(), name="ironflow worker")
         await asyncio.sleep(0)              # it has begun: there is a link
         await asyncio.shield(asyncio.wrap_future(self._link.first_word))
@@ -2080,23 +2042,22 @@ class Worker:
         return {"eventId": sent.event_id, "sequence": sent.sequence}
 
     def _begin(self, job: Job, late: bool) -> None:
-        """Take a job in hand, from the polling thread. The poll's answer counts as ack.
-        If it came late (the process was suspended, say) the lease may be over: then an
-        ack is sent, and its yes awaited."""
+        """Take a job in hand, from the polling thread. A poll's answer counts as ack,
+        but for a late one (we were suspended) an ack is sent, and its yes awaited."""
         execution = Execution(job, self._link.send, self._publish, self._checkpoint_s)
         self._link.hold(execution)
-        ack = execution.ack() if late else None
+        ack = late and self._link.send(execution, execution.text({"status": "ack"}))
         from_thread(self._loop, self._spawn, execution, ack)
 
-    def _spawn(self, execution: Execution, ack: Future[Reply] | None) -> None:
+    def _spawn(self, execution: Execution, ack: Any) -> None:
         task = self._loop.create_task(self._work(execution, ack))
         self._jobs.add(task)
         task.add_done_callback(self._jobs.discard)
 
-    async def _work(self, execution: Execution, ack: Future[Reply] | None) -> None:
+    async def _work(self, execution: Execution, ack: Any) -> None:
         """One job from start to report. Without a yes to an ack it is not ours."""
         try:
-            if ack is None or (await asyncio.wrap_future(ack)).ok:
+            if not ack or (await asyncio.wrap_future(ack)).ok:
                 await execution.play(self._functions, self._step_threads)
         except Exception as error:          # a mistake of ours
             log.exception("%s: the worker failed", execution.name)
@@ -2115,7 +2076,6 @@ def run_inline(function: Function, event: Any = None, *,
                functions: Sequence[Function] = (),
                secrets: Mapping[str, str] | None = None, attempts: int = 1) -> Run:
     """Run a function here and now, without a server; for unit tests and lessons.
-
     - `event`: an Event; its name; a mapping with `name` and `data`; anything else is
       data, as if the function was invoked with it.
     - `steps`: results of steps, by name or id, or functions to be called instead of
@@ -2125,7 +2085,6 @@ def run_inline(function: Function, event: Any = None, *,
     - `functions`: children that are really run, inline, with the same arguments.
     - `secrets`: `ctx.secrets`.
     - `attempts`: how often the handler may fail; nobody waits between two attempts.
-
     Returns status (completed or failed), output, error, attempt, and in `steps` the
     recorded StepRows. Sleeps are recorded and skipped, messages recorded and not sent.
     The run's id is "run_inline". Blocks; may be called where an event loop runs."""
@@ -2142,7 +2101,6 @@ class Inline:
 
     def __init__(self, function: Function, given: dict[str, Any]) -> None:
         self.function, self.given = function, given
-        self.children = {child.id: child for child in given["functions"]}
         self.stand_ins = {key: one if callable(one) else (lambda *_, one=one: one)
                           for key, one in given["steps"].items()}
         self.mail = {name: list(one) if isinstance(one, list) else [one]
@@ -2158,8 +2116,8 @@ class Inline:
             execution = Execution(Job({
                 "run_id": "run_inline", "function_id": self.function.id, "event": event,
                 "job_id": "", "execution_seq": 1, "lease_token": "",
-                "on_exhausted": "fail",                 "attempt": self.attempt, "max_attempts": most, "completed_steps": known,
-                "context": {"secrets": self.given["secrets"]},
+                "max_attempts": most, "on_exhausted": "fail", "attempt": self.attempt,
+                "completed_steps": known, "context": {"secrets": self.given["secrets"]},
             }), self.send, self.publish, 0, self.stand_ins)
             await execution.play({self.function.id: self.function}, threads)
             end = self.end
@@ -2211,8 +2169,9 @@ class Inline:
             try:
                 output = await self.invoke(row["id"], name, block["input"])
             except Exception as raised:
-                error = {"cause": message_of(raised), "status": (
-                    "not_found" if isinstance(raised, LookupError) else "failed")}
+                missing = getattr(raised, "code", "") == "INVOKE_NOT_FOUND"
+                error = {"cause": message_of(raised),
+                         "status": "not_found" if missing else "failed"}
         if kind != block["type"]:           # nobody waits for what becomes of it
             output, error = {"run_id": "run_inline"}, {}
         return row | {"status": "failed" if error else "completed", "output": output,
@@ -2223,7 +2182,10 @@ class Inline:
         stand_in = self.stand_ins.get(step_id, self.stand_ins.get(child))
         if stand_in is not None:
             return json_copy(await called(stand_in, input), f"the output of {child!r}")
-        function, event = self.children[child], {"name": child, "data": input}
+        function = {one.id: one for one in self.given["functions"]}.get(child)
+        if function is None:
+            raise InvokeError(child, status="not_found")
+        event = {"name": child, "data": input}
         run = await in_thread(lambda: run_inline(function, event, **self.given), child)
         if run.status != "completed":
             raise RuntimeError(run.error["message"])
