@@ -50,13 +50,11 @@ import contextlib
 import heapq
 import hmac
 import http.client
-import ipaddress
 import json
 import logging
 import math
 import os
 import queue
-import random
 import re
 import secrets
 import shutil
@@ -72,26 +70,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from errno import EADDRINUSE
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 from weakref import WeakValueDictionary
 
-NO_AIOHTTP = (
-    "ironflow.py needs aiohttp, which this Python does not have: "
-    "run `pip install aiohttp`, or start it with `uv run ironflow.py`.")
 try:
     from aiohttp import web
     from aiohttp.http import HttpProcessingError
 except ModuleNotFoundError as missing:
-    if missing.name != "aiohttp":
+    if missing.name != "aiohttp" or __name__ != "__main__":
         raise
-    if __name__ != "__main__":
-        raise ModuleNotFoundError(NO_AIOHTTP, name="aiohttp") from None
-    print(NO_AIOHTTP, file=sys.stderr)
+    print("ironflow.py needs aiohttp, which this Python does not have: run `pip install"
+          " aiohttp`, or start it with `uv run ironflow.py`.", file=sys.stderr)
     raise SystemExit(2) from None
 
 try:  # the extra `speed`; the verdict on any input is the same with and without it
@@ -262,9 +256,7 @@ class Run:
     retry: Json
     parent_run_id: str | None  # of an invoked run
     parent_step_id: str | None
-    lane: str | None  # the value of its function's concurrency key,
-    gate: str | None  # throttle key,
-    actor_id: str | None  # and actor key; None: no such bound
+    actor_id: str | None
     created_at: Instant
     status: RunStatus
     attempt: int  # from 1; grows when a try fails, not on a replay
@@ -274,7 +266,7 @@ class Run:
     worker_id: str | None
     acked: int  # 1 once the holder of the lease was heard of
     due_at: Instant | None  # when queued: since; when waiting: until
-    held: int  # 1 while queued, but one of its bounds has no room yet
+    held: int | None  # 1 while in line for a place, see `admit`; None: needs none
     lost_leases: int  # that ended in a row without a newly recorded step
     settled_fence: int | None  # the last lease that reported an end ...
     settled_as: str | None  # ... and how: completed, failed, yielded
@@ -289,13 +281,6 @@ class Run:
     @property
     def policy(self) -> Retry:
         return Retry.from_text(self.retry)
-
-    @property
-    def bounds(self) -> dict[str, str]:
-        """By column, what it shares a bound with others by; a gate is passed once."""
-        found = {"lane": self.lane, "actor_id": self.actor_id,
-                 "gate": self.gate if self.started_at is None else None}
-        return {column: value for column, value in found.items() if value is not None}
 
     @property
     def job_id(self) -> str:
@@ -361,11 +346,10 @@ class Timer:
     """Something that a function has to come at an instant.
 
     A `tick`: `key` is the cron expression, `event` what it emits. A `debounce`: `key`
-    is the value, `seq` the event that starts a run when there was silence. A `gate`:
-    the throttle's next start of those with the value `key`.
+    is the value, `seq` the event that starts a run when there was silence.
     """
 
-    kind: Literal["tick", "debounce", "gate"]
+    kind: Literal["tick", "debounce"]
     function_id: str
     key: str
     event: str
@@ -438,8 +422,7 @@ def column_names(row: Any) -> tuple[str, ...]:
 
 def columns_of(row: Any) -> dict[str, Any]:
     """A row as a dict. `asdict` would copy every value, at ten times the price."""
-    kind: Any = type(row)
-    return {name: getattr(row, name) for name in column_names(kind)}
+    return {name: getattr(row, name) for name in column_names(row.__class__)}
 
 class Clock:
     """The machine's clocks, in seconds, read here alone. Tests have their own."""
@@ -458,16 +441,14 @@ class Ids:
     Ordered, so that new rows go to the right end of each index however large the file
     is, and so that "newest first" is the order of the names. Within one millisecond,
     or when the clock steps back, the next is a little more than the one before.
-    `randbits` takes the place of both sources of chance, for a life that repeats.
+    `randbits` is the source of chance: another one makes a life that repeats.
     """
 
     ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # for reading aloud, typing by hand
     PAIRS = ["".join(pair) for pair in product(ALPHABET, repeat=2)]  # ten bits each
 
-    def __init__(self, randbits: Callable[[int], int] | None = None) -> None:
-        self._randbits = randbits or random.Random(secrets.randbits(256)).getrandbits
-        self._secret_bits = randbits or secrets.randbits
-        self._last = 0
+    def __init__(self, randbits: Callable[[int], int] = secrets.randbits) -> None:
+        self._randbits, self._last = randbits, 0
 
     def new(self, prefix: str, now: float) -> str:
         """`prefix`, an underscore and 20 characters."""
@@ -484,7 +465,7 @@ class Ids:
 
     def token(self) -> str:
         """A secret that a lease's holder proves itself with."""
-        return f"lt_{self._spell(self._secret_bits(100))}"
+        return f"lt_{self._spell(self._randbits(100))}"
 
     @classmethod
     def _spell(cls, number: int) -> str:
@@ -527,24 +508,18 @@ TOO_DEEP = f"body is nested deeper than {MAX_NESTING} levels"
 def parse_json(body: bytes) -> Any:
     """The value that `body` holds. Raises InvalidInput that says what is wrong."""
     opened = body.count(b"[") + body.count(b"{") if len(body) > 2 * MAX_NESTING else 0
-    if opened <= MAX_NESTING and not SUSPECT.search(body):
-        with contextlib.suppress(ValueError, RecursionError):
-            return orjson.loads(body) if orjson else _from_text.decode(body.decode())
-    return parse_strictly(body)  # for the sentence, and so that one judge decides
-
-def parse_strictly(body: bytes) -> Any:
+    harmless = opened <= MAX_NESTING and not SUSPECT.search(body)
     try:
-        value = json.loads(body.decode(), parse_int=check_integer,
-                           parse_float=check_float, parse_constant=refuse_constant)
-    except UnicodeDecodeError as error:
-        raise InvalidInput(
-            f"body is not UTF-8 at byte {error.start}: send UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"body is not JSON: {error.msg} at line {error.lineno}, "
-                           f"column {error.colno}") from None
+        if harmless and orjson:
+            with contextlib.suppress(ValueError):  # for the sentence, ask json again
+                return orjson.loads(body)
+        value = _from_text.decode(body.decode())
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise InvalidInput(f"body is not JSON: {error}") from None
     except RecursionError:
         raise InvalidInput(TOO_DEEP) from None
-    check_value(value)
+    if not harmless:
+        check_value(value)
     return value
 
 def check_integer(digits: str) -> int:
@@ -554,12 +529,10 @@ def check_integer(digits: str) -> int:
     return int(digits)
 
 def check_float(digits: str) -> float:
-    if math.isinf(number := float(digits)):
-        raise InvalidInput(f"number {digits[:24]} is larger than a double can hold")
+    if not math.isfinite(number := float(digits)):
+        raise InvalidInput(
+            f"{digits[:24]} is no finite double: send null or a string instead")
     return number
-
-def refuse_constant(name: str) -> NoReturn:
-    raise InvalidInput(f"{name} is not JSON: send null or a string instead")
 
 def check_value(value: Any, depth: int = 0) -> None:
     """Refuse what a JSON text can spell but nobody else could read back."""
@@ -576,7 +549,8 @@ def check_value(value: Any, depth: int = 0) -> None:
             check_value(inner, depth + 1)
 
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-_from_text = json.JSONDecoder(parse_constant=refuse_constant)
+_from_text = json.JSONDecoder(parse_int=check_integer, parse_float=check_float,
+                              parse_constant=check_float)
 
 def dumps(value: Any) -> Json:
     """Compact JSON text of a value that came through `parse_json`, or of our own."""
@@ -603,9 +577,8 @@ def stamp(instant: Instant) -> Json:
 
 def members(row: Any, names: str) -> dict[str, Json | None]:
     """Attributes of a row as JSON text; `id=run_id` is one under another name."""
-    kind: Any = type(row)
     return {wire: None if (value := get(row)) is None else write(value)
-            for wire, get, write in spelled(kind, names)}
+            for wire, get, write in spelled(row.__class__, names)}
 
 @lru_cache(maxsize=64)
 def spelled(row: Any, names: str) -> list[tuple[str, Any, Callable[[Any], Json]]]:
@@ -622,8 +595,7 @@ def in_camel(members: dict[str, Json | None]) -> dict[str, Json | None]:
 
 @lru_cache(maxsize=1024)
 def camel(snake: str) -> str:
-    head, *rest = snake.split("_")
-    return head + "".join(word[:1].upper() + word[1:] for word in rest)
+    return re.sub("_(.?)", lambda found: found[1].upper(), snake)
 
 @lru_cache(maxsize=1024)
 def snake(camel: str) -> str:
@@ -643,8 +615,7 @@ class IronflowError(Exception):
     the workers of the SDKs read the two fence codes there (Python 0.53).
     """
 
-    status = 500
-    code = "internal"
+    status, code = 500, "internal"
     error: str | None = None
     headers: dict[str, str] = {}
 
@@ -652,61 +623,58 @@ class IronflowError(Exception):
         super().__init__(message)
         self.message = message
 
-class InvalidInput(IronflowError):
+    def __init_subclass__(cls, **answer: Any) -> None:
+        for name, value in answer.items():
+            setattr(cls, name, value)
+
+class InvalidInput(IronflowError, status=400, code="invalid_argument"):
     """The request cannot be understood, or asks for what cannot be."""
-    status, code = 400, "invalid_argument"
 
-class FailedPrecondition(IronflowError):
+class FailedPrecondition(IronflowError, status=400, code="failed_precondition"):
     """Understood, but not possible in the state that things are in."""
-    status, code = 400, "failed_precondition"
 
-class Unauthenticated(IronflowError):
+class Unauthenticated(IronflowError, status=401, code="unauthenticated",
+                      headers={"WWW-Authenticate": "Bearer"}):
     """No key, or not the right one. Workers stop for good when they hear this."""
-    status, code, headers = 401, "unauthenticated", {"WWW-Authenticate": "Bearer"}
 
-class Forbidden(IronflowError):
+class Forbidden(IronflowError, status=403, code="permission_denied"):
     """A host or an origin that this server does not answer."""
-    status, code = 403, "permission_denied"
 
-class NotFound(IronflowError):
-    status, code = 404, "not_found"
+class NotFound(IronflowError, status=404, code="not_found"):
+    """No such run, event, function, worker or door."""
 
-class MethodNotAllowed(IronflowError):
-    status, code = 405, "unimplemented"
+class MethodNotAllowed(IronflowError, status=405, code="unimplemented"):
+    """There is such a door, for other methods."""
 
-class AlreadyExists(IronflowError):
+class AlreadyExists(IronflowError, status=409, code="already_exists"):
     """An idempotency key that belongs to something else."""
-    status, code = 409, "already_exists"
 
-class StaleFence(IronflowError):
+class StaleFence(IronflowError, status=409, code="aborted", error="STALE_EXECUTION"):
     """A report with an old fence: the run was leased again, or ended, after that."""
-    status, code, error = 409, "aborted", "STALE_EXECUTION"
 
-class RunNotRunning(IronflowError):
+class RunNotRunning(IronflowError, status=409, code="aborted", error="RUN_NOT_RUNNING"):
     """A final report for a run that ended some other way."""
-    status, code, error = 409, "aborted", "RUN_NOT_RUNNING"
 
-class TooLarge(IronflowError):
+class TooLarge(IronflowError, status=413, code="resource_exhausted"):
     """A limit was exceeded; the sentence names it, the size, and the flag."""
-    status, code = 413, "resource_exhausted"
 
     def __init__(self, what: str, size: int, limit: int, flag: str) -> None:
         super().__init__(f"{what} is {size} bytes, the limit is {limit}: send less, or "
                          f"start the server with a larger {flag}")
 
-class Unimplemented(IronflowError):
-    status, code = 501, "unimplemented"
+class Unimplemented(IronflowError, status=501, code="unimplemented"):
+    """In the protocol, but not in this server."""
 
-class Unavailable(IronflowError):
+class Unavailable(IronflowError, status=503, code="unavailable",
+                  headers={"Retry-After": "1"}):
     """The journal cannot be written right now; whether this was kept is unknown."""
-    status, code, headers = 503, "unavailable", {"Retry-After": "1"}
 
 class Overloaded(Unavailable):
     """Too much is in flight; nothing of this request was kept."""
 
-class DiskFull(IronflowError):
+class DiskFull(IronflowError, status=507, code="resource_exhausted",
+               headers={"Retry-After": "5"}):
     """No room on the disk. Writing resumes by itself when there is."""
-    status, code, headers = 507, "resource_exhausted", {"Retry-After": "5"}
 
 class StartError(Exception):
     """The server cannot start; the message is the one sentence to show."""
@@ -720,6 +688,8 @@ class StartError(Exception):
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 PLAIN = re.compile(r"[^*>\s\x00-\x1f\x7f-\x9f.]+(\.[^*>\s\x00-\x1f\x7f-\x9f.]+)*")
+PATTERN = re.compile(r"((\*|[^*>.]*)\.)*(\*|>|[^*>.]*)")
+RESERVED = ("events:", "system.", "entity:", "public.")
 
 def check_event_name(name: str) -> str:
     """An event's name, as given: free text without wildcards or control characters."""
@@ -734,38 +704,30 @@ def check_event_name(name: str) -> str:
                            " has a plain name")
     return name
 
-RESERVED = ("events:", "system.", "entity:", "public.")
-
-def check_topic(topic: str) -> str:
-    """A topic to publish on. Raises InvalidInput for one that none could watch."""
-    if not PLAIN.fullmatch(topic):
-        raise InvalidInput(f"topic {topic[:80]!r}: use words with dots between them, "
-                           "no `*`, `>`, blank or empty one, such as orders.shipped")
-    if topic.startswith(RESERVED):
-        raise InvalidInput(f"topic {topic[:80]!r}: {', '.join(RESERVED)} are the "
-                           "server's own: choose another beginning")
-    return topic
-
 def check_trigger(pattern: str) -> str:
     """A trigger's event name or pattern. Raises InvalidInput if it could not match."""
     if CONTROL.search(pattern):
         raise InvalidInput("trigger event holds a control character: leave it out")
-    segments, trigger = pattern.split("."), f"trigger {pattern[:80]!r}"
-    for i, segment in enumerate(segments, 1):
-        if segment == ">" and i < len(segments):
-            raise InvalidInput(f"{trigger}: `>` can only be the last segment")
-        if segment not in ("*", ">") and re.search("[*>]", segment):
-            raise InvalidInput(f"{trigger}: `*` and `>` stand for whole segments, "
-                               f"{segment[:40]!r} mixes one with text")
+    if not PATTERN.fullmatch(pattern):
+        raise InvalidInput(f"trigger {pattern[:80]!r}: `*` and `>` stand for whole "
+                           "segments, and `>` can only be the last")
     return pattern
 
-def check_function_id(function_id: str) -> str:
-    """A function's id: dot segments, no wildcard, blank or control character."""
-    if not PLAIN.fullmatch(function_id):
-        raise InvalidInput(f"function id {function_id[:80]!r}: use letters, digits, "
-                           "`-`, `_`, `/` and dots between them; no `*`, `>`, blank or "
-                           "empty segment")
-    return function_id
+def check_plain(what: str, name: str) -> str:
+    """Dot segments, none empty; no wildcard, blank or control character."""
+    if not PLAIN.fullmatch(name):
+        raise InvalidInput(f"{what} {name[:80]!r}: use words with dots between them, no"
+                           " `*`, `>`, blank or empty one, such as orders.shipped")
+    return name
+
+check_function_id = partial(check_plain, "function id")
+
+def check_topic(topic: str) -> str:
+    """A topic to publish on. Raises InvalidInput for one that none could watch."""
+    if check_plain("topic", topic).startswith(RESERVED):
+        raise InvalidInput(f"topic {topic[:80]!r}: {', '.join(RESERVED)} are the "
+                           "server's own: choose another beginning")
+    return topic
 
 def is_wild(pattern: str) -> bool:
     return not {"*", ">"}.isdisjoint(pattern.split("."))
@@ -774,9 +736,7 @@ def matches(pattern: str, name: str) -> bool:
     """Whether `name` is one of those that `pattern` stands for."""
     wanted, found = pattern.split("."), name.split(".")
     if wanted[-1] == ">":  # for one segment or more
-        if len(found) < len(wanted):
-            return False
-        wanted, found = wanted[:-1], found[: len(wanted) - 1]
+        wanted[-1:] = ["*"] * max(1, len(found) - len(wanted) + 1)
     return len(wanted) == len(found) and all(
         w in ("*", f) for w, f in zip(wanted, found, strict=True))
 
@@ -885,9 +845,9 @@ def waiting(run: Run, until: float) -> Run:
 def queued(run: Run, now: float) -> Run:
     """Due: the next worker that asks gets it, those queued before it first.
 
-    One that has bounds stands in line first, if it does not have its place already.
+    One that needs places stands in line for them, unless it has them already.
     """
-    held = int(bool(run.bounds) and run.status != "running")
+    held = run.held if run.status == "running" or run.held is None else 1
     return replace(run, status="waiting_for_capacity", due_at=now, held=held)
 
 def cancelled(run: Run, reason: str, now: float) -> Run:
@@ -902,14 +862,15 @@ def cancelled(run: Run, reason: str, now: float) -> Run:
 # that 7, 7.0 and "7" are the same, whichever language wrote them.
 
 PATH = re.compile(r"[^\s=!<>&|()\[\]'\"+*?,]+")
-EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|[\w.-]+)")
+EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|-?[0-9]+(\.[0-9]+)?|"
+                    "true|false|null)")
 
 def value_at(path: str | None, data: Json) -> str | None:
     """The value at a path into an event's data, as text; None if there is none."""
     if not path:
         return None
     value = parsed(data)
-    for key in re.sub(r"^(\$\.)?(event\.)?(data\.)?", "", path).split("."):
+    for key in re.sub(r"^((\$\.|event\.)?data|\$)\.", "", path).split("."):
         if not isinstance(value, dict) or key not in value:
             return None
         value = value[key]
@@ -940,8 +901,9 @@ def compiled(expression: str) -> Any:
 def holds(expression: str, event: NewEvent) -> bool:
     """Whether an event passes; one without what the expression looks at does not."""
     data, metadata = parsed(event.data), json.loads(event.metadata or "{}")
-    about = {"name": event.name, "version": event.version, "data": data,
-             "metadata": metadata, "source": event.source}
+    about = columns_of(event) | {"data": data, "metadata": metadata}
+    if isinstance(event, Event):
+        about |= {"id": event.event_id, "timestamp": to_rfc3339(event.at)}
     try:
         return compiled(expression).execute(about | {"event": about}) is True
     except InvalidInput as error:  # the extra was there when this was registered
@@ -965,8 +927,8 @@ def condition(match: str, given: Json | None, trigger: Json) -> tuple[str, str |
     if not match or given is not None:
         return match, as_text(json.loads(given)) if match and given else ""
     if found := EQUALS.fullmatch(match):
-        literal = found[2]
-        return found[1], (literal[1:-1] if literal[0] in "'\"" else literal)
+        quoted = found[2][0] in "'\""
+        return found[1], found[2][1:-1] if quoted else as_text(json.loads(found[2]))
     if PATH.fullmatch(match):
         return match, value_at(match, trigger)
     compiled(match)
@@ -1001,7 +963,7 @@ def cron_fields(expression: str) -> list[list[int]]:
 
 def cron_range(part: str, low: int, high: int, names: list[str]) -> range:
     """The values of *, 5, 1-5, */2, 1-5/2 or 5/2 (from 5 on). Raises ValueError."""
-    numbers = re.sub("[a-z]+", lambda word: str(names.index(word[0]) + low), part)
+    numbers = re.sub(r"\b[a-z]+\b", lambda word: str(names.index(word[0]) + low), part)
     if not (found := re.fullmatch(r"(\*|([0-9]+)(-[0-9]+)?)(/[0-9]+)?", numbers)):
         raise ValueError
     _, first, last, step = found.groups()
@@ -1155,14 +1117,10 @@ def host_name(host: str) -> str:
     except ValueError:
         return ""
 
-@lru_cache(maxsize=256)
+LOOPBACK = re.compile(r"(.*\.)?localhost|127(\.[0-9]{1,3}){3}|::1")
+
 def is_loopback(name: str) -> bool:
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return LOOPBACK.fullmatch(name) is not None
 
 class Doors:
     """The table of doors: which handler a method and a path lead to."""
@@ -1355,6 +1313,13 @@ class Fields:
         """The object under a name; an empty one if it is unset."""
         return Fields(self._typed(names, dict, "an object", {}), self.where + names[0])
 
+    def judge(self, name: str, test: Callable[[], object]) -> None:
+        """Say where it stands, if a test refuses a member."""
+        try:
+            test()
+        except InvalidInput as error:
+            raise InvalidInput(f"{self.where}{name}: {error}") from None
+
     def number(self, *names: str) -> float | None:
         return self._typed(names, (int, float), "a number", None)
 
@@ -1405,9 +1370,8 @@ async def get_ready(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def get_capabilities(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/capabilities: only what is built."""
-    needs_key = api.guard.api_key is not None and not api.guard.dev
-    return answer(dumps({"transports": ["connectrpc"], "features": [],
-                         "version": PROTOCOL_VERSION, "auth_required": needs_key}))
+    return answer(dumps({"transports": ["connectrpc"], "features": [], "version":
+                         PROTOCOL_VERSION, "auth_required": bool(api.guard.api_key)}))
 
 async def get_info(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Info; the runtime stands where the SDKs look for Go's."""
@@ -1440,7 +1404,6 @@ async def hand_in(api: Api, run_id: str | None, rule: Callable[..., T], body: Fi
     return await api.journal.write(rule, event, size=size_of(event))
 
 async def trigger(api: Api, request: web.BaseRequest) -> web.Response:
-    """IronflowService/Trigger and Emit, PubSubService/Emit: one event."""
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     # the browser's invoke(id) comes by Trigger
     rule = accept_call if request.raw_path.endswith("/Trigger") else accept_event
@@ -1564,7 +1527,7 @@ async def trigger_sync(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/TriggerSync: an event, and how the runs that it started ended."""
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     wait_s = patience(request, body)
-    accepted = await hand_in(api, run_id, accept_event, body, "event")
+    accepted = await hand_in(api, run_id, accept_awaited, body, "event")
     results = await wait_for_ends(api, request, accepted.run_ids, wait_s)
     return answer(join({"eventId": dumps(accepted.event_id),
                         "results": listed(results)}))
@@ -1573,7 +1536,7 @@ async def invoke_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/InvokeFunction, and InvokeFunctionSync, which waits."""
     body, run_id = Fields(await api.read_json(request)), emitted_by(request)
     wait_s = patience(request, body)
-    accepted = await hand_in(api, run_id, invoke, body, "functionId",
+    accepted = await hand_in(api, run_id, accept_event, body, "functionId",
                              check=check_function_id, source="invoke")
     waits, found = request.raw_path.endswith("Sync"), accepted.run_ids
     if waits:
@@ -1653,7 +1616,7 @@ async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     function, created = await api.journal.write(register_function, new)
     warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which "
                 "the server does not have: its runs wait until --secrets-file has it"
-                for name in api.desk.offers.secrets.of(function)[1]]
+                for name in api.desk.offers.secrets.missing(function)]
     for warning in warnings:
         log.warning("%s", warning)
     return answer(join({
@@ -1729,14 +1692,11 @@ def read_trigger(item: Fields, function_id: str) -> Trigger:
     if not event and not cron:
         raise InvalidInput(f"{item.where}event is empty: name the event that starts"
                            " the function, or send cron")
-    try:
-        if cron:
-            next_tick(cron, 0.0)
-            event = check_event_name(event or f"cron.{function_id}")
-        if test:
-            compiled(test)
-    except InvalidInput as error:
-        raise InvalidInput(f"{item.where[:-1]}: {error}") from None
+    if cron:
+        event = check_event_name(event or f"cron.{function_id}")
+        item.judge("cron", lambda: next_tick(cron, 0.0))
+    if test:
+        item.judge("expression", lambda: compiled(test))
     return Trigger(check_trigger(event), test, cron)
 
 def read_retry(body: Fields) -> Retry:
@@ -1834,7 +1794,7 @@ async def functions_to_wire(api: Api, request: web.BaseRequest,
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
     rows = [function_to_rest(each) | {
         "workers": carried[each.function_id], "next_run": next_run.get(each.function_id),
-        "missing_secrets": api.desk.offers.secrets.of(each)[1] or None}
+        "missing_secrets": api.desk.offers.secrets.missing(each) or None}
         for each in functions]
     return [join(as_texts(row)) for row in rows]
 
@@ -1875,8 +1835,7 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {spelling: text for name, text in request[GIVEN].items()
-            for spelling in (name, camel(name))}
+    path = {camel(name): text for name, text in request[GIVEN].items()}
     query = {name: text for name, text in request.query.items() if text}
     return Fields({**Fields(body).all, **query, **path})
 
@@ -1957,8 +1916,9 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
         return join(found)
     found["step_type"] = f'"STEP_TYPE_{step.type.upper()}"'
     found["status"] = f'"STEP_STATUS_{step.status.upper()}"'
-    if step.output is not None and not step.output.startswith("{"):
-        found["output_value"] = found.pop("output")
+    for name in ("input", "output"):
+        if not (found[name] or "{").startswith("{"):
+            found[f"{name}_value"] = found.pop(name)
     return join(in_camel(found))
 
 # ======================================================================================
@@ -1969,25 +1929,32 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
 # one that refuses has changed nothing, so its neighbours in the same commit need not
 # notice. What a rule changes, a row of `journal` says in the same transaction.
 
-def accept_event(tx: Transaction, event: NewEvent, now: float, started_by:
-                 Callable[[Transaction, NewEvent], list[Function]] | None = None
-                 ) -> Accepted:
+def accept_event(tx: Transaction, event: NewEvent, now: float, *, or_named: bool = False,
+                 awaited: bool = False) -> Accepted:
     """Record an event and a run for each function it triggers: all or nothing.
 
     A repeat, by its idempotency key, gets the answer that the first one got and leaves
-    no trace. Raises AlreadyExists if the key belongs to something else.
+    no trace. Raises AlreadyExists if the key belongs to something else; for an event
+    whose runs are `awaited`, FailedPrecondition if one is debounced; for an invocation,
+    NotFound, and FailedPrecondition if the function is paused or archived.
     """
     if (first := find_original(tx, event, {})) is not None:
         return Accepted(first.event_id, tx.run_ids_of(first.seq))
-    functions = (started_by or triggered)(tx, event)
+    if awaited and any("debounce" in each.asks for each in triggered(tx, event)):
+        raise FailedPrecondition(f"{what_it_is(event)} starts a function with debounce: "
+                                 "its run comes later, emit without waiting")
+    called = [the_named(tx, event)] if event.source == "invoke" else []
     kept = tx.append_event(event, tx.ids.new("evt", now), now)
-    if event.source == "invoke":
-        return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions])
-    hear(tx, kept, now)  # before its own runs begin to listen
-    for function in functions:
-        debounce(tx, function, kept, now)
+    functions = called or triggered(tx, kept)
+    if not called:
+        hear(tx, kept, now)  # before its own runs begin to listen
+        named = tx.find(Function, function_id=event.name) if or_named else None
+        if not functions and named is not None and named.status == "active":
+            functions = [named]
+        for function in functions:
+            debounce(tx, function, kept, now)
     return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions
-                                    if "debounce" not in f.asks])
+                                    if called or "debounce" not in f.asks])
 
 def triggered(tx: Transaction, event: NewEvent) -> list[Function]:
     """Active functions with a trigger that the event passes, in the order of ids."""
@@ -1996,25 +1963,18 @@ def triggered(tx: Transaction, event: NewEvent) -> list[Function]:
 
 def accept_call(tx: Transaction, event: NewEvent, now: float) -> Accepted:
     """As `accept_event`; if it triggers nothing, its name may be a function's id."""
-    return accept_event(tx, event, now, triggered_or_named)
+    return accept_event(tx, event, now, or_named=True)
 
-def triggered_or_named(tx: Transaction, event: NewEvent) -> list[Function]:
-    named = tx.find(Function, function_id=event.name, status="active")
-    return triggered(tx, event) or ([named] if named else [])
+def accept_awaited(tx: Transaction, event: NewEvent, now: float) -> Accepted:
+    return accept_event(tx, event, now, awaited=True)
 
-def invoke(tx: Transaction, event: NewEvent, now: float) -> Accepted:
-    """Start a run of the function that the event is named after, and of no other.
-
-    Raises NotFound, and FailedPrecondition if it is paused or archived.
-    """
-    return accept_event(tx, event, now, the_named)
-
-def the_named(tx: Transaction, event: NewEvent) -> list[Function]:
+def the_named(tx: Transaction, event: NewEvent) -> Function:
+    """The function that an invocation is named after, if it may be started."""
     function = known(tx, Function, event.name)
     if function.status != "active":
         raise FailedPrecondition(f"function {event.name!r} is {function.status}: set "
                                  "its status to active to start runs of it")
-    return [function]
+    return function
 
 def publish(tx: Transaction, event: NewEvent, now: float) -> tuple[int, bool]:
     """Record data for a topic; its `seq`, and whether it was there before.
@@ -2061,44 +2021,62 @@ def what_it_is(event: NewEvent) -> str:
 def start_run(tx: Transaction, function: Function, event: Event, now: float,
               parent: tuple[str, str] | None = None) -> str:
     """A run of one function for one event, due at once or in line; its id."""
-    run_id, asks, bounds = tx.ids.new("run", now), function.asks, dict[str, str]()
-    for column, name in (("lane", "concurrency"), ("gate", "throttle")):
-        if name in asks:
-            bounds[column] = value_at(asks[name].get("key"), event.data) or ""
+    run_id, asks = tx.ids.new("run", now), function.asks
+    places = {kind: value_at(asks[name].get("key"), event.data) or ""
+              for kind, name in PLACES.items() if name in asks}
     if actor_id := value_at(asks.get("actorKey"), event.data):
-        bounds["actor_id"] = actor_id
-    tx.insert_run(run_id, function, event, now, parent, bounds)
+        places["actor"] = actor_id
+    tx.insert_run(run_id, function, event, now, parent, actor_id, places)
     tx.append("run", "created", run_id,
               {"status": "waiting_for_capacity", "attempt": 1}, now)
-    if bounds:
-        let_in(tx, function.function_id, bounds, now)
+    if places:
+        admit(tx, run_id, function.function_id)
     for each in asks.get("cancelOn", ()):
         test, value = condition(each["match"], None, event.data)
         if value is not None:  # else no event will ever do
             tx.insert_wait(run_id, None, each["event"], test, value)
     return run_id
 
-def let_in(tx: Transaction, function_id: str, bounds: dict[str, str],
-           now: float) -> None:
-    """Runs that stand in line for what a bound has room for, the longest due first.
+PLACES = {"lane": "concurrency", "gate": "throttle"}
 
-    A run that is ready or running has its place; who lets go of it, sleeps or waits
-    leaves it to the next. A throttle's places come back a period after each start.
+def admit(tx: Transaction, run_id: str, function_id: str) -> set[str]:
+    """Give a run its places, if there is one in each of its bounds; else: what is full.
+
+    A bound of a function (concurrency, throttle, actor) has so many places for each
+    value of its key. A ready run has all of its places, and keeps them until it sleeps,
+    waits or ends; that of a throttle for a period after its first start.
     """
     function = tx.find(Function, function_id=function_id)
     asks = function.asks if function else {}
-    throttle = asks.get("throttle", {})
-    limits = {"lane": asks.get("concurrency", {}).get("limit", MAX_INT32),
-              "actor_id": 1 if "actorKey" in asks else MAX_INT32,
-              "gate": throttle.get("limit", MAX_INT32)}
-    period_s = throttle.get("periodMs", 0) / 1000
-    for column, value in bounds.items():
-        while tx.let_next_in(function_id, column, value, limits, now - period_s):
-            pass
-        if column == "gate":
-            opens = tx.nth_start(function_id, value, limits["gate"]) + period_s
-            if opens > now and tx.in_line(function_id, value):
-                tx.save(Timer("gate", function_id, value, "", opens))
+    limits = {kind: asks.get(name, {}).get("limit", MAX_INT32)
+              for kind, name in PLACES.items()}
+    limits["actor"] = 1 if "actorKey" in asks else MAX_INT32
+    full = {f"{kind} {value}" for kind, value in tx.lines_of(run_id)
+            if tx.places_taken(function_id, kind, value) >= limits[kind]}
+    if not full:
+        tx.let_in(run_id, function_id)
+    return full
+
+def hand_on(tx: Transaction, function_id: str, places: Iterable[tuple[str, str]]
+            ) -> None:
+    """Places were left: admit who stands in line for them, the longest due first."""
+    for kind, value in places:
+        full: set[str] = set()  # what keeps others in this line waiting
+        while f"{kind} {value}" not in full and (
+                run_id := tx.first_in_line(function_id, kind, value, full)):
+            full |= admit(tx, run_id, function_id)
+
+def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
+    """Hand on the places of a run that lets go, or stand in line for them again."""
+    if new.status == "running" and old.started_at is None:
+        function = tx.find(Function, function_id=new.function_id)
+        throttle = function.asks.get("throttle", {}) if function else {}
+        tx.pass_gate(new.run_id, now + throttle.get("periodMs", 0) / 1000)
+    elif new.status == "waiting_for_capacity" and new.held:
+        tx.move(new.run_id, "off", "line", now)
+        admit(tx, new.run_id, new.function_id)
+    elif new.status not in ("running", "waiting_for_capacity"):
+        hand_on(tx, new.function_id, tx.move(new.run_id, "in", "off", now))
 
 def debounce(tx: Transaction, function: Function, event: Event, now: float) -> None:
     """Put off the function's one run until there is silence; this is its event now."""
@@ -2152,8 +2130,8 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     tx.update_run(new)
     if new.status == old.status:
         return new
-    if bounds := old.bounds | new.bounds:
-        let_in(tx, new.function_id, bounds, now)
+    if new.held is not None:
+        change_places(tx, old, new, now)
     assert new.status in NEXT[old.status], f"{new.run_id}: {old.status} -> {new.status}"
     change: dict[str, Any] = {"status": new.status, "attempt": new.attempt}
     if new.status == "running":
@@ -2196,14 +2174,9 @@ def register_function(tx: Transaction, new: NewFunction,
     ticks = [Timer("tick", new.function_id, each.cron, each.event,
                    next_tick(each.cron, now)) for each in new.triggers if each.cron]
     tx.set_ticks(new.function_id, ticks)
-    stand_in_line(tx, new.function_id, now)
+    hand_on(tx, new.function_id, tx.line_up(new.function_id))  # bounds may have changed
     say_of_function(tx, "updated" if old else "registered", function, now)
     return function, old is None
-
-def stand_in_line(tx: Transaction, function_id: str, now: float) -> None:
-    """Let the queued runs of a function in anew: its bounds have changed."""
-    for bounds in tx.hold_queued(function_id):
-        let_in(tx, function_id, bounds, now)
 
 def say_of_function(tx: Transaction, verb: str, function: Function,
                     now: float) -> None:
@@ -2225,7 +2198,7 @@ def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
     function = known(tx, Function, function_id)
     tx.delete_function(function_id)
-    stand_in_line(tx, function_id, now)
+    hand_on(tx, function_id, tx.line_up(function_id))
     say_of_function(tx, "deleted", function, now)
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
@@ -2236,6 +2209,7 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
     tx.save(worker)
     if old is not None and old.function_ids != worker.function_ids:
         tx.delete_actors(worker.worker_id)
+        tx.touched.update(json.loads(old.function_ids))
     if old is None or not old.connected:
         tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
 
@@ -2268,7 +2242,6 @@ class Offer:
     slots: int
     answer: Callable[[list[Job] | IronflowError], None]
     acked: bool = False
-    knows_failures: bool = False  # its SDK raises for a failed step, not reads success
     functions: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     error: IronflowError | None = None
@@ -2315,7 +2288,6 @@ class Offers:
                 self.take(offer)
                 continue
             offer.functions = json.loads(worker.function_ids)
-            offer.knows_failures = '"runtime":"python-' in worker.version
             for function_id in offer.functions:
                 self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
@@ -2323,8 +2295,8 @@ class Offers:
             self.look_anew = False
             tx.touched.update(self._standing)
         wanted = [f for f in tx.touched if self._standing.get(f)]
-        if wanted:
-            lease_to_offers(tx, self, wanted, self._limits, now)
+        while wanted and lease_to_offers(tx, self, wanted, self._limits, now):
+            pass  # some went to workers of their own: perhaps there is room for others
 
     def standing(self, function_id: str) -> list[Offer]:
         return [offer for offer in self._standing.get(function_id, ())
@@ -2357,19 +2329,26 @@ class Offers:
             self.add(offer)
 
 def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
-                    limits: Limits, now: float) -> None:
-    """Lease due runs of `functions` to the offers that stand, the longest due first."""
+                    limits: Limits, now: float) -> bool:
+    """Lease due runs of `functions` to the offers that stand, the longest due first.
+
+    Returns whether it leased some and left others out.
+    """
+    some, others = False, False
     room, due, secrets = offers.room(functions), [], dict[str, dict[str, str]]()
     for function_id in functions:
         function = tx.find(Function, function_id=function_id)
-        secrets[function_id], missing = offers.secrets.of(function)
-        if not missing:  # else its runs wait for the file
+        names = function.asks.get("secrets", []) if function else []
+        secrets[function_id] = offers.secrets.of(names)
+        if len(secrets[function_id]) == len(names):  # else its runs wait for the file
             workers = [offer.worker_id for offer in offers.standing(function_id)]
             due.append(tx.due_runs(function_id, workers, room))
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
         bound_to = tx.worker_of_actor(run)
         if (offer := offers.best_for(run.function_id, bound_to)) is None:
+            others = True
             continue
+        some = True
         hold_s = limits.lease_s if offer.acked else limits.reservation_s
         held = leased(run, offer.worker_id, tx.ids.token(), hold_s, offer.acked, now)
         become(tx, run, held, now)
@@ -2378,8 +2357,10 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(
-            held, event, tx.done_steps(run.run_id, offer.knows_failures),
+            held, event, tx.steps(run.run_id, "told" if knows_failures(
+                tx, offer.worker_id) else "done"),
             tx.next_sequence(run.run_id), secrets[run.function_id]))
+    return some and others
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -2480,14 +2461,22 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
         step = tx.find(Step, run_id=run.run_id, step_id=wish.step_id)
         if step is None:
             step = begin_step(tx, run, wish, limits, now)
-        if step.status == "failed":  # not known to a worker of JS or Go: see Offer
+            if step.status not in PENDING:
+                run = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
+        elif step.status == "failed" and run.woken_fence != run.fence:
+            # it failed before this lease: JS and Go are not told, see `knows_failures`
             cause = json.loads(step.error or "{}").get("message", "it failed")
             raise Unkept("INVOKE_FAILED", f"step {step.name!r}: {cause}")
-        if step.status not in PENDING:
-            run = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
+        elif step.status not in PENDING:
+            run = replace(run, woken_fence=run.fence)
     if run.woken_fence == run.fence:  # something ended that the worker did not know of
         return queued(run, now)
     return wait_on(tx, run, now)
+
+def knows_failures(tx: Transaction, worker_id: str | None) -> bool:
+    """Whether a worker's SDK raises for a failed call; JS and Go read it as success."""
+    worker = tx.find(Worker, worker_id=worker_id)
+    return worker is not None and '"runtime":"python-' in worker.version
 
 # --- Waits: sleeps, events, other runs ------------------------------------------------
 # Each is a step that is pending until it ends by what it waits for, or by its deadline.
@@ -2528,7 +2517,7 @@ def begin_child(tx: Transaction, run: Run, wish: Yield, step: Step, limits: Limi
                      subject=run.run_id)
     check_output(f"the input of {wish.target!r}", event.data, limits)
     try:
-        (function,) = the_named(tx, event)
+        function = the_named(tx, event)
     except IronflowError as error:
         keep_step(tx, None, step)
         return invoke_failed(tx, step, "not_found", error.message, now)
@@ -2614,7 +2603,7 @@ def wait_on(tx: Transaction, run: Run, now: float) -> Run:
     """What a run that let go does now: it waits for the next deadline of its steps,
     is due because of one that is over, or failed because nothing answered a wait."""
     deadlines, over = [], False
-    for step in tx.pending_steps(run.run_id):
+    for step in tx.steps(run.run_id, "pending"):
         if step.deadline > now:
             deadlines.append(step.deadline)
             continue
@@ -2671,11 +2660,13 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
         become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
     for timer in tx.overdue_timers(now):
         strike(tx, timer, now)
+    for function_id, kind, value in tx.free_gates(now):
+        hand_on(tx, function_id, [(kind, value)])
     return tx.next_instant()
 
 def strike(tx: Transaction, timer: Timer, now: float) -> None:
-    """A tick emits its event, once for all that were missed; a debounce starts its run;
-    a gate is open."""
+    """A tick emits its event, once for all that were missed; a debounce starts its run.
+    """
     function = tx.find(Function, function_id=timer.function_id)
     if timer.kind == "tick":
         tx.save(replace(timer, due_at=next_tick(timer.key, now)))
@@ -2684,9 +2675,7 @@ def strike(tx: Transaction, timer: Timer, now: float) -> None:
             accept_event(tx, NewEvent(timer.event, data, source="cron"), now)
         return
     tx.delete_timer(timer)
-    if timer.kind == "gate":
-        let_in(tx, timer.function_id, {"gate": timer.key}, now)
-    elif function is not None and (event := tx.find(Event, seq=timer.seq)) is not None:
+    if function is not None and (event := tx.find(Event, seq=timer.seq)) is not None:
         start_run(tx, function, event, now)
 
 def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
@@ -2879,32 +2868,32 @@ SELECT seq, datetime(at, 'unixepoch') AS utc,
   FROM journal WHERE source IS NOT 'invoke';
 """
 LANGUAGE = """
--- A child knows who invoked it; lane, gate and actor are what a run shares bounds by.
+-- A child knows who invoked it.
 ALTER TABLE run ADD COLUMN parent_run_id TEXT;
 ALTER TABLE run ADD COLUMN parent_step_id TEXT;
-ALTER TABLE run ADD COLUMN lane TEXT;
-ALTER TABLE run ADD COLUMN gate TEXT;
 ALTER TABLE run ADD COLUMN actor_id TEXT;
-ALTER TABLE run ADD COLUMN held INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE run ADD COLUMN held INTEGER CHECK (held IN (0, 1));
 ALTER TABLE run ADD COLUMN woken_fence INTEGER;
 ALTER TABLE run ADD COLUMN woken_seq INTEGER;
 DROP INDEX run_due;
 CREATE INDEX run_due ON run (function_id, due_at, run_id)
-  WHERE status = 'waiting_for_capacity' AND held = 0;
-CREATE INDEX run_by_lane ON run (function_id, lane, held, due_at, run_id)
-  WHERE lane IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
-CREATE INDEX run_by_actor_id ON run (function_id, actor_id, held, due_at, run_id)
-  WHERE actor_id IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
-CREATE INDEX run_by_gate ON run (function_id, gate, held, due_at, run_id)
-  WHERE gate IS NOT NULL AND status IN ('waiting_for_capacity', 'running');
-CREATE INDEX run_started ON run (function_id, gate, started_at)
-  WHERE gate IS NOT NULL AND started_at IS NOT NULL;
+  WHERE status = 'waiting_for_capacity' AND held IS NOT 1;
+
+-- The places that a run needs in the bounds of its function, for the value of each key.
+CREATE TABLE place (
+  run_id TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('lane', 'actor', 'gate')),
+  function_id TEXT NOT NULL, value TEXT NOT NULL,
+  state  TEXT NOT NULL CHECK (state IN ('in', 'line', 'off', 'passed')),
+  due_at REAL NOT NULL,              -- in line since; a gate passed: taken until
+  PRIMARY KEY (run_id, kind)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX place_in ON place (function_id, kind, value, state, due_at, run_id);
+CREATE INDEX place_passed ON place (due_at) WHERE state = 'passed';
 
 ALTER TABLE step ADD COLUMN wait_event_name TEXT;
 ALTER TABLE step ADD COLUMN wait_timeout REAL;
 ALTER TABLE step ADD COLUMN child_run_id TEXT;
 ALTER TABLE step ADD COLUMN input TEXT;                -- JSON
-CREATE INDEX step_pending ON step (run_id) WHERE status IN ('sleeping', 'waiting');
 
 -- What runs listen for; without a step: what cancels them. `taken`: the answer's seq.
 CREATE TABLE wait (
@@ -2916,9 +2905,9 @@ CREATE TABLE wait (
 CREATE INDEX wait_for ON wait (event, test, value, wait_id) WHERE taken IS NULL;
 CREATE INDEX wait_of ON wait (run_id);
 
--- What functions have to come: cron ticks, debounced events, throttled starts.
+-- What functions have to come: cron ticks, debounced events.
 CREATE TABLE timer (
-  kind     TEXT NOT NULL CHECK (kind IN ('tick', 'debounce', 'gate')),
+  kind     TEXT NOT NULL CHECK (kind IN ('tick', 'debounce')),
   function_id TEXT NOT NULL, key TEXT NOT NULL, event TEXT NOT NULL,
   due_at   REAL NOT NULL,
   seq      INTEGER REFERENCES journal (seq), first_at REAL,
@@ -2964,7 +2953,7 @@ JOURNAL_ROW = ("seq", "at", "kind", "name", "subject", "step", "data", "event_id
                "version", "source", "idempotency_key", "metadata")
 RUN_ROW = ("run_id", "function_id", "function_version", "event_seq", "event_id",
            "event_name", "retry", "status", "created_at", "due_at", "updated_at",
-           "parent_run_id", "parent_step_id", "lane", "gate", "actor_id", "held")
+           "parent_run_id", "parent_step_id", "actor_id", "held")
 
 @lru_cache(maxsize=64)
 def columns(row: Any, form: str = "{}", after: str = "") -> str:
@@ -3161,9 +3150,16 @@ class Queries:
         return int(self._value("SELECT count(*) FROM run WHERE status IN"
                                " ('waiting_for_capacity', 'running', 'waiting')"))
 
-    def steps(self, run_id: str) -> list[Step]:
-        """The recorded steps of a run, in sequence."""
-        return self._rows(Step, "step WHERE run_id = :id ORDER BY sequence", id=run_id)
+    STEPS = {"all": "1", "done": "status = 'completed'",
+             "told": "(status = 'completed' OR status = 'failed'"
+                     " AND type = 'invoke_function')",
+             "pending": "status IN ('sleeping', 'waiting')"}
+
+    def steps(self, run_id: str, which: str = "all") -> list[Step]:
+        """The recorded steps of a run, in sequence: all, those done, those pending;
+        `told` are those done and the invokes that failed."""
+        source = f"step WHERE run_id = :id AND {self.STEPS[which]} ORDER BY sequence"
+        return self._rows(Step, source, id=run_id)
 
     def taken(self, run_id: str, event: str, test: str, value: str | None
               ) -> list[int | None]:
@@ -3383,13 +3379,16 @@ class Transaction(Queries):
         return super().run_ids_of(event_seq)
 
     def insert_run(self, run_id: str, function: Function, event: Event, now: float,
-                   parent: tuple[str, str] | None, bounds: dict[str, str]) -> None:
+                   parent: tuple[str, str] | None, actor_id: str | None,
+                   places: dict[str, str]) -> None:
         self.touched.add(function.function_id)
         self._new_runs[run_id] = (
             run_id, function.function_id, function.version, event.seq, event.event_id,
             event.name, function.retry, "waiting_for_capacity", now, now, now,
-            *(parent or (None, None)), *map(bounds.get, ("lane", "gate", "actor_id")),
-            int(bool(bounds)))
+            *(parent or (None, None)), actor_id, 1 if places else None)
+        for kind, value in places.items():
+            self._db.execute("INSERT INTO place VALUES (?, ?, ?, ?, 'line', ?)",
+                             (run_id, kind, function.function_id, value, now))
 
     def update_run(self, run: Run) -> None:
         """Everything of a run that can change."""
@@ -3414,8 +3413,8 @@ class Transaction(Queries):
         if self._new_runs:
             self.flush()
         return self._rows(Run, f"""
-            run WHERE function_id = :id AND status = 'waiting_for_capacity' AND held = 0
-               AND (actor_id IS NULL OR NOT EXISTS (
+            run WHERE function_id = :id AND status = 'waiting_for_capacity'
+               AND held IS NOT 1 AND (actor_id IS NULL OR NOT EXISTS (
                  SELECT 1 FROM {self.BOUND} AND instr(:workers, '"' || worker_id || '"')
                      = 0))
              ORDER BY due_at, run_id LIMIT :limit""",
@@ -3430,7 +3429,7 @@ class Transaction(Queries):
         if run.actor_id is None:
             return None
         found: str | None = self._value(
-            f"SELECT worker_id FROM run JOIN {self.BOUND} AND run_id = :id",
+            f"SELECT (SELECT worker_id FROM {self.BOUND}) FROM run WHERE run_id = :id",
             id=run.run_id)
         return found
 
@@ -3441,66 +3440,73 @@ class Transaction(Queries):
     def delete_actors(self, worker_id: str) -> None:
         self._db.execute("DELETE FROM actor WHERE worker_id = ?", (worker_id,))
 
-    PLACES = "run AS other INDEXED BY run_by_{0} WHERE other.function_id = :id" \
-             " AND other.{0} = {1} AND other.held = 0 AND status IN" \
-             " ('waiting_for_capacity', 'running')"
-    ROOM = {  # by column, whether a bound of the run in line has a place left
-        "lane": f"(SELECT count(*) FROM {PLACES}) < :lane",
-        "actor_id": f"(SELECT count(*) FROM {PLACES}) < :actor_id",
-        "gate": f"(SELECT count(*) FROM {PLACES} AND other.started_at IS NULL)"
-                " + (SELECT count(*) FROM run AS other INDEXED BY run_started WHERE"
-                " other.function_id = :id AND other.gate = {1}"
-                " AND other.started_at > :since) < :gate"}
+    # A place is `off` while its run sleeps or waits, in `line`, or taken: `in`, and a
+    # gate that was `passed` until it is free again.
 
-    def let_next_in(self, function_id: str, column: str, value: str,
-                    limits: dict[str, int], since: float) -> bool:
-        """Give a place to the run that is first in line, if there is one for it."""
-        self.flush()
-        given = limits | {"id": function_id, "value": value, "since": since}
-        if not self._value(f"SELECT {self.ROOM[column].format(column, ':value')}",
-                           **given):
-            return False
-        fits = " AND ".join(
-            f"(line.{name} IS NULL OR {room.format(name, f'line.{name}')}"
-            + (" OR line.started_at IS NOT NULL)" if name == "gate" else ")")
-            for name, room in self.ROOM.items())
-        run_id = self._value(
-            f"""
-            SELECT run_id FROM run AS line INDEXED BY run_by_{column}
-             WHERE function_id = :id AND {column} = :value AND held = 1
-               AND status IN ('waiting_for_capacity', 'running') AND {fits}
+    def places_taken(self, function_id: str, kind: str, value: str) -> int:
+        return int(self._value(
+            """
+            SELECT count(*) FROM place WHERE function_id = :id AND kind = :kind
+               AND value = :value AND state IN ('in', 'passed')
+            """, id=function_id, kind=kind, value=value))
+
+    def first_in_line(self, function_id: str, kind: str, value: str, full: set[str]
+                      ) -> str | None:
+        """The run that has waited longest, of those not in line for what is full."""
+        found: str | None = self._value(
+            """
+            SELECT run_id FROM place AS first
+             WHERE function_id = :id AND kind = :kind AND value = :value
+               AND state = 'line' AND NOT EXISTS (
+                 SELECT 1 FROM place WHERE run_id = first.run_id AND state = 'line'
+                    AND kind || ' ' || value IN (SELECT value FROM json_each(:full)))
              ORDER BY due_at, run_id LIMIT 1
-            """, **given)
+            """, id=function_id, kind=kind, value=value, full=dumps(list(full)))
+        return found
+
+    def lines_of(self, run_id: str) -> list[tuple[str, str]]:
+        return self._db.execute("SELECT kind, value FROM place WHERE run_id = ?"
+                                " AND state = 'line'", (run_id,)).fetchall()
+
+    def let_in(self, run_id: str, function_id: str) -> None:
+        self.flush()
+        self.move(run_id, "line", "in", None)
         self._db.execute("UPDATE run SET held = 0 WHERE run_id = ?", (run_id,))
         self.touched.add(function_id)
-        return run_id is not None
 
-    def in_line(self, function_id: str, gate: str) -> bool:
-        return bool(self._value(
-            "SELECT 1 FROM run INDEXED BY run_by_gate WHERE function_id = :id"
-            " AND gate = :gate AND held = 1 AND started_at IS NULL"
-            " AND status IN ('waiting_for_capacity', 'running')",
-            id=function_id, gate=gate))
+    def move(self, run_id: str, old: str, new: str, due_at: float | None
+             ) -> list[tuple[str, str]]:
+        """Change the state of a run's places; who goes off leaves the line as well."""
+        return self._db.execute(
+            """
+            UPDATE place SET state = :new, due_at = coalesce(:due_at, due_at)
+             WHERE run_id = :id AND state IN (:old, iif(:new = 'off', 'line', :old))
+            RETURNING kind, value
+            """, {"id": run_id, "old": old, "new": new, "due_at": due_at}).fetchall()
 
-    def nth_start(self, function_id: str, gate: str, n: int) -> float:
-        """When the last but n - 1 of a gate's runs started; 0 for never."""
-        return self._value(
-            "SELECT started_at FROM run INDEXED BY run_started WHERE function_id = :id"
-            " AND gate = :gate AND started_at IS NOT NULL"
-            " ORDER BY started_at DESC LIMIT 1 OFFSET :n - 1",
-            id=function_id, gate=gate, n=n) or 0.0
+    def pass_gate(self, run_id: str, free_at: float) -> None:
+        self.alarm = min(self.alarm, free_at)
+        self._db.execute("UPDATE place SET state = 'passed', due_at = ?"
+                         " WHERE run_id = ? AND kind = 'gate'", (free_at, run_id))
 
-    def hold_queued(self, function_id: str) -> list[dict[str, str]]:
+    def free_gates(self, now: float) -> list[tuple[str, str, str]]:
+        return self._db.execute(
+            "DELETE FROM place WHERE state = 'passed' AND due_at <= ?"
+            " RETURNING function_id, kind, value", (now,)).fetchall()
+
+    def line_up(self, function_id: str) -> list[tuple[str, str]]:
         """Send the queued runs of a function back to their lines; those lines."""
         self.flush()
-        some = "function_id = ? AND status = 'waiting_for_capacity'"
-        self._db.execute(f"UPDATE run SET held = 1 WHERE {some} AND coalesce(lane, gate,"
-                         " actor_id) IS NOT NULL", (function_id,))
-        lines = self._db.execute(f"SELECT DISTINCT lane, gate, actor_id FROM run WHERE"
-                                 f" {some} AND held = 1", (function_id,)).fetchall()
-        names = ("lane", "gate", "actor_id")
-        return [{name: value for name, value in zip(names, line, strict=True)
-                 if value is not None} for line in lines]
+        for sql in ("""UPDATE place SET state = 'line' WHERE state = 'in' AND run_id IN (
+                         SELECT run_id FROM run WHERE function_id = :id
+                            AND status = 'waiting_for_capacity' AND held = 0)""",
+                    """UPDATE run SET held = 1 WHERE run_id IN (
+                         SELECT run_id FROM place WHERE function_id = :id
+                            AND state = 'line')"""):
+            self._db.execute(sql, {"id": function_id})
+        return self._db.execute(
+            "SELECT DISTINCT kind, value FROM place WHERE function_id = ?"
+            " AND state = 'line'", (function_id,)).fetchall()
 
     # --- what runs listen for
 
@@ -3555,25 +3561,15 @@ class Transaction(Queries):
     def next_instant(self) -> float:
         """When the next lease ends or the next sleeper is due; infinity for never."""
         return min(self._value(sql) or math.inf for sql in [
-            "SELECT min(due_at) FROM timer", *[
+            "SELECT min(due_at) FROM timer",
+            "SELECT min(due_at) FROM place WHERE state = 'passed'", *[
                 f"SELECT min({instant}) FROM run INDEXED BY {index}"
                 f" WHERE status = '{status}' AND {instant} IS NOT NULL"
                 for status, (index, instant) in self.TIMERS.items()]])
 
-    def done_steps(self, run_id: str, failures: bool) -> list[Step]:
-        """What a replay finds done; failed invokes too, for who understands those."""
-        also = "OR status = 'failed' AND type = 'invoke_function'" if failures else ""
-        return self._rows(Step, f"step WHERE run_id = :id AND (status = 'completed'"
-                          f" {also}) ORDER BY sequence", id=run_id)
-
-    def pending_steps(self, run_id: str) -> list[Step]:
-        return self._rows(Step, """step INDEXED BY step_pending WHERE run_id = :id
-                          AND status IN ('sleeping', 'waiting') ORDER BY sequence""",
-                          id=run_id)
-
     def children_waited_for(self, run_id: str) -> list[Run]:
         found = [self.find(Run, run_id=step.child_run_id)
-                 for step in self.pending_steps(run_id) if step.child_run_id]
+                 for step in self.steps(run_id, "pending") if step.child_run_id]
         return [child for child in found if child is not None]
 
     def next_sequence(self, run_id: str) -> int:
@@ -3588,7 +3584,7 @@ class Transaction(Queries):
         some = """(SELECT run_id FROM run
                     WHERE status IN ('completed', 'failed', 'cancelled')
                       AND run_id < :id AND ended_at < :before LIMIT :limit)"""
-        for table in ("step", "wait"):
+        for table in ("step", "wait", "place"):
             self._db.execute(f"DELETE FROM {table} WHERE run_id IN {some}", params)
         gone = self._db.execute(f"DELETE FROM run WHERE run_id IN {some}", params)
         return gone.rowcount > 0
@@ -3670,20 +3666,16 @@ class JournalFile:
         try:
             version = check_owner(self._db, path)
             prepare_to_write(self._db, path)
-            self._migrate(version)
+            for number in range(version, len(MIGRATIONS)):  # each in one transaction
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE; {MIGRATIONS[number]};"
+                    f"PRAGMA application_id = {APPLICATION_ID};"
+                    f"PRAGMA user_version = {number + 1}; COMMIT;")
             self.tx = Transaction(self._db, ids)
             self._christen(environment, now)
         except BaseException:
             self._db.close()
             raise
-
-    def _migrate(self, version: int) -> None:
-        """Bring the file to this program's version, each step in one transaction."""
-        for number in range(version, len(MIGRATIONS)):
-            self._db.executescript(
-                f"BEGIN IMMEDIATE; {MIGRATIONS[number]};"
-                f"PRAGMA application_id = {APPLICATION_ID};"
-                f"PRAGMA user_version = {number + 1}; COMMIT;")
 
     def _christen(self, environment: str, now: float) -> None:
         served = self.tx.meta("environment")
@@ -3881,11 +3873,11 @@ def lock(path: Path) -> int:
 class Journal:
     """The file behind a writer thread: the API's only way to the disk.
 
-    `await write(rule, *args)` returns what the rule returned, after the commit; it
-    raises what the rule raised, Overloaded if the queue is full, DiskFull or
-    Unavailable if the commit failed: then whether it happened is unknown. Cancelling
-    the wait does not take the wish back. `await read(query, *args)` sees every write
-    that was answered before.
+    `await write(rule, *args)` returns what `rule(tx, *args, now)` returned, after the
+    commit; it raises what the rule raised, Overloaded if the queue is full, DiskFull
+    or Unavailable if the commit failed: then whether it happened is unknown.
+    Cancelling the wait does not take the wish back. `await read(query, *args)`, on a
+    connection of its own, sees every write that was answered before.
     """
 
     def __init__(self, path: Path, *, clock: Clock, ids: Ids, offers: Offers,
@@ -3909,7 +3901,7 @@ class Journal:
             self.journal_id = self._file.tx.meta("journal_id") or ""
             self._opened = opened.pop_all()
         self._gathered: list[Wish] = []
-        self._queue: queue.SimpleQueue[list[Wish] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Wish]] = queue.SimpleQueue()
         self._queued_bytes, self._open = 0, True
         self._unfolded = 0  # bytes written since the last checkpoint, roughly
         self._warn_at = -math.inf  # the next time that a long log is worth a word
@@ -3919,7 +3911,6 @@ class Journal:
         self._thread.start()
 
     async def write(self, rule: Callable[..., T], *args: Any, size: int = KIB) -> T:
-        """What `rule(tx, *args, now)` returned, once it is on disk."""
         if not self._open:
             raise Unavailable("the server is stopping: try again when it is back")
         if self._queued_bytes + size > QUEUE_BYTES and self._queued_bytes:
@@ -3938,7 +3929,6 @@ class Journal:
         self._queue.put(gathered)
 
     async def read(self, query: Callable[..., T], *args: Any) -> T:
-        """What `query(queries, *args)` returns, from a connection of its own."""
         return await self._loop.run_in_executor(self._pool, self._read, query, *args)
 
     def _read(self, query: Callable[..., T], *args: Any) -> T:
@@ -3955,44 +3945,35 @@ class Journal:
             self._readers.put(db)
 
     def end_of(self, run_id: str) -> Future:
-        """A future that is done by the commit that ends the run from now on.
-
-        Shared by all who wait for it, and forgotten with the last of them.
-        """
+        """Done by the commit that ends the run; forgotten with the last who waits."""
         return self._ends.setdefault(run_id, self._loop.create_future())
 
     def _work(self) -> None:
         """The writer thread: take what is there, commit once, answer all, again."""
-        batch: list[Wish] | None = []
+        batch: list[Wish] = []
         try:
-            while (batch := self._next_batch()) is not None:
-                if batch:
+            while self._open or not self._queue.empty():
+                if batch := self._next_batch():
                     self._commit(batch)
                     self._fold_log()
         except BaseException as error:  # whatever it is: nobody may wait for us now
             log.critical("the journal %s cannot be written any more: %s", self.path,
                          error)
-            self._loop.call_soon_threadsafe(self._fail, error, batch or [])
+            self._loop.call_soon_threadsafe(self._fail, error, batch)
 
-    def _next_batch(self) -> list[Wish] | None:
-        """All that is in the queue, within bounds; None when the journal closes."""
+    def _next_batch(self) -> list[Wish]:
+        """All that is in the queue, within bounds; nothing at times."""
         try:
             chores = self._unfolded or self.last_trouble
-            wishes = self._queue.get(timeout=IDLE_S if chores else None)
+            batch = self._queue.get(timeout=IDLE_S if chores else None)
         except queue.Empty:  # idle: the log's pages go to the file, now or later
             self._unfolded = 0 if self._file.checkpoint("TRUNCATE") else 1
             self._see_whether_it_is_over()
             return []
-        batch: list[Wish] = []
-        while wishes is not None:
-            batch += wishes
-            size = sum(wish.size for wish in batch)
-            if len(batch) >= BATCH_RULES or size >= BATCH_BYTES or self._queue.empty():
-                return batch
-            wishes = self._queue.get()
-        if batch:
-            self._queue.put(None)  # close after this one
-        return batch or None
+        while (not self._queue.empty() and len(batch) < BATCH_RULES
+               and sum(wish.size for wish in batch) < BATCH_BYTES):
+            batch += self._queue.get()
+        return batch
 
     def _commit(self, batch: list[Wish]) -> None:
         file, tx, failure = self._file, self._file.tx, None
@@ -4062,16 +4043,16 @@ class Journal:
         self._open = False
         gone = Unavailable(f"{self.path} cannot be written any more: the server stops")
         while not self._queue.empty():
-            batch += self._queue.get() or []
+            batch += self._queue.get()
         for wish in batch:
             settle_future(wish.future, gone)
         self._on_failure(error)
 
     async def close(self) -> None:
         """Commit what is queued, fold the log into the file, let go of the lock."""
-        self._open = False
         self._hand_over()
-        self._queue.put(None)
+        self._open = False  # the thread ends when it has seen this and an empty queue:
+        self._queue.put([])  # let it look, should it wait
         await asyncio.to_thread(self._thread.join)
         self._pool.shutdown()
         self._opened.close()
@@ -4306,9 +4287,8 @@ def status_in(body: bytes, wrong: IronflowError) -> Any:
     """The status of an unreadable report, for whose JSON a laxer reader may do."""
     if isinstance(wrong, TooLarge):
         return "failed"
-    with contextlib.suppress(ValueError, RecursionError):
-        said = json.loads(body.decode(errors="replace"))
-        return said.get("status") if isinstance(said, dict) else None
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        return json.loads(body.decode(errors="replace")).get("status")
     return None
 
 async def put_updates(api: Api, request: web.BaseRequest) -> web.Response:
@@ -4356,16 +4336,15 @@ def read_report(body: Fields, status: str | None = None) -> Report:
 
 def read_step(body: Fields) -> ReportedStep:
     """A finished step. Go leaves out the times, JS the output of undefined."""
-    step_id, status = body.text("id"), body.text("status", default="completed")
+    status: Any = body.text("status", default="completed")
+    step_id, failed = body.text("id"), status == "failed"
     if not step_id or CONTROL.search(step_id):
         raise InvalidInput("a step's id is empty or holds a control character")
     if status not in ("completed", "failed"):
         raise InvalidInput(f"step {step_id[:80]!r}: status {status[:40]!r} is not "
                            "completed or failed")
-    failed = status == "failed"
     return ReportedStep(
-        step_id, body.text("name") or step_id, body.text("type") or "invoke",
-        "failed" if failed else "completed",
+        step_id, body.text("name") or step_id, body.text("type") or "invoke", status,
         output=None if failed else dumps(body.get("output")),
         error=dumps(read_error(body.get("error"))) if failed else None,
         duration_ms=round(body.number("durationMs") or 0),
@@ -4424,7 +4403,7 @@ def step_name(step_id: str) -> str:
 # close, held polls are answered, the queue is committed, the log folded into the file.
 
 CLOCK_CHECK_S = 30.0  # how long a step of the wall clock can go unnoticed
-SECRETS_CHECK_S = 1.0  # between two looks at their file, while a run waits for one
+SECRETS_CHECK_S = 1.0  # between two looks at their file
 CLOCK_STEP_S = 1.0  # less than this is drift
 RETRY_S = 1.0  # between two tries of the timers to write
 SWEEP_EVERY_S, SWEEP_PAUSE_S = 3600.0, 0.05  # between sweeps; between parts of one
@@ -4438,37 +4417,38 @@ class Secrets:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path, self._values = path, dict[str, str]()
-        self._seen = (0, 0)  # when the file was written, and its size
-        self.wanting = False  # somebody waits for one that is not there
+        self.path, self._values = path, dict[str, str]()
+        self._seen: Any = None  # what the file looked like, when it was read
+        self.readings = 0
         self._read()
 
-    def of(self, function: Function | None) -> tuple[dict[str, str], list[str]]:
-        """Of the secrets it asks for, the values, and the names of those not there."""
-        if not (names := function.asks.get("secrets", []) if function else []):
-            return {}, []
-        self.refresh()
+    def of(self, names: list[str]) -> dict[str, str]:
+        """The values of those that are there."""
+        if names:
+            self.refresh()
         values = self._values
-        missing = [name for name in names if name not in values]
-        self.wanting |= bool(missing)
-        return {name: values[name] for name in names if name in values}, missing
+        return {name: values[name] for name in names if name in values}
 
-    def refresh(self) -> bool:
-        """Whether the file has changed."""
+    def missing(self, function: Function) -> list[str]:
+        found = self.of(names := function.asks.get("secrets", []))
+        return [name for name in names if name not in found]
+
+    def refresh(self) -> None:
         try:
-            return self._read()
+            self._read()
         except StartError as error:
             log.error("%s; the secrets read before stay", error)
-            return False
 
-    def _read(self) -> bool:
-        if (path := self._path) is None:
-            return False
+    def _read(self) -> None:
+        if (path := self.path) is None:
+            return
+        seen, self._seen = self._seen, str(path)
         try:
-            about, seen = path.stat(), self._seen
-            self._seen = (about.st_mtime_ns, about.st_size)
+            about = path.stat()
+            self._seen = (about.st_mode, about.st_ino, about.st_size, about.st_mtime_ns,
+                          about.st_ctime_ns)
             if seen == self._seen:
-                return False
+                return
             if os.name == "posix" and about.st_mode & 0o077:
                 raise StartError(f"{path} can be read by others: chmod 600 {path}")
             text = path.read_text()
@@ -4480,12 +4460,13 @@ class Secrets:
             if not all(isinstance(value, str) for value in found.values()):
                 raise ValueError
         except OSError as error:
+            if seen == self._seen:
+                return  # it was not there before either
             raise StartError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, IronflowError):  # which may quote a secret
             raise StartError(f"{path} is neither a JSON object of texts nor lines "
                              "NAME=VALUE") from None
-        self._values, self.wanting = dict(found), False
-        return True
+        self._values, self.readings = dict(found), self.readings + 1
 
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
@@ -4503,13 +4484,13 @@ class Timekeeper:
 
     async def keep(self) -> None:
         """Until cancelled. An error here ends the server: nothing would ever be due."""
-        clock = self._clock
+        clock, secrets = self._clock, self._desk.offers.secrets
+        readings = secrets.readings
         await self._turn(keep_leases)
         wall, steady = clock.wall(), clock.steady()
         while True:
             self._rung.clear()
-            secrets = self._desk.offers.secrets
-            patience_s = SECRETS_CHECK_S if secrets.wanting else CLOCK_CHECK_S
+            patience_s = SECRETS_CHECK_S if secrets.path else CLOCK_CHECK_S
             delay_s = min(max(self._next_at - clock.wall(), 0.0), patience_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
@@ -4520,7 +4501,9 @@ class Timekeeper:
                 log.warning("the machine's clock was set by %+.1f s: leases start anew",
                             step_s)
                 await self._turn(keep_leases)
-            if secrets.wanting and secrets.refresh():
+            secrets.refresh()
+            if secrets.readings != readings:
+                readings = secrets.readings
                 self._desk.offers.look_anew, self._next_at = True, wall
             with contextlib.suppress(DiskFull, Unavailable):  # again in half a minute
                 await self._desk.miss_the_silent()
@@ -4534,16 +4517,14 @@ class Timekeeper:
         """
         while True:
             self._next_at = math.inf
-            try:
-                instant = await self._desk.journal.write(rule, self._desk.limits)
-                break
-            except (DiskFull, Unavailable):  # the journal said so in the log
-                await asyncio.sleep(RETRY_S)
-        self._next_at = min(self._next_at, instant)
+            with contextlib.suppress(DiskFull, Unavailable):  # the log has it already
+                due_at = await self._desk.journal.write(rule, self._desk.limits)
+                return self.ring(due_at)
+            await asyncio.sleep(RETRY_S)
 
-async def sweep(journal: Journal, retain_s: float) -> None:
+async def sweep(journal: Journal, retain_s: float | None) -> None:
     """Delete what is too old, a little at a time, so that no caller waits for it."""
-    while True:
+    while retain_s is not None:
         after: int | None = 0
         with contextlib.suppress(DiskFull, Unavailable):  # again with the next sweep
             while after is not None:
@@ -4578,24 +4559,13 @@ class Server:
     ids: Ids = field(default_factory=Ids)
     url: str = field(default="", init=False)  # set by `start`
 
-    def __post_init__(self) -> None:
-        self._running = contextlib.AsyncExitStack()
-        self._guard = Guard(
-            None if self.dev else self.api_key or None, self.dev,
-            frozenset(map(host_name, self.allow_hosts)),
-            frozenset(origin.rstrip("/") for origin in self.cors_origins))
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def start(self) -> None:
+    async def start(self) -> Self:
         """Open the journal, listen. `url` is set when this returns."""
+        guard = Guard(None if self.dev else self.api_key or None, self.dev,
+                      frozenset(map(host_name, self.allow_hosts)),
+                      frozenset(origin.rstrip("/") for origin in self.cors_origins))
         async with contextlib.AsyncExitStack() as stack:
-            sockets = listen(self.host, self.port, self._guard)
+            sockets = listen(self.host, self.port, guard)
             for sock in sockets:
                 stack.callback(sock.close)
             offers = Offers(self.limits, Secrets(self.secrets_file))
@@ -4610,17 +4580,16 @@ class Server:
             for worker in await journal.read(Queries.connected_workers):
                 desk.remember(worker.worker_id)
             timekeeper = Timekeeper(desk)
-            loops = [timekeeper.keep()]
-            if self.retain_s is not None:
-                loops.append(sweep(journal, self.retain_s))
-            for task in map(asyncio.create_task, loops):
+            for loop in timekeeper.keep(), sweep(journal, self.retain_s):
+                task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)
                 stack.push_async_callback(end_task, task)
-            api = Api(journal, desk, self._guard, self.limits, self.environment,
+            api = Api(journal, desk, guard, self.limits, self.environment,
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
             stack.push_async_callback(desk.close)
             self._running = stack.pop_all()
+        return self
 
     async def _open_doors(self, stack: contextlib.AsyncExitStack,
                           sockets: list[socket.socket], api: Api) -> None:
@@ -4641,9 +4610,11 @@ class Server:
             log.critical("timers stopped", exc_info=error)
             settle_future(self.failed, [error])
 
-    async def stop(self) -> None:
+    async def stop(self, *_: object) -> None:
         """Answer who waits, take no more, commit what is queued, close the file."""
         await self._running.aclose()
+
+    __aenter__, __aexit__ = start, stop
 
 def is_our_mistake(record: logging.LogRecord) -> bool:
     """Whether to log it: a port scanner's broken HTTP, answered 400, is not ours."""
@@ -4662,37 +4633,33 @@ def listen(host: str | None, port: int, guard: Guard) -> list[socket.socket]:
                              "set IRONFLOW_API_KEY, or leave out --host to serve "
                              "loopback only (or use --dev where nobody else is)")
         return [bind(host, port)]
-    for _ in range(20):
-        first = bind("127.0.0.1", port)
-        try:
-            return [first, bind("::1", first.getsockname()[1])]
-        except StartError as error:
-            if getattr(error.__cause__, "errno", None) != EADDRINUSE:
-                return [first]  # a machine without IPv6
-            first.close()
-            if port != 0:
-                raise  # the number is taken on ::1
-    raise StartError("no port is free on both 127.0.0.1 and ::1: name one with --port")
+    first = bind("127.0.0.1", port)
+    try:
+        return [first, bind("::1", first.getsockname()[1])]
+    except StartError as error:
+        if getattr(error.__cause__, "errno", None) != EADDRINUSE:
+            return [first]  # a machine without IPv6
+        first.close()
+        if port != 0:
+            raise  # the number is taken on ::1
+        return listen(host, port, guard)
 
 def bind(host: str, port: int) -> socket.socket:
     try:  # SO_REUSEADDR where it is harmless, and IPv6 without IPv4: by create_server
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                   flags=socket.AI_PASSIVE)
-        family, address = found[0][0], found[0][4]
-        sock = socket.create_server(address, family=family, backlog=1024)
-        sock.setblocking(False)
-        return sock
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=1024)
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]
-        raise StartError(f"cannot listen on {host} port {port}: {why}; stop who has it,"
-                         " or choose another with --port (0 takes a free one)"
-                         ) from error
+        raise StartError(
+            f"cannot listen on {host} port {port}: {why}; stop who has it, or choose "
+            "another with --port (0 takes a free one)") from error
 
 # ======================================================================================
 # 13. The command line
 # ======================================================================================
 # `serve` is the server. The other commands are its clients, over HTTP like any other:
-# each is a row in `commands`, its arguments are names in ARGUMENTS, and its handler
+# each is a row in `commands`, its arguments are names in `arguments`, and its handler
 # makes two moves, ask and show. Data goes to stdout, all else to stderr; times are UTC.
 
 HOME = "http://localhost:9123"
@@ -4724,9 +4691,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def commands() -> dict[str, tuple[Deed, str, str, str]]:
     """Every command: its handler, its purpose, an example, its arguments."""
-    v1, an_id = "/api/v1", "06f5x0m2k7n8q1r3s4t6"
+    an_id = "06f5x0m2k7n8q1r3s4t6"
     return {
-        "serve": (serve, "run the server (the default)", "--db orders.db", ""),
+        "serve": (serve, "run the server (the default)", "--db orders.db",
+                  "--host --port --db --env --log-level --lease-seconds --dev"
+                  " --cors-origin --allow-host --cache-mb --retain --secrets-file"
+                  " --max-event-bytes --max-step-bytes --max-body-bytes --max-steps"
+                  " --max-lost-leases"),
         "version": (lambda _: print(__version__), "print the version", "", ""),
         "backup": (copy_journal, "copy the journal, also of a running server",
                    "copy.db --db orders.db", "target --db"),
@@ -4734,27 +4705,18 @@ def commands() -> dict[str, tuple[Deed, str, str, str]]:
                  """order.placed --data '{"total": 5}' --wait""",
                  "name --data --data-file --metadata --version --idempotency-key --wait"
                  " --timeout"),
-        "run list": (
-            rest(f"GET {v1}/runs", "id status function_id event_name created_at"),
-            "list runs, newest first", "--status failed",
-            "--status --function --limit"),
-        "run get": (run_get, "show a run and its steps", f"run_{an_id}", "id"),
-        "run cancel": (rest(f"POST {v1}/runs/{{id}}/cancel", "id status"), "end a run",
-                       f"run_{an_id} --reason 'ordered twice'", "id --reason"),
-        "event list": (rest(f"GET {v1}/events", "id name timestamp source data"),
-                       "list events, newest first", "--name order. --since 1h",
+        "run list": (show_rows, "list runs, newest first", "--status failed",
+                     "--status --function --limit"),
+        "run get": (show_run, "show a run and its steps", f"run_{an_id}", "id"),
+        "run cancel": (cancel_it, "end a run", f"run_{an_id} --reason 'ordered twice'",
+                       "id --reason"),
+        "event list": (show_rows, "list events, newest first", "--since 1h",
                        "--name --source --search --since --until --limit"),
-        "event get": (rest(f"GET {v1}/events/{{id}}"), "show an event", f"evt_{an_id}",
-                      "id"),
-        "function list": (
-            rest(f"GET {v1}/functions", "id status workers triggers updated_at"),
-            "list functions, and how many workers carry each", "", "--limit"),
-        "function get": (rest(f"GET {v1}/functions/{{id}}"), "show a function",
-                         "process-order", "id"),
-        "worker list": (
-            rest(f"GET {v1}/workers", "id hostname active_jobs max_concurrent"
-                 " last_heartbeat function_ids"),
-            "list the workers that are connected", "", ""),
+        "event get": (show_row, "show an event", f"evt_{an_id}", "id"),
+        "function list": (show_rows, "list functions, and how many workers carry each",
+                          "", "--limit"),
+        "function get": (show_row, "show a function", "process-order", "id"),
+        "worker list": (show_rows, "list the workers that are connected", "", ""),
     }
 
 def parser() -> argparse.ArgumentParser:
@@ -4762,80 +4724,97 @@ def parser() -> argparse.ArgumentParser:
         prog="ironflow.py",
         description="Turn events into durable work. One file, one journal.",
         epilog="example: python ironflow.py --db orders.db --port 9123")
-    group = top.add_subparsers(metavar="COMMAND", required=True)
-    for name, (do, purpose, example, arguments) in commands().items():
+    group, known = top.add_subparsers(metavar="COMMAND", required=True), arguments()
+    for name, (do, purpose, example, names) in commands().items():
         made = group.add_parser(
             name, help=purpose, description=purpose,
             epilog=f"example: python ironflow.py {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter)
-        made.set_defaults(do=do, server=os.environ.get("IRONFLOW_SERVER_URL") or HOME)
-        names = arguments.split() + ["-s/--server", "--json"] * (name not in LOCAL)
-        either = made.add_mutually_exclusive_group() if "--data" in names else made
-        for each in names:
+        made.set_defaults(do=do, rows=f"{name.split()[0]}s")
+        either = made.add_mutually_exclusive_group() if name == "emit" else made
+        for each in names.split() + ["-s/--server", "--json"] * (name not in LOCAL):
             place = either if each.startswith("--data") else made
-            place.add_argument(*each.split("/"), **ARGUMENTS[each])
-    serve = group.choices["serve"]
-    serve.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    serve.description = (
-        "environment: IRONFLOW_API_KEY (every request then needs it), "
-        "IRONFLOW_ENV, IRONFLOW_LEASE_SECONDS, LOG_LEVEL; a flag beats a variable")
-    limits, env, add = Limits(), os.environ, serve.add_argument
-    add("--host", help="address to listen on; without it both loopback addresses")
-    add("--port", type=within(0, 65_535), default=9123, help="0 takes a free one")
-    add("--db", default="ironflow.db", metavar="FILE", help="the journal")
-    add("--env", default=env.get("IRONFLOW_ENV") or "default",
-        help="environment to serve")
-    add("--log-level", default=env.get("LOG_LEVEL") or "info", type=told(log_level),
-        metavar="LEVEL", help="debug, info, warning or error: what goes to stderr")
-    add("--lease-seconds", type=within(0.1, 86_400 * 365, float), dest="lease_s",
-        metavar="S", default=env.get("IRONFLOW_LEASE_SECONDS") or limits.lease_s,
-        help="how long a silent worker keeps a run; the SDKs' workers speak every 30 s,"
-        " so 60 or more is wise")
-    add("--dev", action="store_true",
-        help="no key, any address, any origin: only where nobody else is")
-    add("--cors-origin", action="append", default=[], metavar="ORIGIN",
-        help="a web page's origin that may call, such as https://app.example")
-    add("--allow-host", action="append", default=[], metavar="NAME",
-        help="a Host name to answer beside the loopback ones")
-    add("--cache-mb", type=within(1, 2**53), default=16, help="SQLite's page cache")
-    add("--retain", type=told(duration_s), metavar="TIME", dest="retain_s",
-        help="delete what is older, such as 30d; without it everything is kept")
-    add("--secrets-file", type=Path, metavar="FILE",
-        help="secrets for functions: a JSON object, or lines NAME=VALUE; mode 600")
-    for name, what in {
-        "event_bytes": "one event's name, data and metadata",
-        "step_bytes": "one step's output, or one run's",
-        "body_bytes": "one request",
-        "steps": "steps of one run",
-        "lost_leases":
-            "workers lost in a row, without a new step, before a run is paused",
-    }.items():
-        add(f"--max-{name.replace('_', '-')}", dest=name, metavar="N", help=what,
-            type=within(1, 2**53), default=getattr(limits, name))
+            place.add_argument(*each.split("/"), **known[each])
+    group.choices["serve"].description = (
+        "environment: IRONFLOW_API_KEY (every request then needs it), IRONFLOW_ENV,\n"
+        "IRONFLOW_LEASE_SECONDS, LOG_LEVEL; a flag beats a variable")
     return top
 
-def told(read: Callable[[str], Any], wanted: str = "") -> Callable[[str], Any]:
-    """A type for argparse: what `read` refuses is a bad call that names the flag."""
-    def given(text: str) -> Any:
+def arguments() -> dict[str, dict[str, Any]]:
+    env, most, size = os.environ.get, Limits(), within(1, 2**53)
+    a_time = "a time such as 2026-01-01T00:00:00Z, or how long ago, 1h30m"
+    return {
+        "id": arg("as a list shows it"),
+        "name": arg("of the event"),
+        "target": arg("the copy", Path, metavar="FILE"),
+        "-s/--server": arg("its key comes from IRONFLOW_API_KEY", server_url,
+                           env("IRONFLOW_SERVER_URL") or HOME, f"a URL such as {HOME}"),
+        "--json": arg("print the server's JSON", bool),
+        "--data": arg("JSON", lambda text: parse_json(text.encode()), {}),
+        "--data-file": arg("JSON; - is stdin", json_of, dest="data", metavar="FILE"),
+        "--metadata": arg("KEY=VALUE, as often as you like", pair, [], "KEY=VALUE"),
+        "--version": arg("of the data's shape", within(1, MAX_INT32)),
+        "--idempotency-key": arg("default: a new one", metavar="KEY"),
+        "--wait": arg("until its runs end; 1 if one fails", bool),
+        "--timeout": arg("of --wait, such as 1h30m", duration_s, "60s"),
+        "--status": arg(choices=sorted(NEXT)),
+        "--function": arg("its id", dest="function_id"),
+        "--reason": arg("kept with the run"),
+        "--limit": arg("how many", within(1, MAX_INT32), 50),
+        "--name": arg("a part of it"),
+        "--source": arg("where they came from, such as api"),
+        "--search": arg("a part of the data"),
+        "--since": arg("a time with its offset, or how long ago", moment, None, a_time),
+        "--until": arg("the same", moment, None, a_time),
+        "--host": arg("address to listen on; without it both loopback addresses"),
+        "--port": arg("0 takes a free one", within(0, 65_535), 9123),
+        "--db": arg("the journal", Path, "ironflow.db"),
+        "--env": arg("environment to serve", str, env("IRONFLOW_ENV") or "default"),
+        "--log-level": arg("what goes to stderr: debug, info, warning or error",
+                           lambda text: logging.Logger("", text.upper()).level,
+                           env("LOG_LEVEL") or "info", "one of these"),
+        "--lease-seconds": arg(
+            "how long a silent worker keeps a run; the SDKs' workers speak every 30 s, "
+            "so 60 or more is wise", within(0.1, 86_400 * 365, float),
+            env("IRONFLOW_LEASE_SECONDS") or most.lease_s),
+        "--dev": arg("no key, any address or origin: only where nobody else is", bool),
+        "--cors-origin": arg("origin of a web page that may call", str, []),
+        "--allow-host": arg("a Host name to answer beside the loopback ones", str, []),
+        "--cache-mb": arg("SQLite's page cache", size, 16),
+        "--retain": arg("delete what is older, such as 30d; else keep all", duration_s),
+        "--secrets-file": arg("JSON object or lines NAME=VALUE; mode 600", Path),
+        "--max-event-bytes": arg("its name, data and metadata", size, most.event_bytes),
+        "--max-step-bytes": arg("its output, or its run's", size, most.step_bytes),
+        "--max-body-bytes": arg("of one request", size, most.body_bytes),
+        "--max-steps": arg("of one run", size, most.steps),
+        "--max-lost-leases": arg("workers lost in a row, without a new step, before a "
+                                 "run is paused", size, most.lost_leases),
+    }
+
+def arg(what: str = "", read: Callable[[str], Any] = str, default: Any = None,
+        wanted: str = "", **more: Any) -> dict[str, Any]:
+    """For argparse: what `read` refuses is a bad call that names the argument."""
+    def told(text: str) -> Any:
         try:
             return read(text)
         except (ValueError, OverflowError, OSError, IronflowError) as error:
-            flaw = str(error).removeprefix("body is ")
-            why = f"{text[:80]}: give {wanted}" if wanted else flaw
-            raise argparse.ArgumentTypeError(why) from None
-    return given
+            flaw = f"{text[:80]}: give {wanted}" if wanted else str(error)
+            raise argparse.ArgumentTypeError(flaw.removeprefix("body is ")) from None
+
+    if read is bool:
+        return {"help": what, "action": "store_true"}
+    if default == []:  # may be said many times
+        more["action"] = "append"
+    shown = f"{what} (default: %(default)s)" if default else what
+    return {"help": shown, "type": told, "default": default, **more}
 
 def within(low: float, high: float, kind: Callable[[str], float] = int) -> Any:
     def read(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise ValueError
-        return kind(text)
-    return told(read, f"{low} to {high}")
-
-def log_level(text: str) -> str:
-    if text.lower() not in ("debug", "info", "warning", "error"):
-        raise ValueError(f"{text}: give debug, info, warning or error")
-    return text.lower()
+        with contextlib.suppress(ValueError):
+            if low <= (number := kind(text)) <= high:
+                return number
+        raise ValueError(f"{text[:80]}: give {low} to {high}")
+    return read
 
 def server_url(text: str) -> SplitResult:
     url = urlsplit(text)
@@ -4844,9 +4823,9 @@ def server_url(text: str) -> SplitResult:
         raise ValueError
     return url
 
-def json_of(name: str) -> Json:
-    body = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    return dumps(parse_json(body))
+def json_of(name: str) -> Any:
+    return parse_json(sys.stdin.buffer.read() if name == "-"
+                      else Path(name).read_bytes())
 
 def pair(text: str) -> list[str]:
     key, value = text.split("=", 1)
@@ -4858,53 +4837,21 @@ def moment(text: str) -> str:
         return to_rfc3339(Clock().wall() - duration_s(text))
     return to_rfc3339(from_rfc3339(text))
 
-A_TIME = told(moment, "a time such as 2026-01-01T00:00:00Z, or how long ago, 1h30m")
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "id": {"help": "as a list shows it"},
-    "name": {"help": "of the event"},
-    "target": {"type": Path, "metavar": "FILE"},
-    "-s/--server": {"type": told(server_url, f"a URL such as {HOME}"), "metavar": "URL",
-                    "help": f"default: IRONFLOW_SERVER_URL, else {HOME}; its key comes "
-                    "from IRONFLOW_API_KEY"},
-    "--json": {"action": "store_true", "help": "print the server's JSON"},
-    "--data": {"type": told(lambda text: dumps(parse_json(text.encode()))),
-               "metavar": "JSON"},
-    "--data-file": {"type": told(json_of), "dest": "data", "metavar": "FILE",
-                    "help": "- is stdin"},
-    "--metadata": {"type": told(pair, "KEY=VALUE"), "action": "append",
-                   "metavar": "KEY=VALUE"},
-    "--version": {"type": within(1, MAX_INT32), "help": "of the data's shape"},
-    "--idempotency-key": {"metavar": "KEY", "help": "default: a new one"},
-    "--wait": {"action": "store_true", "help": "until its runs end; 1 if one fails"},
-    "--timeout": {"type": told(duration_s), "default": "60s",
-                  "help": "of --wait, such as 1h30m; default 60s"},
-    "--status": {"choices": sorted(NEXT)},
-    "--function": {"dest": "function_id", "metavar": "ID"},
-    "--reason": {"help": "kept with the run"},
-    "--limit": {"type": within(1, MAX_INT32), "default": 50, "metavar": "N",
-                "help": "default 50"},
-    "--name": {"help": "a part of it"},
-    "--source": {"help": "where they came from, such as api"},
-    "--search": {"help": "a part of the data"},
-    "--since": {"type": A_TIME, "help": "a time with its offset, or how long ago"},
-    "--until": {"type": A_TIME},
-    "--db": {"default": "ironflow.db", "type": Path, "metavar": "FILE"},
-}
-
 def serve(asked: argparse.Namespace) -> int:
     """Until SIGTERM or SIGINT. 0: a clean stop; 1: the disk failed; 2: cannot start."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s",
-                        level=asked.log_level.upper(), stream=sys.stderr)
-    api_key = os.environ.get("IRONFLOW_API_KEY") or None
+                        level=asked.log_level, stream=sys.stderr)
+    api_key = os.environ.get("IRONFLOW_API_KEY")
     if asked.dev:
         log.warning("--dev: anyone who reaches this port may do anything%s",
                     "; IRONFLOW_API_KEY is ignored" if api_key else "")
-    limits = Limits(**{name: getattr(asked, name) for name in column_names(Limits)})
+    limits = Limits(lease_s=asked.lease_seconds, **{
+        name: getattr(asked, f"max_{name}") for name in column_names(Limits)[:-1]})
     server = Server(
         db=asked.db, host=asked.host, port=asked.port, environment=asked.env,
         api_key=api_key, dev=asked.dev, allow_hosts=asked.allow_host,
-        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb,
-        retain_s=asked.retain_s, secrets_file=asked.secrets_file, limits=limits)
+        cors_origins=asked.cors_origin, cache_mb=asked.cache_mb, retain_s=asked.retain,
+        secrets_file=asked.secrets_file, limits=limits)
     try:  # the extra `speed`
         from uvloop import new_event_loop as factory
     except ModuleNotFoundError:
@@ -4913,18 +4860,11 @@ def serve(asked: argparse.Namespace) -> int:
         with asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(serve_until_stopped(server))
     except StartError as error:
-        print(f"ironflow.py: {error}", file=sys.stderr)
+        tell(str(error))
         return 2
 
 async def serve_until_stopped(server: Server) -> int:
-    stop: Future = stop_requested()
-    async with server:
-        print(f"ironflow is ready on {server.url}, journal {server.db}", flush=True)
-        await asyncio.wait({stop, server.failed}, return_when=asyncio.FIRST_COMPLETED)
-        return 1 if server.failed.done() else 0
-
-def stop_requested() -> Future:
-    """Done at the first SIGTERM or SIGINT; a second one ends the process at once."""
+    """Until the first SIGTERM or SIGINT; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
     stop: Future = loop.create_future()
 
@@ -4935,11 +4875,23 @@ def stop_requested() -> Future:
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, first)
-    return stop
+    async with server:
+        print(f"ironflow is ready on {server.url}, journal {server.db}", flush=True)
+        await asyncio.wait({stop, server.failed}, return_when=asyncio.FIRST_COMPLETED)
+        return 1 if server.failed.done() else 0
 
 # --- Ask ------------------------------------------------------------------------------
 
-def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = None,
+COLUMNS = {
+    "runs": "id status function_id event_name created_at",
+    "events": "id name timestamp source data",
+    "functions": "id status workers triggers updated_at",
+    "workers": "id hostname active_jobs max_concurrent last_heartbeat function_ids",
+    "steps": "name status attempt started_at duration_ms result",
+    "results": "run_id function_id status duration_ms result",
+}
+
+def ask(asked: argparse.Namespace, method: str, path: str, body: Any = None,
         wait_s: float = 30.0, holds: str = "", **query: Any) -> dict[str, Any]:
     """What the server answers. Raises IronflowError with a sentence to show.
 
@@ -4956,11 +4908,11 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = N
         try:
             named = path.replace("{id}", quote(getattr(asked, "id", ""), safe=""))
             target = f"{url.path.rstrip('/')}{named}?{urlencode(query)}"
+            data = None if body is None else _to_text.encode(body).encode()
             with contextlib.closing(kind(url.netloc, timeout=wait_s)) as line:
-                line.request(method, target, body and body.encode(), headers)
+                line.request(method, target, data, headers)
                 reply = line.getresponse()
-                answer = json.loads(reply.read(), parse_float=check_float,
-                                    parse_constant=refuse_constant)
+                answer = _from_text.decode(reply.read().decode())
             if reply.status < 300 and holds in {"", *answer}:
                 return {**answer}
             status, trouble = reply.status, str(answer["message"])
@@ -4975,55 +4927,53 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Json | None = N
             raise IronflowError(trouble)
         time.sleep(delays_s.pop())
 
-def rest(door: str, names: str = "") -> Deed:
-    """A handler that asks at a door, and shows the rows or the row that it is given."""
-    method, path = door.split()
-    what = path.rpartition("/")[2]
+def show_rows(asked: argparse.Namespace) -> None:
+    what, columns = asked.rows, COLUMNS[asked.rows]
+    query = {name: value for name, value in vars(asked).items()
+             if name not in ("do", "rows", "server", "json") and value is not None}
+    page = ask(asked, "GET", f"/api/v1/{what}", holds=what, **query)
+    rows = page[what]
+    while page.get("next_cursor") and len(rows) < asked.limit:  # a short page
+        query |= {"cursor": page["next_cursor"], "limit": asked.limit - len(rows)}
+        page = ask(asked, "GET", f"/api/v1/{what}", holds=what, **query)
+        rows += page[what]
+    show(asked, page | {what: rows, "count": len(rows)}, table(rows, columns))
+    if not asked.json and (not rows or page.get("next_cursor")):
+        tell(f"there are more {what}: see --limit" if rows else f"no {what}")
 
-    def ask_and_show(asked: argparse.Namespace) -> None:
-        query = {name: value for name, value in vars(asked).items()
-                 if name not in ("do", "server", "json", "id") and value is not None}
-        page = ask(asked, method, path, **query)
-        if what not in page:
-            return show(asked, page, sheet(page, names))
-        rows = page[what]
-        while page.get("next_cursor") and len(rows) < asked.limit:  # a short page
-            query |= {"cursor": page["next_cursor"], "limit": asked.limit - len(rows)}
-            page = ask(asked, method, path, **query)
-            rows += page[what]
-        show(asked, page | {what: rows, "count": len(rows)}, table(rows, names))
-        if not asked.json and (not rows or page.get("next_cursor")):
-            tell(f"there are more {what}: see --limit" if rows else f"no {what}")
-    return ask_and_show
+def show_row(asked: argparse.Namespace) -> None:
+    row = ask(asked, "GET", f"/api/v1/{asked.rows}/{{id}}")
+    show(asked, row, sheet(row))
 
-def run_get(asked: argparse.Namespace) -> None:
+def show_run(asked: argparse.Namespace) -> None:
     run = ask(asked, "GET", "/api/v1/runs/{id}", holds="status")
     steps = ask(asked, "GET", "/api/v1/runs/{id}/steps", holds="steps")["steps"]
-    below = table(steps, "name status attempt started_at duration_ms result")
+    below = table(steps, COLUMNS["steps"])
     show(asked, run | {"steps": steps}, [*sheet(run), *([""] if below else []), *below])
+
+def cancel_it(asked: argparse.Namespace) -> None:
+    run = ask(asked, "POST", "/api/v1/runs/{id}/cancel", reason=asked.reason or "")
+    show(asked, run, sheet(run, "id status"))
 
 def emit(asked: argparse.Namespace) -> int:
     """Hand in an event under a key; with --wait, show how each of its runs ended."""
-    key = asked.idempotency_key or secrets.token_hex(10)
-    body = {"name": asked.name, "event": asked.name, "idempotencyKey": key,
-            "version": asked.version, "metadata": dict(asked.metadata or ())}
-    event = {name: _to_text.encode(value) if value else None
-             for name, value in body.items()} | {"data": asked.data}
+    event = {"name": asked.name, "event": asked.name, "data": asked.data,
+             "version": asked.version, "metadata": dict(asked.metadata) or None,
+             "idempotencyKey": asked.idempotency_key or secrets.token_hex(10)}
     if not asked.wait:
-        answer = ask(asked, "POST", "/api/v1/events", join(event), holds="run_ids")
+        answer = ask(asked, "POST", "/api/v1/events", event, holds="run_ids")
         show(asked, answer, [*map(tame, [answer["event_id"], *answer["run_ids"]])])
         return 0
     deadline, late = time.monotonic() + min(asked.timeout, 1e6), True
     while late:  # a server that stops answers early: the next one is asked
         left_ms = round(1000 * (deadline - time.monotonic()))
-        event["timeoutMs"] = str(max(left_ms, 1))
         answer = ask(asked, "POST", f"{CONNECT}IronflowService/TriggerSync",
-                     join(event), left_ms / 1000 + 30, "results")
+                     event | {"timeoutMs": max(left_ms, 1)}, left_ms / 1000 + 30,
+                     holds="results")
         late = left_ms > 0 and any(run["waitTimedOut"] for run in answer["results"])
         time.sleep(0.1 * late)
     runs = [{snake(k): v for k, v in run.items()} for run in answer["results"]]
-    below = table(runs, "run_id function_id status duration_ms result")
-    show(asked, answer, [tame(answer["eventId"]), *below])
+    show(asked, answer, [tame(answer["eventId"]), *table(runs, COLUMNS["results"])])
     if any(run["wait_timed_out"] for run in runs):
         tell("not all of its runs ended in time")
     return int(any(run["status"] != "completed" for run in runs))
@@ -5036,8 +4986,7 @@ def copy_journal(asked: argparse.Namespace) -> None:
 # What a server says is a stranger's text: `tame` keeps it from steering the terminal.
 
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-COLOURS = {"completed": "32", "failed": "31", "cancelled": "33", "paused": "33",
-           "running": "36"}
+COLOURS = {"completed": 32, "failed": 31, "cancelled": 33, "paused": 33, "running": 36}
 RESULTS = ("output", "output_value", "error", "sleep_until")
 TIMES = "timestamp|.*_(at|heartbeat)"
 
@@ -5065,9 +5014,9 @@ def label(name: str) -> str:
 
 def table(rows: list[Any], columns: str) -> list[str]:
     """A header and a line for each row; no lines without rows."""
-    names, lines = columns.split(), list[str]()
-    grid = [[label(name).upper() for name in names]]
-    grid += [[cell(row, name) for name in names] for row in rows]
+    names = columns.split()
+    grid = [[cell(row, name) for name in names] for row in rows]
+    grid.insert(0, [label(name).upper() for name in names])
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     room = shutil.get_terminal_size().columns - 2 * len(names) + 2
     for whole, floor in (f"id|status|{TIMES}", 8), ("id|status", 8), ("id", 4), ("", 1):
@@ -5076,20 +5025,19 @@ def table(rows: list[Any], columns: str) -> list[str]:
             cap -= 1
             widths = [width if re.fullmatch(whole, name) else min(width, cap)
                       for name, width in zip(names, widths, strict=True)]
-    for row in grid if rows else []:
-        cells = [text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
-                 for text, width in zip(row, widths, strict=True)]
-        line = "  ".join(map(paint, cells)).rstrip()
-        lines.append(line if lines else paint(line, "1"))
-    return lines
+    head, *lines = [
+        "  ".join(paint(text.ljust(width) if len(text) <= width else
+                        text[: width - 1] + "…")
+                  for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in grid]
+    return [paint(head, 1), *lines] if rows else []
 
-def paint(text: str, colour: str = "") -> str:
+def paint(text: str, colour: int = 0) -> str:
     """A status in its colour, on a terminal whose owner wants it (no-color.org)."""
-    colour = colour or COLOURS.get(text.rstrip(), "")
+    colour = colour or COLOURS.get(text.rstrip(), 0)
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if not colour or plain or not sys.stdout.isatty():
-        return text
-    return f"\x1b[{colour}m{text}\x1b[0m"
+    wanted = colour and not plain and sys.stdout.isatty()
+    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
 
 def cell(row: dict[str, Any], name: str) -> str:
     """A member of a row as people read it; JSON where it has no form of its own."""
