@@ -16,7 +16,6 @@
 
 and, anywhere else, `Client().emit("order.placed", {"total": 99.99})`, or the same call
 awaited, of an `AsyncClient`. `run_inline(ship_order, {"total": 99.99})` is a unit test.
-One file, which needs nothing but Python.
 
 The life of one job, and who carries it:
 
@@ -60,7 +59,6 @@ import secrets
 import signal
 import socket
 import threading
-import time
 from collections import Counter, abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,7 +66,7 @@ from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, overload
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -94,7 +92,6 @@ MAX_UPDATES = 500           # updates in a request, and steps in an update
 MAX_REQUEST = 12 << 20      # bytes of either; the door takes 16 MiB
 MAX_EVENTS = 1000           # events in a request
 MAX_WAIT_MS = 2**31 - 1     # that the server waits for runs at a time; 0 means 30 s
-PAGE = 200                  # rows in an answer, when all of them are wanted
 MAX_DEPTH = 190             # nesting of a value; the server takes 200, reports included
 MAX_ERROR_TEXT = 8000       # characters of an error's message that are reported
 
@@ -796,7 +793,7 @@ class Calls:
     async def _pages(self, what: str, **query: Any) -> abc.AsyncIterator[Any]:
         """The rows of all pages. One that is empty and names a next is not the last."""
         while query.get("cursor") != "":
-            page = await self._send("GET", rest(what, limit=PAGE, **query))
+            page = await self._send("GET", rest(what, limit=200, **query))
             for row in page[what]:
                 yield row
             query["cursor"] = page["next_cursor"]
@@ -882,7 +879,7 @@ class Client(Calls, contextlib.AbstractContextManager["Client"]):
             return line.request(*request)
 
     async def _pause(self, delay: float) -> None:
-        time.sleep(delay)  # noqa: ASYNC251
+        sleep(delay)
 
 class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
     """The API for programs with an event loop; an async context manager. Loops may use
@@ -956,8 +953,7 @@ def function(
       in the event's data. `actor_key`, a path: one at once, on the same worker.
     - `throttle`, {limit, period, key}: so many starts in a period; the others wait.
     - `debounce`, {period, key, max_wait}: one run, for the last event before a silence.
-    - `cancel_on`, [{event, match}]: such an event cancels a run whose own event has the
-      same value at the path `match`.
+    - `cancel_on`, [{event, match}]: cancels a run whose own event is the same at `match`.
     - `secrets`: names of values that the server keeps, for `ctx.secrets`.
     - `mode`: "pull" or "push"; when unset, a Worker registers pull.
     Delays, periods and timeouts are durations. Raises ValueError that names function
@@ -1093,7 +1089,6 @@ class Step:
                        match_value: Any = None, payload: Any = None,
                        timeout: Duration = "7d") -> Any:
         """Suspend the run until there is such an event; returns the Event.
-
         `match` is a path: the event must have there what the run's own event has, or
         `match_value`. Or it is a condition: `status == "paid"`, or CEL. An answer that
         came before the question is found. `payload` is for whoever shows the wait. Over
@@ -1127,12 +1122,12 @@ class Step:
         check(isinstance(topic, str) and topic, f"a topic must be text, not {topic!r}")
         body, name = json_copy(data, f"topic {topic!r}"), f"publish:{topic}"
 
-        def publish(step_id: str) -> Any:
+        def send(step_id: str) -> Any:
             key = idempotency_key or f"step-{sha256(step_id.encode()).hexdigest()}"
-            send = functools.partial(self._execution.publish, topic, body, key)
-            return self._call(step_id, name, send, self._host.step_timeout)
+            return self._call(step_id, name, lambda: self._execution.publish(
+                topic, body, key), self._host.step_timeout)
 
-        return self._play(name, publish, lambda output: Row(snake(output)))
+        return self._play(name, send, lambda output: Row(snake(output)))
 
     def compensate(self, step_name: str, fn: Work) -> None:
         """Register the undo of a step, for when the run fails for good: not retryable,
@@ -1147,7 +1142,6 @@ class Step:
     def parallel(self, name: str, branches: Sequence[Handler], *,
                  concurrency: int | None = None, on_error: str = "fail_fast") -> Any:
         """Call each branch with steps of its own, at the same time; list of results.
-
         At most `concurrency` branches are under way, those included that sleep or wait;
         in a plain handler each has a thread, and 64 are the most. The run lets go when
         each branch has ended or waits, and comes back when any may go on.
@@ -1289,7 +1283,6 @@ class Host:
     threads: asyncio.Semaphore          # bounds how many steps have one at a time
     step_timeout: float | None
     most = 2**31                        # branches at a time
-
     play = staticmethod(lambda steps: steps)
 
     async def call(self, name: str, fn: Work, timeout: float | None) -> Any:

@@ -9563,7 +9563,7 @@ def an_execution() -> ironflow_client.Execution:
                   "timestamp": "2026-01-01T00:00:00.123456789Z"},
         "completed_steps": [], "execution_seq": 1, "lease_token": "t",
     }
-    return ironflow_client.Execution(ironflow_client.Job(job), send=None)  # type: ignore[arg-type]
+    return ironflow_client.Execution(ironflow_client.Job(job), send=None, publish=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
