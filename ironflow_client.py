@@ -879,7 +879,7 @@ class Client(Calls, contextlib.AbstractContextManager["Client"]):
             return line.request(*request)
 
     async def _pause(self, delay: float) -> None:
-        sleep(delay)
+        sleep(delay)  # noqa: ASYNC251
 
 class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
     """The API for programs with an event loop; an async context manager. Loops may use
@@ -953,7 +953,7 @@ def function(
       in the event's data. `actor_key`, a path: one at once, on the same worker.
     - `throttle`, {limit, period, key}: so many starts in a period; the others wait.
     - `debounce`, {period, key, max_wait}: one run, for the last event before a silence.
-    - `cancel_on`, [{event, match}]: cancels a run whose own event is the same at `match`.
+    - `cancel_on`, [{event, match}]: cancels runs whose own event is equal at `match`.
     - `secrets`: names of values that the server keeps, for `ctx.secrets`.
     - `mode`: "pull" or "push"; when unset, a Worker registers pull.
     Delays, periods and timeouts are durations. Raises ValueError that names function
@@ -2098,8 +2098,8 @@ class Inline:
                           for key, one in given["steps"].items()}
         self.mail = {name: list(one) if isinstance(one, list) else [one]
                      for name, one in given["events"].items()}
-        self.kept: dict[str, StepRow] = {}
-        self.attempt, self.end = 1, dict[str, Any]()
+        self.kept, self.attempt = dict[str, StepRow](), 1
+        self.end: dict[str, Any] = {}
 
     async def play(self, event: dict[str, Any]) -> Run:
         threads, most = asyncio.Semaphore(THREADS), self.given["attempts"]
@@ -2148,16 +2148,15 @@ class Inline:
         """The row that a server would have, sooner or later, for such a yield."""
         kind, name = block["type"].removesuffix("_async"), block["step_name"]
         row = {"id": block["step_id"], "name": name, "type": kind}
-        output: Any = None
-        error: dict[str, Any] = {}
+        output, error = None, dict[str, Any]()
         if kind == "wait_for_event":
             wanted = block["event_filter"]["event"]
             if queue := self.mail.get(name) or self.mail.get(wanted):
                 output = inline_event(queue.pop(0), wanted)
             else:
-                message = f"step {name!r} was given no event {wanted!r}"
-                error = {"message": message, "code": "WAIT_TIMEOUT", "retryable": False}
-                return row | {"status": "timed_out", "error": error}
+                return row | {"status": "timed_out", "error": {
+                    "message": f"step {name!r} was given no event {wanted!r}",
+                    "code": "WAIT_TIMEOUT", "retryable": False}}
         elif kind == "invoke_function":
             try:
                 output = await self.invoke(row["id"], name, block["input"])
