@@ -6063,9 +6063,12 @@ class Stage(Alone):
         return job
 
     def tell(self, job: Any, status: str = "completed", **more: Any) -> None:
-        fence = {"execution_seq": job["execution_seq"], "lease_token": job["lease_token"]}
-        said = ironflow.read_report(ironflow.Fields({"status": status} | fence | more))
+        said = self.report_on(job, status, **more)
         self.do(ironflow.report, job["job_id"], said, self.limits)
+
+    def report_on(self, job: Any, status: str, **more: Any) -> ironflow.Report:
+        fence = {"execution_seq": job["execution_seq"], "lease_token": job["lease_token"]}
+        return ironflow.read_report(ironflow.Fields({"status": status} | fence | more))
 
     def starts(self, seconds: float) -> list[tuple[float, Any]]:
         """What starts, and after how long, at a worker that polls and ends all at once."""
@@ -6777,6 +6780,35 @@ def test_limits_are_read_back_as_they_were_registered(
     assert (again["function"]["version"], again["created"]) == (1, False)
 
 
+@pytest.mark.parametrize("event_first", [True, False])
+@pytest.mark.parametrize("filters", [{}, {"match": "n"}])
+def test_an_answer_in_the_same_batch_as_its_question_is_heard(
+    stage: Stage, filters: Any, event_first: bool
+) -> None:
+    stage.register()
+    stage.says(data={"n": 1})
+    job = stage.job()
+    said = stage.report_on(job, "yielded", **wait(job, "answer", **filters))
+    wishes = [ironflow.Wish(ironflow.accept_event, (ironflow.NewEvent("answer", '{"n":1}'),)),
+              ironflow.Wish(ironflow.report, (job["job_id"], said, stage.limits))]
+    stage.file.execute(wishes if event_first else wishes[::-1], stage.now)
+    stage.file.commit()
+    assert [wish.error for wish in wishes] == [None, None]
+    (row,) = stage.job()["completed_steps"]
+    assert row["output"]["id"] == wishes[0].result.event_id
+
+
+def test_a_run_and_what_cancels_it_in_one_batch(stage: Stage) -> None:
+    """In the order in which they came."""
+    stage.register(cancelOn=[{"event": "stop", "match": "n"}])
+    wishes = [ironflow.Wish(ironflow.accept_event, (ironflow.NewEvent(name, '{"n":1}'),))
+              for name in ("stop", "e", "stop", "e")]
+    stage.file.execute(wishes, stage.now)
+    stage.file.commit()
+    statuses = [stage.status(wish.result.run_ids[0]) for wish in wishes[1::2]]
+    assert statuses == ["cancelled", "waiting_for_capacity"]
+
+
 # --- Long sleeps, and clocks that are set ----------------------------------------------
 
 
@@ -7408,8 +7440,10 @@ def test_secrets_are_a_json_object_or_lines(
     tmp_path: Path, text: str, values: dict[str, str]
 ) -> None:
     known = ironflow.Secrets(secrets_in(tmp_path / "secrets", text))
-    assert known.of([*values]) == values
-    assert known.of([*values, "nothing"]) is None
+    config = json.dumps({"secrets": [*values, "nothing"]})
+    function = ironflow.Function("f", config, "{}", "active", 1, 0.0, 0.0)
+    assert known.of([*values, "nothing"]) == values
+    assert known.missing(function) == ["nothing"]
 
 
 class Keeper(Bench):
