@@ -10488,7 +10488,7 @@ def an_execution() -> ironflow_client.Execution:
                   "timestamp": "2026-01-01T00:00:00.123456789Z"},
         "completed_steps": [], "execution_seq": 1, "lease_token": "t",
     }
-    return ironflow_client.Execution(ironflow_client.Job.from_json(job), send=None)  # type: ignore[arg-type]
+    return ironflow_client.Execution(ironflow_client.Job(job), send=None, publish=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -10602,7 +10602,7 @@ def test_a_server_url_that_is_none_is_refused(url: str) -> None:
 def test_a_server_url_may_have_a_path_or_an_ipv6_host(
     url: str, host: str, port: int, base: str
 ) -> None:
-    address = ironflow_client.Address.of(url, None)
+    address = ironflow_client.Address(url, None)
     assert (address.host, address.port, address.base) == (host, port, base)
 
 
@@ -10697,7 +10697,7 @@ def test_a_client_keeps_its_connection(proxy: Proxy) -> None:
 
 
 def test_a_connection_that_the_server_closed_is_replaced(server: RunningServer) -> None:
-    address = ironflow_client.Address.of(server.url, None)
+    address = ironflow_client.Address(server.url, None)
     connection = ironflow_client.Connection(address)
     assert connection.request("GET", "/health", None, 10).status == 200
     server.kill()
