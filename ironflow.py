@@ -17,21 +17,21 @@ The life of one event, and who carries it:
 
     1. `post_events` reads it from the socket and asks the journal to accept it
     2. `Journal.write` puts the wish in a queue; the writer thread takes many at once
-    3. `accept_event` records it, and a run for each function it triggers
+    3. `accept_event` records it, and a run for each function it triggers; `hear` wakes
+       the runs that wait for it
     4. `lease_to_offers` hands those runs to workers that wait, in the same transaction
     5. `JournalFile.commit` puts all of that on disk, once for everybody in the batch
     6. the caller hears yes, and `poll_jobs` answers the worker with its job
     7. the worker does a step and reports; `record_steps` keeps the result for good
-    8. it reports an end or a sleep; `settle` decides what becomes of the run
+    8. it reports an end, or what the run waits for; `settle` decides what becomes of it
     9. whoever dies on the way: `turn_clock` sees the lease end and the run is due again
    10. each of these left a row in `journal`, the one order of all that happened
 
 What holds, always: whatever was acknowledged survives kill -9 and power loss; a step
 recorded as completed never runs again; what happens, happens in one transaction.
 
-What is not here yet: push endpoints, steps that wait for events or call functions,
-cron, filters, limits on concurrency, live subscriptions. Each is refused with a
-sentence, never ignored.
+What is not here yet: push endpoints, live subscriptions, pausing and patching of runs.
+Each is refused with a sentence, never ignored.
 
 The file reads from top to bottom: words and laws (2 to 5), the way in (6), the engine
 (7), the disk (8), the way out (10), the server (12), its command line (13). The missing
@@ -55,6 +55,7 @@ import logging
 import math
 import os
 import queue
+import random
 import re
 import secrets
 import shutil
@@ -441,14 +442,15 @@ class Ids:
     Ordered, so that new rows go to the right end of each index however large the file
     is, and so that "newest first" is the order of the names. Within one millisecond,
     or when the clock steps back, the next is a little more than the one before.
-    `randbits` is the source of chance: another one makes a life that repeats.
+    `randbits` takes the place of both sources of chance, for a life that repeats.
     """
 
     ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # for reading aloud, typing by hand
     PAIRS = ["".join(pair) for pair in product(ALPHABET, repeat=2)]  # ten bits each
 
-    def __init__(self, randbits: Callable[[int], int] = secrets.randbits) -> None:
-        self._randbits, self._last = randbits, 0
+    def __init__(self, randbits: Callable[[int], int] | None = None) -> None:
+        self._randbits = randbits or random.Random(secrets.randbits(256)).getrandbits
+        self._secret_bits, self._last = randbits or secrets.randbits, 0
 
     def new(self, prefix: str, now: float) -> str:
         """`prefix`, an underscore and 20 characters."""
@@ -465,7 +467,7 @@ class Ids:
 
     def token(self) -> str:
         """A secret that a lease's holder proves itself with."""
-        return f"lt_{self._spell(self._randbits(100))}"
+        return f"lt_{self._spell(self._secret_bits(100))}"
 
     @classmethod
     def _spell(cls, number: int) -> str:
@@ -513,7 +515,7 @@ def parse_json(body: bytes) -> Any:
         if harmless and orjson:
             with contextlib.suppress(ValueError):  # for the sentence, ask json again
                 return orjson.loads(body)
-        value = _from_text.decode(body.decode())
+        value = (_from_text if harmless else _strictly).decode(body.decode())
     except ValueError as error:  # no UTF-8, or no JSON
         raise InvalidInput(f"body is not JSON: {error}") from None
     except RecursionError:
@@ -549,8 +551,9 @@ def check_value(value: Any, depth: int = 0) -> None:
             check_value(inner, depth + 1)
 
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-_from_text = json.JSONDecoder(parse_int=check_integer, parse_float=check_float,
-                              parse_constant=check_float)
+_from_text = json.JSONDecoder(parse_constant=check_float)
+_strictly = json.JSONDecoder(parse_int=check_integer, parse_float=check_float,
+                             parse_constant=check_float)
 
 def dumps(value: Any) -> Json:
     """Compact JSON text of a value that came through `parse_json`, or of our own."""
@@ -862,8 +865,8 @@ def cancelled(run: Run, reason: str, now: float) -> Run:
 # that 7, 7.0 and "7" are the same, whichever language wrote them.
 
 PATH = re.compile(r"[^\s=!<>&|()\[\]'\"+*?,]+")
-EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|-?[0-9]+(\.[0-9]+)?|"
-                    "true|false|null)")
+EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|"
+                    r"-?[0-9]+(\.[0-9]+)?|true|false|null)")
 
 def value_at(path: str | None, data: Json) -> str | None:
     """The value at a path into an event's data, as text; None if there is none."""
@@ -893,8 +896,8 @@ def compiled(expression: str) -> Any:
         return cel.compile(expression)
     except ModuleNotFoundError:
         raise InvalidInput(
-            f"{expression[:80]!r} is CEL, which needs the extra `cel`: run `pip install "
-            "common-expression-language`, then start the server again") from None
+            f"{expression[:80]!r} is CEL, which needs the extra `cel`: run `pip install"
+            " common-expression-language`, then start the server again") from None
     except ValueError as error:
         raise InvalidInput(f"{expression[:80]!r} is no CEL: {error}") from None
 
@@ -924,8 +927,10 @@ def condition(match: str, given: Json | None, trigger: Json) -> tuple[str, str |
     A bare path asks for the value that the run's own trigger has there (JS, Go), `path
     == "literal"` and a path with `given` for that one (Python). Raises InvalidInput.
     """
-    if not match or given is not None:
-        return match, as_text(json.loads(given)) if match and given else ""
+    if not match:
+        return "", ""
+    if given is not None and PATH.fullmatch(match):
+        return match, as_text(json.loads(given))
     if found := EQUALS.fullmatch(match):
         quoted = found[2][0] in "'\""
         return found[1], found[2][1:-1] if quoted else as_text(json.loads(found[2]))
@@ -1614,8 +1619,8 @@ async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/RegisterFunction: an upsert; the same again changes nothing."""
     new = read_function(Fields(await api.read_json(request)))
     function, created = await api.journal.write(register_function, new)
-    warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which "
-                "the server does not have: its runs wait until --secrets-file has it"
+    warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which"
+                " the server does not have: its runs wait until --secrets-file has it"
                 for name in api.desk.offers.secrets.missing(function)]
     for warning in warnings:
         log.warning("%s", warning)
@@ -1793,7 +1798,8 @@ async def functions_to_wire(api: Api, request: web.BaseRequest,
     workers = await api.journal.read(Queries.connected_workers)
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
     rows = [function_to_rest(each) | {
-        "workers": carried[each.function_id], "next_run": next_run.get(each.function_id),
+        "workers": carried[each.function_id],
+        "next_run": next_run.get(each.function_id),
         "missing_secrets": api.desk.offers.secrets.missing(each) or None}
         for each in functions]
     return [join(as_texts(row)) for row in rows]
@@ -1929,8 +1935,8 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
 # one that refuses has changed nothing, so its neighbours in the same commit need not
 # notice. What a rule changes, a row of `journal` says in the same transaction.
 
-def accept_event(tx: Transaction, event: NewEvent, now: float, *, or_named: bool = False,
-                 awaited: bool = False) -> Accepted:
+def accept_event(tx: Transaction, event: NewEvent, now: float, *,
+                 or_named: bool = False, awaited: bool = False) -> Accepted:
     """Record an event and a run for each function it triggers: all or nothing.
 
     A repeat, by its idempotency key, gets the answer that the first one got and leaves
@@ -1941,8 +1947,8 @@ def accept_event(tx: Transaction, event: NewEvent, now: float, *, or_named: bool
     if (first := find_original(tx, event, {})) is not None:
         return Accepted(first.event_id, tx.run_ids_of(first.seq))
     if awaited and any("debounce" in each.asks for each in triggered(tx, event)):
-        raise FailedPrecondition(f"{what_it_is(event)} starts a function with debounce: "
-                                 "its run comes later, emit without waiting")
+        raise FailedPrecondition(f"{what_it_is(event)} starts a function with debounce:"
+                                 " its run comes later, emit without waiting")
     called = [the_named(tx, event)] if event.source == "invoke" else []
     kept = tx.append_event(event, tx.ids.new("evt", now), now)
     functions = called or triggered(tx, kept)
@@ -2060,11 +2066,11 @@ def admit(tx: Transaction, run_id: str, function_id: str) -> set[str]:
 def hand_on(tx: Transaction, function_id: str, places: Iterable[tuple[str, str]]
             ) -> None:
     """Places were left: admit who stands in line for them, the longest due first."""
-    for kind, value in places:
-        full: set[str] = set()  # what keeps others in this line waiting
-        while f"{kind} {value}" not in full and (
-                run_id := tx.first_in_line(function_id, kind, value, full)):
-            full |= admit(tx, run_id, function_id)
+    full: set[str] = set()  # what keeps others in these lines waiting
+    lines = list(places)
+    while firsts := [first for kind, value in lines if f"{kind} {value}" not in full
+                     for first in tx.first_in_line(function_id, kind, value, full)]:
+        full |= admit(tx, min(firsts)[1], function_id)
 
 def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
     """Hand on the places of a run that lets go, or stand in line for them again."""
@@ -2130,9 +2136,9 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     tx.update_run(new)
     if new.status == old.status:
         return new
+    assert new.status in NEXT[old.status], f"{new.run_id}: {old.status} -> {new.status}"
     if new.held is not None:
         change_places(tx, old, new, now)
-    assert new.status in NEXT[old.status], f"{new.run_id}: {old.status} -> {new.status}"
     change: dict[str, Any] = {"status": new.status, "attempt": new.attempt}
     if new.status == "running":
         change["workerId"] = new.worker_id
@@ -2174,9 +2180,14 @@ def register_function(tx: Transaction, new: NewFunction,
     ticks = [Timer("tick", new.function_id, each.cron, each.event,
                    next_tick(each.cron, now)) for each in new.triggers if each.cron]
     tx.set_ticks(new.function_id, ticks)
-    hand_on(tx, new.function_id, tx.line_up(new.function_id))  # bounds may have changed
+    stand_in_line(tx, new.function_id)
     say_of_function(tx, "updated" if old else "registered", function, now)
     return function, old is None
+
+def stand_in_line(tx: Transaction, function_id: str) -> None:
+    """Admit its queued runs anew: the bounds of a function may have changed."""
+    for line in tx.line_up(function_id):
+        hand_on(tx, function_id, [line])
 
 def say_of_function(tx: Transaction, verb: str, function: Function,
                     now: float) -> None:
@@ -2198,7 +2209,7 @@ def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
     function = known(tx, Function, function_id)
     tx.delete_function(function_id)
-    hand_on(tx, function_id, tx.line_up(function_id))
+    stand_in_line(tx, function_id)
     say_of_function(tx, "deleted", function, now)
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
@@ -2206,10 +2217,9 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
     old = tx.find(Worker, worker_id=worker.worker_id)
     if old is not None and old == replace(worker, registered_at=old.registered_at):
         return
-    tx.save(worker)
     if old is not None and old.function_ids != worker.function_ids:
-        tx.delete_actors(worker.worker_id)
-        tx.touched.update(json.loads(old.function_ids))
+        leave_actors(tx, old.worker_id, now)
+    tx.save(worker)
     if old is None or not old.connected:
         tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
 
@@ -2218,9 +2228,14 @@ def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) ->
     worker = known(tx, Worker, worker_id)
     if worker.connected != connected:
         tx.save(replace(worker, connected=int(connected)))
-        tx.touched.update(json.loads(worker.function_ids))  # its actors may move
+        leave_actors(tx, worker_id, now)
         verb = "connected" if connected else "disconnected"
         tx.append("worker", verb, worker_id, {"status": verb}, now)
+
+def leave_actors(tx: Transaction, worker_id: str, now: float) -> None:
+    """A worker seems to be gone: let the actors it had go to others."""
+    if tx.delete_actors(worker_id):
+        tx.touched.update(json.loads(known(tx, Worker, worker_id).function_ids))
 
 # --- Offers: who would take work now --------------------------------------------------
 # Nothing polls the database. A held poll is an offer, and as the last act of each batch
@@ -2242,6 +2257,7 @@ class Offer:
     slots: int
     answer: Callable[[list[Job] | IronflowError], None]
     acked: bool = False
+    told: str = "done"  # which steps: JS and Go would read a failed call as a success
     functions: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     error: IronflowError | None = None
@@ -2256,7 +2272,7 @@ class Offers:
         self._fresh: list[Offer] = []  # made since the last batch
         self._taken: list[Offer] = []  # by the batch that is not committed yet
         self._standing: dict[str, list[Offer]] = {}
-        self.look_anew = False  # at all that is due: a batch was void, or a file changed
+        self.look_anew = False  # at all that is due: a batch was void, a file changed
 
     def add(self, offer: Offer) -> None:
         with self._lock:
@@ -2288,6 +2304,8 @@ class Offers:
                 self.take(offer)
                 continue
             offer.functions = json.loads(worker.function_ids)
+            if '"runtime":"python-' in worker.version:
+                offer.told = "told"
             for function_id in offer.functions:
                 self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
@@ -2357,8 +2375,7 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(
-            held, event, tx.steps(run.run_id, "told" if knows_failures(
-                tx, offer.worker_id) else "done"),
+            held, event, tx.steps(run.run_id, offer.told),
             tx.next_sequence(run.run_id), secrets[run.function_id]))
     return some and others
 
@@ -2432,8 +2449,9 @@ def keep_step(tx: Transaction, old: Step | None, step: Step) -> Step:
         tx.append("step", "created", run_id, change, at, step_id)
     if step.status == "failed":
         change["error"] = json.loads(step.error or "null")
-    if step.status in ("completed", "failed", "timed_out"):
-        tx.append("step", step.status, run_id, change, at, step_id)
+    if step.status not in PENDING:
+        verb = "updated" if step.status == "timed_out" else step.status
+        tx.append("step", verb, run_id, change, at, step_id)
     return step
 
 def check_output(what: str, output: Json | None, limits: Limits) -> None:
@@ -2464,7 +2482,7 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
             if step.status not in PENDING:
                 run = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
         elif step.status == "failed" and run.woken_fence != run.fence:
-            # it failed before this lease: JS and Go are not told, see `knows_failures`
+            # it failed before this lease: JS and Go are not told, see `Offer`
             cause = json.loads(step.error or "{}").get("message", "it failed")
             raise Unkept("INVOKE_FAILED", f"step {step.name!r}: {cause}")
         elif step.status not in PENDING:
@@ -2472,11 +2490,6 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
     if run.woken_fence == run.fence:  # something ended that the worker did not know of
         return queued(run, now)
     return wait_on(tx, run, now)
-
-def knows_failures(tx: Transaction, worker_id: str | None) -> bool:
-    """Whether a worker's SDK raises for a failed call; JS and Go read it as success."""
-    worker = tx.find(Worker, worker_id=worker_id)
-    return worker is not None and '"runtime":"python-' in worker.version
 
 # --- Waits: sleeps, events, other runs ------------------------------------------------
 # Each is a step that is pending until it ends by what it waits for, or by its deadline.
@@ -2530,7 +2543,8 @@ def begin_child(tx: Transaction, run: Run, wish: Yield, step: Step, limits: Limi
 
 def invoke_failed(tx: Transaction, step: Step, status: str, cause: str,
                   now: float) -> Step:
-    how = {"timed_out": "did not end in time", "not_found": "could not be started"}
+    how = {"timed_out": "did not end in time", "not_found": "could not be started",
+           "cancelled": "was cancelled"}
     sentence = f"function {step.name!r} {how.get(status, status)}: {cause}"
     return end_step(tx, step, "failed", now, error=dumps({
         "message": sentence, "function_id": step.name, "cause": cause,
@@ -2655,9 +2669,12 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     """Do what is due at `now`; the instant at which to come back."""
     for run in tx.overdue("running", now):
         become(tx, run, lease_ended(run, limits.lost_leases, now), now)
+        leave_actors(tx, run.worker_id or "", now)
     for run in tx.overdue("waiting", now):
-        retry = run.settled_as == "failed"
-        become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
+        run = known(tx, Run, run.run_id)  # one before it may have woken it
+        if run.status == "waiting":
+            retry = run.settled_as == "failed"
+            become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
     for timer in tx.overdue_timers(now):
         strike(tx, timer, now)
     for function_id, kind, value in tx.free_gates(now):
@@ -2935,7 +2952,7 @@ ALTER TABLE new_trigger RENAME TO function_trigger;
 CREATE INDEX function_trigger_wild ON function_trigger (wild) WHERE wild = 1;
 CREATE INDEX function_trigger_of ON function_trigger (function_id);
 """
-MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE]  # MIGRATIONS[n] takes a journal from version n to n + 1
+MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE]  # [n] takes a journal from version n to n + 1
 APPLICATION_ID = 0x49524F4E  # "IRON", so that `file` and we know our own
 
 BATCH_RULES, BATCH_BYTES = 500, 8 * MIB
@@ -3437,8 +3454,14 @@ class Transaction(Queries):
         self._db.execute("INSERT OR REPLACE INTO actor VALUES (?, ?, ?)",
                          (run.function_id, run.actor_id, run.worker_id))
 
-    def delete_actors(self, worker_id: str) -> None:
-        self._db.execute("DELETE FROM actor WHERE worker_id = ?", (worker_id,))
+    def delete_actors(self, worker_id: str) -> bool:
+        """Let the actors of a worker go to others; whether it had any."""
+        gone = self._db.execute("DELETE FROM actor WHERE worker_id = ?", (worker_id,))
+        return gone.rowcount > 0
+
+    def events_after(self, name: str, seq: int, limit: int) -> list[Event]:
+        self.flush()
+        return super().events_after(name, seq, limit)
 
     # A place is `off` while its run sleeps or waits, in `line`, or taken: `in`, and a
     # gate that was `passed` until it is free again.
@@ -3451,18 +3474,19 @@ class Transaction(Queries):
             """, id=function_id, kind=kind, value=value))
 
     def first_in_line(self, function_id: str, kind: str, value: str, full: set[str]
-                      ) -> str | None:
-        """The run that has waited longest, of those not in line for what is full."""
-        found: str | None = self._value(
+                      ) -> list[tuple[float, str]]:
+        """Since when, and which run, has waited longest of those not in line for what
+        is full; none, or one."""
+        return self._db.execute(
             """
-            SELECT run_id FROM place AS first
+            SELECT due_at, run_id FROM place AS first
              WHERE function_id = :id AND kind = :kind AND value = :value
                AND state = 'line' AND NOT EXISTS (
                  SELECT 1 FROM place WHERE run_id = first.run_id AND state = 'line'
                     AND kind || ' ' || value IN (SELECT value FROM json_each(:full)))
              ORDER BY due_at, run_id LIMIT 1
-            """, id=function_id, kind=kind, value=value, full=dumps(list(full)))
-        return found
+            """, {"id": function_id, "kind": kind, "value": value,
+                  "full": dumps(list(full))}).fetchall()
 
     def lines_of(self, run_id: str) -> list[tuple[str, str]]:
         return self._db.execute("SELECT kind, value FROM place WHERE run_id = ?"
@@ -3497,7 +3521,8 @@ class Transaction(Queries):
     def line_up(self, function_id: str) -> list[tuple[str, str]]:
         """Send the queued runs of a function back to their lines; those lines."""
         self.flush()
-        for sql in ("""UPDATE place SET state = 'line' WHERE state = 'in' AND run_id IN (
+        for sql in ("""UPDATE place SET state = 'line'
+                        WHERE state = 'in' AND run_id IN (
                          SELECT run_id FROM run WHERE function_id = :id
                             AND status = 'waiting_for_capacity' AND held = 0)""",
                     """UPDATE run SET held = 1 WHERE run_id IN (
@@ -3537,9 +3562,9 @@ class Transaction(Queries):
         """Open waits, the oldest first: id, run and step; no step: to cancel."""
         self.flush()
         return self._db.execute(
-            "SELECT wait_id, run_id, step_id FROM wait WHERE taken IS NULL AND event = ?"
-            " AND test = ? AND value = ? ORDER BY wait_id", (event, test, value)
-            ).fetchall()
+            "SELECT wait_id, run_id, step_id FROM wait WHERE taken IS NULL AND"
+            " event = ? AND test = ? AND value = ? ORDER BY wait_id",
+            (event, test, value)).fetchall()
 
     def take(self, wait_id: int, seq: int) -> None:
         self._db.execute("UPDATE wait SET taken = ? WHERE wait_id = ?", (seq, wait_id))
@@ -4131,6 +4156,10 @@ class PullDesk:
         except BaseException:
             if not self.offers.withdraw(offer):
                 await self.give_back(await waiting, sent=False)
+            seen = self.seen.get(worker_id)  # a restart, perhaps: its actors can move
+            await asyncio.wait({self.closing}, timeout=GONE_AFTER_S)
+            if self.seen.get(worker_id) == seen and not self.closing.done():
+                await self.journal.write(leave_actors, worker_id)
             raise
 
     async def spare_a_slot(self, worker_id: str, slots: int) -> int:
@@ -4381,14 +4410,15 @@ def read_yield(body: Fields) -> Yield:
         except ValueError as error:
             raise InvalidInput(f"yield.event_filter.timeout: {error}") from None
     elif kind == "invoke_function":
-        timeout_s = body.whole("invokeTimeoutMs", default=30_000) / 1000
+        timeout_s = (body.whole("invokeTimeoutMs") or DEFAULT_WAIT_MS) / 1000
     if kind in YIELDS[1:] and not check_trigger(target):
         raise InvalidInput(f"yield: a {kind} names its event or its function")
     shown = about.all.get("payload") if kind == "wait_for_event" else body.get("input")
     return Yield(
         kind, step_id, body.text("stepName") or step_name(step_id), until or 0.0,
         timeout_s, target, about.text("match"),
-        None if value is None else dumps(value), None if shown is None else dumps(shown))
+        None if value is None else dumps(value),
+        None if shown is None else dumps(shown))
 
 def step_name(step_id: str) -> str:
     """The name inside `{scope}:{name}:{index}`, for people; ids stay opaque."""

@@ -4748,28 +4748,71 @@ def test_a_released_schema_never_changes() -> None:
         : len(RELEASED)]] == RELEASED
 
 
+# What they left behind: a run that sleeps, one that waits for a worker, one at work.
+LEFT_BEHIND = f"""
+INSERT INTO meta VALUES ('environment', 'default'), ('journal_id', 'jrn_old'),
+  ('created_at', '2026-01-01T00:00:00.000Z');
+INSERT INTO function VALUES ('f', '{{"id":"f","name":"f","description":"",
+  "triggers":[{{"event":"e.*"}}],"retry":{{"maxAttempts":3,"initialDelayMs":1000,
+  "backoffFactor":2.0,"maxDelayMs":300000,"onExhausted":"fail"}},"timeoutMs":0,
+  "preferredMode":"EXECUTION_MODE_PULL","recording":false,"recordingProfile":"",
+  "recordingRetention":null,"metadata":{{}}}}', '{ironflow.Retry().to_text()}', 'active', 1,
+  100.0, 100.0);
+INSERT INTO function_trigger VALUES ('e.*', 'f', 1);
+INSERT INTO worker VALUES ('w', '', '["f"]', 10, '{{}}', '{{}}', 1, 100.0);
+INSERT INTO journal (seq, at, kind, name, subject, step, data, event_id, version, source)
+VALUES (1, 100.0, 'event', 'e.1', NULL, NULL, '{{"n":1}}', 'evt_1', 1, 'api'),
+  (2, 100.0, 'run', 'created', 'run_1', NULL, '{{"status":"running"}}', NULL, NULL, NULL),
+  (3, 100.0, 'event', 'e.2', NULL, NULL, '{{"n":2}}', 'evt_2', 1, 'api'),
+  (4, 100.0, 'run', 'created', 'run_2', NULL, '{{"status":"running"}}', NULL, NULL, NULL),
+  (5, 100.0, 'event', 'f', NULL, NULL, '{{"n":3}}', 'evt_3', 1, 'invoke'),
+  (6, 101.0, 'step', 'created', 'run_1', 'run_1:nap:0', '{{"status":"sleeping"}}', NULL,
+   NULL, NULL);
+INSERT INTO run (run_id, function_id, function_version, event_seq, event_id, event_name,
+  retry, created_at, status, fence, lease_token, lease_until, worker_id, acked, due_at,
+  settled_fence, settled_as, started_at, updated_at)
+SELECT 'run_' || n, 'f', 1, 2 * n - 1, 'evt_' || n, name, '{ironflow.Retry().to_text()}', 100.0,
+  status, fence, token, until, worker, fence, due, settled, how, started, 101.0
+FROM (SELECT 1 n, 'e.1' name, 'waiting' status, 1 fence, NULL token, NULL until, 'w' worker,
+             200.0 due, 1 settled, 'yielded' how, 100.5 started
+      UNION ALL SELECT 2, 'e.2', 'waiting_for_capacity', 0, NULL, NULL, NULL, 100.0, NULL,
+             NULL, NULL
+      UNION ALL SELECT 3, 'f', 'running', 1, 'lt_old', 150.0, 'w', NULL, NULL, NULL, 100.5);
+INSERT INTO step (run_id, sequence, step_id, name, type, status, attempt, sleep_until,
+  started_at, created_at, updated_at)
+VALUES ('run_1', 0, 'run_1:nap:0', 'nap', 'sleep', 'sleeping', 1, 200.0, 101.0, 101.0, 101.0);
+"""
+
+
 @pytest.mark.parametrize("version", range(1, len(ironflow.MIGRATIONS)))
 def test_a_file_of_an_older_ironflow_is_brought_up_to_date(
-    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, version: int
 ) -> None:
-    with monkeypatch.context() as old:
-        old.setattr(ironflow, "MIGRATIONS", ironflow.MIGRATIONS[:version])
-        with Alone(tmp_path / "journal.db") as file:
-            event_id = file.emit(100.0).event_id
-            run_id = file.start(100.0)
-            assert file.all("PRAGMA user_version") == [version]
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as db:
+        db.executescript("".join(ironflow.MIGRATIONS[:version]) + LEFT_BEHIND)
+        db.execute(f"PRAGMA application_id = {ironflow.APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {version}")
     with serve(tmp_path) as server:
         assert server.rows("PRAGMA user_version") == [(len(ironflow.MIGRATIONS),)]
+        assert server.rows("PRAGMA integrity_check") == [("ok",)]
+        assert server.rows("PRAGMA foreign_key_check") == []
         found = server.yes("GET", "/api/v1/events")["events"]
-        assert {event["name"] for event in found} == {"old", "f"}
-        assert found[1]["id"] == event_id
-        server.join()
-        assert server.job()["run_id"] == run_id
+        assert [event["name"] for event in found] == ["f", "e.2", "e.1"]
+        held = {"job_id": "job_3_1", "execution_seq": 1, "lease_token": "lt_old"}
+        assert server.tell(held, "completed", output=3)[0] == 200
+        assert server.run("run_3")["output"] == 3
+        server.run_becomes("run_1", "waiting_for_capacity")
+        jobs = {job["run_id"]: job for job in server.poll(available=10)}
+        assert [row["name"] for row in jobs["run_1"]["completed_steps"]] == ["nap"]
+        server.tell(jobs["run_2"], "yielded", **wait(jobs["run_2"], "e.3"))
+        (new,) = server.emit("e.3")["run_ids"]
+        assert {job["run_id"] for job in server.poll(available=10)} == {"run_2", new}
+        assert server.rpc("GetFunction", {"id": "f"})["version"] == 1
         server.yes("POST", "/api/v1/publish", {"topic": "t"})
-        new = server.rows("SELECT name FROM sqlite_master ORDER BY 1")
+        schema = server.rows("SELECT name FROM sqlite_master ORDER BY 1")
     (tmp_path / "new").mkdir()
     with serve(tmp_path / "new") as server:
-        assert server.rows("SELECT name FROM sqlite_master ORDER BY 1") == new
+        assert server.rows("SELECT name FROM sqlite_master ORDER BY 1") == schema
 
 
 # ======================================================================================
@@ -6063,9 +6106,12 @@ class Stage(Alone):
         return job
 
     def tell(self, job: Any, status: str = "completed", **more: Any) -> None:
-        fence = {"execution_seq": job["execution_seq"], "lease_token": job["lease_token"]}
-        said = ironflow.read_report(ironflow.Fields({"status": status} | fence | more))
+        said = self.report_on(job, status, **more)
         self.do(ironflow.report, job["job_id"], said, self.limits)
+
+    def report_on(self, job: Any, status: str, **more: Any) -> ironflow.Report:
+        fence = {"execution_seq": job["execution_seq"], "lease_token": job["lease_token"]}
+        return ironflow.read_report(ironflow.Fields({"status": status} | fence | more))
 
     def starts(self, seconds: float) -> list[tuple[float, Any]]:
         """What starts, and after how long, at a worker that polls and ends all at once."""
@@ -6371,11 +6417,16 @@ def lease_cost(stage: Stage, queued: int, **more: Any) -> int:
     return spent[0]
 
 
-@pytest.mark.parametrize("more", [{}, {"throttle": {"limit": 3, "periodMs": 3_600_000}}],
-                         ids=["alone", "with a throttle"])
-def test_a_long_queue_in_one_lane_costs_the_others_nothing(tmp_path: Path, more: Any) -> None:
+@pytest.mark.parametrize(("more", "many"), [
+    ({}, 10_000),
+    ({"throttle": {"limit": 3, "periodMs": 3_600_000}}, 2_000),
+    ({"actorKey": "k"}, 2_000),
+], ids=["concurrency", "and a throttle", "and an actor"])
+def test_a_long_queue_in_one_lane_costs_the_others_nothing(
+    tmp_path: Path, more: Any, many: int
+) -> None:
     costs = []
-    for queued in 100, 10_000:
+    for queued in 100, many:
         with Stage(tmp_path / f"{queued}.db", NOON) as stage:
             costs.append(lease_cost(stage, queued, **more))
     assert costs[1] < 1.2 * costs[0] + 50
@@ -6775,6 +6826,35 @@ def test_limits_are_read_back_as_they_were_registered(
     assert shared.rpc("GetFunction", {"id": name})[member] == value
     _, again = register(shared, id=name, **{ironflow.snake(member): value})
     assert (again["function"]["version"], again["created"]) == (1, False)
+
+
+@pytest.mark.parametrize("event_first", [True, False])
+@pytest.mark.parametrize("filters", [{}, {"match": "n"}])
+def test_an_answer_in_the_same_batch_as_its_question_is_heard(
+    stage: Stage, filters: Any, event_first: bool
+) -> None:
+    stage.register()
+    stage.says(data={"n": 1})
+    job = stage.job()
+    said = stage.report_on(job, "yielded", **wait(job, "answer", **filters))
+    wishes = [ironflow.Wish(ironflow.accept_event, (ironflow.NewEvent("answer", '{"n":1}'),)),
+              ironflow.Wish(ironflow.report, (job["job_id"], said, stage.limits))]
+    stage.file.execute(wishes if event_first else wishes[::-1], stage.now)
+    stage.file.commit()
+    assert [wish.error for wish in wishes] == [None, None]
+    (row,) = stage.job()["completed_steps"]
+    assert row["output"]["id"] == wishes[0].result.event_id
+
+
+def test_a_run_and_what_cancels_it_in_one_batch(stage: Stage) -> None:
+    """In the order in which they came."""
+    stage.register(cancelOn=[{"event": "stop", "match": "n"}])
+    wishes = [ironflow.Wish(ironflow.accept_event, (ironflow.NewEvent(name, '{"n":1}'),))
+              for name in ("stop", "e", "stop", "e")]
+    stage.file.execute(wishes, stage.now)
+    stage.file.commit()
+    statuses = [stage.status(wish.result.run_ids[0]) for wish in wishes[1::2]]
+    assert statuses == ["cancelled", "waiting_for_capacity"]
 
 
 # --- Long sleeps, and clocks that are set ----------------------------------------------
@@ -7408,8 +7488,10 @@ def test_secrets_are_a_json_object_or_lines(
     tmp_path: Path, text: str, values: dict[str, str]
 ) -> None:
     known = ironflow.Secrets(secrets_in(tmp_path / "secrets", text))
-    assert known.of([*values]) == values
-    assert known.of([*values, "nothing"]) is None
+    config = json.dumps({"secrets": [*values, "nothing"]})
+    function = ironflow.Function("f", config, "{}", "active", 1, 0.0, 0.0)
+    assert known.of([*values, "nothing"]) == values
+    assert known.missing(function) == ["nothing"]
 
 
 class Keeper(Bench):
@@ -10506,7 +10588,7 @@ def an_execution() -> ironflow_client.Execution:
                   "timestamp": "2026-01-01T00:00:00.123456789Z"},
         "completed_steps": [], "execution_seq": 1, "lease_token": "t",
     }
-    return ironflow_client.Execution(ironflow_client.Job.from_json(job), send=None)  # type: ignore[arg-type]
+    return ironflow_client.Execution(ironflow_client.Job(job), send=None, publish=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -10620,7 +10702,7 @@ def test_a_server_url_that_is_none_is_refused(url: str) -> None:
 def test_a_server_url_may_have_a_path_or_an_ipv6_host(
     url: str, host: str, port: int, base: str
 ) -> None:
-    address = ironflow_client.Address.of(url, None)
+    address = ironflow_client.Address(url, None)
     assert (address.host, address.port, address.base) == (host, port, base)
 
 
@@ -10715,7 +10797,7 @@ def test_a_client_keeps_its_connection(proxy: Proxy) -> None:
 
 
 def test_a_connection_that_the_server_closed_is_replaced(server: RunningServer) -> None:
-    address = ironflow_client.Address.of(server.url, None)
+    address = ironflow_client.Address(server.url, None)
     connection = ironflow_client.Connection(address)
     assert connection.request("GET", "/health", None, 10).status == 200
     server.kill()
