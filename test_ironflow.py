@@ -8454,6 +8454,7 @@ class Life:
     not_before: float = 0.0  # a retry: nobody may work on it sooner
     leased_until: float = 0.0  # at least: nobody may take it away sooner
     lost: int = 0  # leases in a row that ended without a new step
+    worker: str = ""  # that was handed it last
     queued_at: float = 0.0
     started_at: float | None = None
     news: bool = False  # something ended that it asked for, since it was handed out
@@ -8563,6 +8564,7 @@ class Witness:
         self.bodies: Counter[str] = Counter()  # how often each step was run
         self.recorded: set[str] = set()  # steps whose row says: completed
         self.touched: set[str] = set()  # runs, since the last look
+        self.turns = False  # the clock, in the call that is looked at
         # what one call brings with it, and has to be in its rows
         self.new_events: dict[str, list[str]] = {}  # with the runs that each started
         self.new_functions = 0
@@ -8578,11 +8580,12 @@ class Witness:
         """Each call is judged by what the file said when it was carried out."""
         rows = self.journal_after(self.rows[-1][0] if self.rows else 0)
         for call, wish in batch:
+            self.turns = call.kind == "turn"
             self.hear(call, wish)
             mine = [row for row in rows if row[0] <= wish.upto]
             rows = rows[len(mine):]
             self.read_all(mine)
-            self.settle(call.kind)
+            self.settle()
 
     def hear(self, call: Call, wish: ironflow.Wish) -> None:
         if call.kind in ("emit", "invoke"):
@@ -8608,13 +8611,15 @@ class Witness:
         elif call.kind == "join":
             self.joined(call.args[0])
         elif call.kind == "note":
-            change = self.connected.add if call.args[1] else self.connected.discard
-            change(call.args[0])
+            self.connected ^= {call.args[0]}
+            self.leave_actors(call.args[0])
+        elif call.kind == "leave":
+            self.leave_actors(call.args[0])
         else:
             refused = wish.error is not None and call.kind != "clumsy"
             must(not refused, f"{call.label}: {wish.error}")
 
-    def settle(self, kind: str) -> None:
+    def settle(self) -> None:
         """The rows of one call were read: whatever it had to bring has come."""
         must(not self.new_events, "an acknowledged event is not in the journal")
         must(self.new_functions == 0, "a change of a function is not in the journal")
@@ -8627,7 +8632,7 @@ class Witness:
         for life in map(self.life, self.moved):
             idle = life.status == "waiting" and self.yielded(life) and life.news
             must(not idle, f"{life} waits, but something that it asked for is over")
-        if kind == "turn":
+        if self.turns:
             self.nobody_overslept()
         self.moved, self.let_go, self.vanished = set(), set(), set()
         self.doomed, self.owed = {}, []
@@ -8736,14 +8741,16 @@ class Witness:
                 self.leased(life, LIMITS.lease_s / 2)
 
     def joined(self, worker: ironflow.Worker) -> None:
-        """An actor leaves a worker that no longer does the same."""
+        """Actors leave a worker that no longer does the same, or seems to be gone."""
         able = worker.function_ids + worker.version
         self.connected.add(worker.worker_id)
         functions = self.able.get(worker.worker_id, able).partition("]")[0]
         if functions != able.partition("]")[0]:
-            self.actors = {actor: name for actor, name in self.actors.items()
-                           if name != worker.worker_id}
+            self.leave_actors(worker.worker_id)
         self.able[worker.worker_id] = able
+
+    def leave_actors(self, worker_id: str) -> None:
+        self.actors = {actor: name for actor, name in self.actors.items() if name != worker_id}
 
     def started(self, now: float) -> None:
         """While it was away it could hear of nobody: every lease starts anew."""
@@ -8943,7 +8950,8 @@ class Witness:
         `behind`: something is due, and the server had no time for it yet.
         """
         self.read_all(self.journal_after(self.rows[-1][0] if self.rows else 0))
-        self.settle("look")
+        self.turns = False
+        self.settle()
         if all_of_it:
             must(self.journal_after(0) == self.rows, "journal rows are lost or changed")
         for run_id in sorted(self.lives if all_of_it else self.touched):
@@ -8984,7 +8992,8 @@ class Witness:
             self.became(self.life(subject), json.loads(data), at)
         elif step in self.life(subject).asked:
             self.moved.add(subject)
-            self.came(self.lives[subject], self.lives[subject].asked[step], name, at, seq)
+            verb = json.loads(data)["status"] if name == "updated" else name
+            self.came(self.lives[subject], self.lives[subject].asked[step], verb, at, seq)
         else:
             self.lives[subject].lost = 0
             must(name != "completed" or step not in self.recorded, f"{step} completed twice")
@@ -9114,6 +9123,9 @@ class Witness:
         gone = old == "running" and (lost_all or new == "waiting_for_capacity")
         if gone and life.run_id not in self.let_go:
             self.lost_lease(life, at)
+            if self.turns:
+                self.leave_actors(life.worker)
+        life.worker = change.get("workerId", life.worker)
         if lost_all:
             must(life.lost == LIMITS.lost_leases, f"{life} gave up after {life.lost}")
             self.seen["run lost every worker"] += 1
@@ -9651,13 +9663,11 @@ class World:
             (self.reading if reads and self.chance(0.5) else ready).append(call)
         return ready
 
-    def heard_of(self, calls: list[Call]) -> Iterator[Call]:
+    def heard_of(self, calls: list[Call]) -> list[Call]:
         """Workers that were missed, and speak."""
-        for call in calls:
-            if call.kind in ("poll", "beat") and call.script is not None:
-                name = call.script.owner.name
-                if name not in self.witness.connected:
-                    yield self.note(name, True)
+        spoke = {call.script.owner.name: None for call in calls
+                 if call.kind in ("poll", "beat") and call.script is not None}
+        return [self.note(name, True) for name in spoke if name not in self.witness.connected]
 
     def note(self, name: str, connected: bool) -> Call:
         label = f"{name} is {'heard of again' if connected else 'missed'}"
@@ -10069,6 +10079,8 @@ class World:
         for offer in [o for o in self.held if o.worker_id == dead.name]:
             if self.chance(0.5):
                 self.end_poll(offer)
+                self.chores.append(Call("leave", f"{dead.name} seems to be gone",
+                                        ironflow.leave_actors, (dead.name,)))
         return f"{dead.name} dies"
 
     def some_worker_comes(self) -> str:
