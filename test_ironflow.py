@@ -8431,7 +8431,7 @@ def text_of(data: dict[str, Any], path: str | None) -> str | None:
 # --- The witness ----------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Life:
     """One run, as it has to be by all that was answered so far."""
 
@@ -8564,6 +8564,7 @@ class Witness:
         self.bodies: Counter[str] = Counter()  # how often each step was run
         self.recorded: set[str] = set()  # steps whose row says: completed
         self.touched: set[str] = set()  # runs, since the last look
+        self.fresh: list[Life] = []  # those queued since then
         self.turns = False  # the clock, in the call that is looked at
         # what one call brings with it, and has to be in its rows
         self.new_events: dict[str, list[str]] = {}  # with the runs that each started
@@ -9135,6 +9136,7 @@ class Witness:
             must(not early, f"{life} woke before its time")
         if new == "waiting_for_capacity" and old != "running":
             life.queued_at = at
+            self.fresh.append(life)
         if new == "failed" and life.verdict is None:
             in_vain = any(asked.state == "timed_out" for asked in life.asked.values())
             must(in_vain, f"{life} failed, and nobody said so: {change}")
@@ -9261,8 +9263,8 @@ class Witness:
                 yield life.function_id, kind, value
 
     def check_places(self, behind: bool) -> None:
-        """Nobody got a place too many, none is free while somebody waits for it, and
-        those who wait for the same alone get it in turn."""
+        """Nobody got a place too many, none is free while somebody waits for it, and who
+        waited for it alone, and longest, has it."""
         places: dict[tuple[str, str, str], set[str]] = {
             key: set(starts) for key, starts in self.starts.items()}
         line = []
@@ -9282,7 +9284,8 @@ class Witness:
             must(len(taken) <= limit or not new, f"{function_id} has {names} in {kind} "
                                                  f"{value!r}, the limit is {limit}")
             for life in line if function_id not in self.lined_up else ():
-                if [*self.needs(life)] == [(function_id, kind, value)]:
+                alone = [*self.needs(life)] == [(function_id, kind, value)]
+                if alone and life not in self.fresh:
                     self.seen[f"run stood in line, {kind}"] += 1
                     late = [str(self.lives[run_id]) for run_id in new
                             if self.lives[run_id].queued_at > life.queued_at]
@@ -9292,7 +9295,7 @@ class Witness:
                        for key in self.needs(life))
             must(not free, f"a place is lost: {life} stands in line for {life.bounds}, "
                            "and there is room")
-        self.places, self.lined_up = places, set()
+        self.places, self.lined_up, self.fresh = places, set(), []
 
     # The state of each
 
