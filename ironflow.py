@@ -2257,7 +2257,7 @@ class Offer:
     slots: int
     answer: Callable[[list[Job] | IronflowError], None]
     acked: bool = False
-    told: str = "done"  # which steps: JS and Go would read a failed call as a success
+    which: str = "done"  # steps: JS and Go would read a failed call as a success
     functions: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     error: IronflowError | None = None
@@ -2305,7 +2305,7 @@ class Offers:
                 continue
             offer.functions = json.loads(worker.function_ids)
             if '"runtime":"python-' in worker.version:
-                offer.told = "told"
+                offer.which = "told"
             for function_id in offer.functions:
                 self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
@@ -2375,7 +2375,7 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(
-            held, event, tx.steps(run.run_id, offer.told),
+            held, event, tx.steps(run.run_id, offer.which),
             tx.next_sequence(run.run_id), secrets[run.function_id]))
     return some and others
 
