@@ -55,6 +55,7 @@ import logging
 import math
 import os
 import queue
+import random
 import re
 import secrets
 import shutil
@@ -441,14 +442,15 @@ class Ids:
     Ordered, so that new rows go to the right end of each index however large the file
     is, and so that "newest first" is the order of the names. Within one millisecond,
     or when the clock steps back, the next is a little more than the one before.
-    `randbits` is the source of chance: another one makes a life that repeats.
+    `randbits` takes the place of both sources of chance, for a life that repeats.
     """
 
     ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # for reading aloud, typing by hand
     PAIRS = ["".join(pair) for pair in product(ALPHABET, repeat=2)]  # ten bits each
 
-    def __init__(self, randbits: Callable[[int], int] = secrets.randbits) -> None:
-        self._randbits, self._last = randbits, 0
+    def __init__(self, randbits: Callable[[int], int] | None = None) -> None:
+        self._randbits = randbits or random.Random(secrets.randbits(256)).getrandbits
+        self._secret_bits, self._last = randbits or secrets.randbits, 0
 
     def new(self, prefix: str, now: float) -> str:
         """`prefix`, an underscore and 20 characters."""
@@ -465,7 +467,7 @@ class Ids:
 
     def token(self) -> str:
         """A secret that a lease's holder proves itself with."""
-        return f"lt_{self._spell(self._randbits(100))}"
+        return f"lt_{self._spell(self._secret_bits(100))}"
 
     @classmethod
     def _spell(cls, number: int) -> str:
@@ -513,7 +515,7 @@ def parse_json(body: bytes) -> Any:
         if harmless and orjson:
             with contextlib.suppress(ValueError):  # for the sentence, ask json again
                 return orjson.loads(body)
-        value = _from_text.decode(body.decode())
+        value = (_from_text if harmless else _strictly).decode(body.decode())
     except ValueError as error:  # no UTF-8, or no JSON
         raise InvalidInput(f"body is not JSON: {error}") from None
     except RecursionError:
@@ -549,8 +551,9 @@ def check_value(value: Any, depth: int = 0) -> None:
             check_value(inner, depth + 1)
 
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-_from_text = json.JSONDecoder(parse_int=check_integer, parse_float=check_float,
-                              parse_constant=check_float)
+_from_text = json.JSONDecoder(parse_constant=check_float)
+_strictly = json.JSONDecoder(parse_int=check_integer, parse_float=check_float,
+                             parse_constant=check_float)
 
 def dumps(value: Any) -> Json:
     """Compact JSON text of a value that came through `parse_json`, or of our own."""
@@ -862,8 +865,8 @@ def cancelled(run: Run, reason: str, now: float) -> Run:
 # that 7, 7.0 and "7" are the same, whichever language wrote them.
 
 PATH = re.compile(r"[^\s=!<>&|()\[\]'\"+*?,]+")
-EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|-?[0-9]+(\.[0-9]+)?|"
-                    "true|false|null)")
+EQUALS = re.compile(rf"({PATH.pattern})\s*==\s*(\"[^\"\\]*\"|'[^'\\]*'|"
+                    r"-?[0-9]+(\.[0-9]+)?|true|false|null)")
 
 def value_at(path: str | None, data: Json) -> str | None:
     """The value at a path into an event's data, as text; None if there is none."""
@@ -893,8 +896,8 @@ def compiled(expression: str) -> Any:
         return cel.compile(expression)
     except ModuleNotFoundError:
         raise InvalidInput(
-            f"{expression[:80]!r} is CEL, which needs the extra `cel`: run `pip install "
-            "common-expression-language`, then start the server again") from None
+            f"{expression[:80]!r} is CEL, which needs the extra `cel`: run `pip install"
+            " common-expression-language`, then start the server again") from None
     except ValueError as error:
         raise InvalidInput(f"{expression[:80]!r} is no CEL: {error}") from None
 
@@ -924,8 +927,10 @@ def condition(match: str, given: Json | None, trigger: Json) -> tuple[str, str |
     A bare path asks for the value that the run's own trigger has there (JS, Go), `path
     == "literal"` and a path with `given` for that one (Python). Raises InvalidInput.
     """
-    if not match or given is not None:
-        return match, as_text(json.loads(given)) if match and given else ""
+    if not match:
+        return "", ""
+    if given is not None and PATH.fullmatch(match):
+        return match, as_text(json.loads(given))
     if found := EQUALS.fullmatch(match):
         quoted = found[2][0] in "'\""
         return found[1], found[2][1:-1] if quoted else as_text(json.loads(found[2]))
@@ -1614,8 +1619,8 @@ async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/RegisterFunction: an upsert; the same again changes nothing."""
     new = read_function(Fields(await api.read_json(request)))
     function, created = await api.journal.write(register_function, new)
-    warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which "
-                "the server does not have: its runs wait until --secrets-file has it"
+    warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which"
+                " the server does not have: its runs wait until --secrets-file has it"
                 for name in api.desk.offers.secrets.missing(function)]
     for warning in warnings:
         log.warning("%s", warning)
@@ -1793,7 +1798,8 @@ async def functions_to_wire(api: Api, request: web.BaseRequest,
     workers = await api.journal.read(Queries.connected_workers)
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
     rows = [function_to_rest(each) | {
-        "workers": carried[each.function_id], "next_run": next_run.get(each.function_id),
+        "workers": carried[each.function_id],
+        "next_run": next_run.get(each.function_id),
         "missing_secrets": api.desk.offers.secrets.missing(each) or None}
         for each in functions]
     return [join(as_texts(row)) for row in rows]
@@ -1929,8 +1935,8 @@ def step_to_wire(request: web.BaseRequest, step: Step) -> Json:
 # one that refuses has changed nothing, so its neighbours in the same commit need not
 # notice. What a rule changes, a row of `journal` says in the same transaction.
 
-def accept_event(tx: Transaction, event: NewEvent, now: float, *, or_named: bool = False,
-                 awaited: bool = False) -> Accepted:
+def accept_event(tx: Transaction, event: NewEvent, now: float, *,
+                 or_named: bool = False, awaited: bool = False) -> Accepted:
     """Record an event and a run for each function it triggers: all or nothing.
 
     A repeat, by its idempotency key, gets the answer that the first one got and leaves
@@ -1941,8 +1947,8 @@ def accept_event(tx: Transaction, event: NewEvent, now: float, *, or_named: bool
     if (first := find_original(tx, event, {})) is not None:
         return Accepted(first.event_id, tx.run_ids_of(first.seq))
     if awaited and any("debounce" in each.asks for each in triggered(tx, event)):
-        raise FailedPrecondition(f"{what_it_is(event)} starts a function with debounce: "
-                                 "its run comes later, emit without waiting")
+        raise FailedPrecondition(f"{what_it_is(event)} starts a function with debounce:"
+                                 " its run comes later, emit without waiting")
     called = [the_named(tx, event)] if event.source == "invoke" else []
     kept = tx.append_event(event, tx.ids.new("evt", now), now)
     functions = called or triggered(tx, kept)
@@ -2130,9 +2136,9 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     tx.update_run(new)
     if new.status == old.status:
         return new
+    assert new.status in NEXT[old.status], f"{new.run_id}: {old.status} -> {new.status}"
     if new.held is not None:
         change_places(tx, old, new, now)
-    assert new.status in NEXT[old.status], f"{new.run_id}: {old.status} -> {new.status}"
     change: dict[str, Any] = {"status": new.status, "attempt": new.attempt}
     if new.status == "running":
         change["workerId"] = new.worker_id
@@ -2242,6 +2248,7 @@ class Offer:
     slots: int
     answer: Callable[[list[Job] | IronflowError], None]
     acked: bool = False
+    told: str = "done"  # which steps: JS and Go would read a failed call as a success
     functions: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     error: IronflowError | None = None
@@ -2256,7 +2263,7 @@ class Offers:
         self._fresh: list[Offer] = []  # made since the last batch
         self._taken: list[Offer] = []  # by the batch that is not committed yet
         self._standing: dict[str, list[Offer]] = {}
-        self.look_anew = False  # at all that is due: a batch was void, or a file changed
+        self.look_anew = False  # at all that is due: a batch was void, a file changed
 
     def add(self, offer: Offer) -> None:
         with self._lock:
@@ -2288,6 +2295,8 @@ class Offers:
                 self.take(offer)
                 continue
             offer.functions = json.loads(worker.function_ids)
+            if '"runtime":"python-' in worker.version:
+                offer.told = "told"
             for function_id in offer.functions:
                 self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
@@ -2357,8 +2366,7 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(
-            held, event, tx.steps(run.run_id, "told" if knows_failures(
-                tx, offer.worker_id) else "done"),
+            held, event, tx.steps(run.run_id, offer.told),
             tx.next_sequence(run.run_id), secrets[run.function_id]))
     return some and others
 
@@ -2432,8 +2440,9 @@ def keep_step(tx: Transaction, old: Step | None, step: Step) -> Step:
         tx.append("step", "created", run_id, change, at, step_id)
     if step.status == "failed":
         change["error"] = json.loads(step.error or "null")
-    if step.status in ("completed", "failed", "timed_out"):
-        tx.append("step", step.status, run_id, change, at, step_id)
+    if step.status not in PENDING:
+        verb = "updated" if step.status == "timed_out" else step.status
+        tx.append("step", verb, run_id, change, at, step_id)
     return step
 
 def check_output(what: str, output: Json | None, limits: Limits) -> None:
@@ -2464,7 +2473,7 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
             if step.status not in PENDING:
                 run = replace(run, woken_fence=run.fence, woken_seq=tx.last_seq)
         elif step.status == "failed" and run.woken_fence != run.fence:
-            # it failed before this lease: JS and Go are not told, see `knows_failures`
+            # it failed before this lease: JS and Go are not told, see `Offer`
             cause = json.loads(step.error or "{}").get("message", "it failed")
             raise Unkept("INVOKE_FAILED", f"step {step.name!r}: {cause}")
         elif step.status not in PENDING:
@@ -2472,11 +2481,6 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
     if run.woken_fence == run.fence:  # something ended that the worker did not know of
         return queued(run, now)
     return wait_on(tx, run, now)
-
-def knows_failures(tx: Transaction, worker_id: str | None) -> bool:
-    """Whether a worker's SDK raises for a failed call; JS and Go read it as success."""
-    worker = tx.find(Worker, worker_id=worker_id)
-    return worker is not None and '"runtime":"python-' in worker.version
 
 # --- Waits: sleeps, events, other runs ------------------------------------------------
 # Each is a step that is pending until it ends by what it waits for, or by its deadline.
@@ -2530,7 +2534,8 @@ def begin_child(tx: Transaction, run: Run, wish: Yield, step: Step, limits: Limi
 
 def invoke_failed(tx: Transaction, step: Step, status: str, cause: str,
                   now: float) -> Step:
-    how = {"timed_out": "did not end in time", "not_found": "could not be started"}
+    how = {"timed_out": "did not end in time", "not_found": "could not be started",
+           "cancelled": "was cancelled"}
     sentence = f"function {step.name!r} {how.get(status, status)}: {cause}"
     return end_step(tx, step, "failed", now, error=dumps({
         "message": sentence, "function_id": step.name, "cause": cause,
@@ -2656,8 +2661,10 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     for run in tx.overdue("running", now):
         become(tx, run, lease_ended(run, limits.lost_leases, now), now)
     for run in tx.overdue("waiting", now):
-        retry = run.settled_as == "failed"
-        become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
+        run = known(tx, Run, run.run_id)  # one before it may have woken it
+        if run.status == "waiting":
+            retry = run.settled_as == "failed"
+            become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
     for timer in tx.overdue_timers(now):
         strike(tx, timer, now)
     for function_id, kind, value in tx.free_gates(now):
@@ -2935,7 +2942,7 @@ ALTER TABLE new_trigger RENAME TO function_trigger;
 CREATE INDEX function_trigger_wild ON function_trigger (wild) WHERE wild = 1;
 CREATE INDEX function_trigger_of ON function_trigger (function_id);
 """
-MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE]  # MIGRATIONS[n] takes a journal from version n to n + 1
+MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE]  # [n] takes a journal from version n to n + 1
 APPLICATION_ID = 0x49524F4E  # "IRON", so that `file` and we know our own
 
 BATCH_RULES, BATCH_BYTES = 500, 8 * MIB
@@ -3497,7 +3504,8 @@ class Transaction(Queries):
     def line_up(self, function_id: str) -> list[tuple[str, str]]:
         """Send the queued runs of a function back to their lines; those lines."""
         self.flush()
-        for sql in ("""UPDATE place SET state = 'line' WHERE state = 'in' AND run_id IN (
+        for sql in ("""UPDATE place SET state = 'line'
+                        WHERE state = 'in' AND run_id IN (
                          SELECT run_id FROM run WHERE function_id = :id
                             AND status = 'waiting_for_capacity' AND held = 0)""",
                     """UPDATE run SET held = 1 WHERE run_id IN (
@@ -3537,9 +3545,9 @@ class Transaction(Queries):
         """Open waits, the oldest first: id, run and step; no step: to cancel."""
         self.flush()
         return self._db.execute(
-            "SELECT wait_id, run_id, step_id FROM wait WHERE taken IS NULL AND event = ?"
-            " AND test = ? AND value = ? ORDER BY wait_id", (event, test, value)
-            ).fetchall()
+            "SELECT wait_id, run_id, step_id FROM wait WHERE taken IS NULL AND"
+            " event = ? AND test = ? AND value = ? ORDER BY wait_id",
+            (event, test, value)).fetchall()
 
     def take(self, wait_id: int, seq: int) -> None:
         self._db.execute("UPDATE wait SET taken = ? WHERE wait_id = ?", (seq, wait_id))
@@ -4381,14 +4389,15 @@ def read_yield(body: Fields) -> Yield:
         except ValueError as error:
             raise InvalidInput(f"yield.event_filter.timeout: {error}") from None
     elif kind == "invoke_function":
-        timeout_s = body.whole("invokeTimeoutMs", default=30_000) / 1000
+        timeout_s = (body.whole("invokeTimeoutMs") or DEFAULT_WAIT_MS) / 1000
     if kind in YIELDS[1:] and not check_trigger(target):
         raise InvalidInput(f"yield: a {kind} names its event or its function")
     shown = about.all.get("payload") if kind == "wait_for_event" else body.get("input")
     return Yield(
         kind, step_id, body.text("stepName") or step_name(step_id), until or 0.0,
         timeout_s, target, about.text("match"),
-        None if value is None else dumps(value), None if shown is None else dumps(shown))
+        None if value is None else dumps(value),
+        None if shown is None else dumps(shown))
 
 def step_name(step_id: str) -> str:
     """The name inside `{scope}:{name}:{index}`, for people; ids stay opaque."""

@@ -6395,40 +6395,47 @@ def test_limits_are_kept_over_a_kill(server: RunningServer) -> None:
     assert numbers(ready(line)) == [2]
 
 
-def lease_cost(stage: Stage, queued: int, **more: Any) -> int:
-    """What it costs to lease one lane's run while so many are queued in another."""
-    stage.register("f", "e", concurrency={"limit": 1, "key": "k"}, **more)
+def lease_cost(stage: Stage, queued: int, **bounds: Any) -> int:
+    """What a cold run costs from its event to its end while so many hot ones queue."""
+    stage.register("f", "e", **bounds)
     for low in range(0, queued, 1000):
         stage.do(ironflow.accept_events, [
             ironflow.NewEvent("e", '{"k":"hot"}') for _ in range(min(1000, queued - low))])
-    held = stage.jobs()
-    assert len(held) == 1
+    assert len(stage.jobs()) == 1
     spent = [0]
 
     def tick() -> None:
         spent[0] += 1
 
     stage.file._db.set_progress_handler(tick, 10)
-    stage.says("e", {"k": "cold"})
-    assert [job["event"]["data"]["k"] for job in stage.jobs()] == ["cold"]
-    stage.tell(held[0])
-    assert [job["event"]["data"]["k"] for job in stage.jobs()] == ["hot"]
+    for n in range(3):
+        stage.says("e", {"k": f"cold {n}"})
+        job = stage.job()
+        assert job["event"]["data"]["k"] == f"cold {n}"
+        stage.tell(job)
     stage.file._db.set_progress_handler(None, 0)
     return spent[0]
 
 
-@pytest.mark.parametrize(("more", "many"), [
-    ({}, 10_000),
-    ({"throttle": {"limit": 3, "periodMs": 3_600_000}}, 2_000),
-    ({"actorKey": "k"}, 2_000),
-], ids=["concurrency", "and a throttle", "and an actor"])
-def test_a_long_queue_in_one_lane_costs_the_others_nothing(
-    tmp_path: Path, more: Any, many: int
+THROTTLE = {"limit": 4, "periodMs": 3_600_000}
+
+
+@pytest.mark.parametrize("bounds", [
+    pytest.param({"concurrency": {"limit": 1, "key": "k"}}, id="lanes"),
+    pytest.param({"actorKey": "k"}, id="actors"),
+    pytest.param({"throttle": {"limit": 1, "periodMs": 3_600_000, "key": "k"}}, id="gates"),
+    pytest.param({"concurrency": {"limit": 5}, "actorKey": "k"}, id="one lane, actors"),
+    pytest.param({"concurrency": {"limit": 1, "key": "k"}, "throttle": THROTTLE},
+                 id="lanes, one gate"),
+    pytest.param({"actorKey": "k", "throttle": THROTTLE}, id="actors, one gate"),
+])
+def test_a_long_queue_behind_one_key_costs_the_others_nothing(
+    tmp_path: Path, bounds: Any
 ) -> None:
     costs = []
-    for queued in 100, many:
+    for queued in 100, 3_000:
         with Stage(tmp_path / f"{queued}.db", NOON) as stage:
-            costs.append(lease_cost(stage, queued, **more))
+            costs.append(lease_cost(stage, queued, **bounds))
     assert costs[1] < 1.2 * costs[0] + 50
 
 
@@ -7488,7 +7495,10 @@ def test_secrets_are_a_json_object_or_lines(
     tmp_path: Path, text: str, values: dict[str, str]
 ) -> None:
     known = ironflow.Secrets(secrets_in(tmp_path / "secrets", text))
+    config = json.dumps({"secrets": [*values, "nothing"]})
+    function = ironflow.Function("f", config, "{}", "active", 1, 0.0, 0.0)
     assert known.of([*values, "nothing"]) == values
+    assert known.missing(function) == ["nothing"]
 
 
 class Keeper(Bench):
