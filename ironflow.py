@@ -17,21 +17,21 @@ The life of one event, and who carries it:
 
     1. `post_events` reads it from the socket and asks the journal to accept it
     2. `Journal.write` puts the wish in a queue; the writer thread takes many at once
-    3. `accept_event` records it, and a run for each function it triggers
+    3. `accept_event` records it, and a run for each function it triggers; `hear` wakes
+       the runs that wait for it
     4. `lease_to_offers` hands those runs to workers that wait, in the same transaction
     5. `JournalFile.commit` puts all of that on disk, once for everybody in the batch
     6. the caller hears yes, and `poll_jobs` answers the worker with its job
     7. the worker does a step and reports; `record_steps` keeps the result for good
-    8. it reports an end or a sleep; `settle` decides what becomes of the run
+    8. it reports an end, or what the run waits for; `settle` decides what becomes of it
     9. whoever dies on the way: `turn_clock` sees the lease end and the run is due again
    10. each of these left a row in `journal`, the one order of all that happened
 
 What holds, always: whatever was acknowledged survives kill -9 and power loss; a step
 recorded as completed never runs again; what happens, happens in one transaction.
 
-What is not here yet: push endpoints, steps that wait for events or call functions,
-cron, filters, limits on concurrency, live subscriptions. Each is refused with a
-sentence, never ignored.
+What is not here yet: push endpoints, live subscriptions, pausing and patching of runs.
+Each is refused with a sentence, never ignored.
 
 The file reads from top to bottom: words and laws (2 to 5), the way in (6), the engine
 (7), the disk (8), the way out (10), the server (12), its command line (13). The missing
@@ -2066,11 +2066,11 @@ def admit(tx: Transaction, run_id: str, function_id: str) -> set[str]:
 def hand_on(tx: Transaction, function_id: str, places: Iterable[tuple[str, str]]
             ) -> None:
     """Places were left: admit who stands in line for them, the longest due first."""
-    for kind, value in places:
-        full: set[str] = set()  # what keeps others in this line waiting
-        while f"{kind} {value}" not in full and (
-                run_id := tx.first_in_line(function_id, kind, value, full)):
-            full |= admit(tx, run_id, function_id)
+    full: set[str] = set()  # what keeps others in these lines waiting
+    lines = list(places)
+    while firsts := [first for kind, value in lines if f"{kind} {value}" not in full
+                     for first in tx.first_in_line(function_id, kind, value, full)]:
+        full |= admit(tx, min(firsts)[1], function_id)
 
 def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
     """Hand on the places of a run that lets go, or stand in line for them again."""
@@ -2180,9 +2180,14 @@ def register_function(tx: Transaction, new: NewFunction,
     ticks = [Timer("tick", new.function_id, each.cron, each.event,
                    next_tick(each.cron, now)) for each in new.triggers if each.cron]
     tx.set_ticks(new.function_id, ticks)
-    hand_on(tx, new.function_id, tx.line_up(new.function_id))  # bounds may have changed
+    stand_in_line(tx, new.function_id)
     say_of_function(tx, "updated" if old else "registered", function, now)
     return function, old is None
+
+def stand_in_line(tx: Transaction, function_id: str) -> None:
+    """Admit its queued runs anew: the bounds of a function may have changed."""
+    for line in tx.line_up(function_id):
+        hand_on(tx, function_id, [line])
 
 def say_of_function(tx: Transaction, verb: str, function: Function,
                     now: float) -> None:
@@ -2204,7 +2209,7 @@ def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
     function = known(tx, Function, function_id)
     tx.delete_function(function_id)
-    hand_on(tx, function_id, tx.line_up(function_id))
+    stand_in_line(tx, function_id)
     say_of_function(tx, "deleted", function, now)
 
 def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
@@ -2212,10 +2217,9 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
     old = tx.find(Worker, worker_id=worker.worker_id)
     if old is not None and old == replace(worker, registered_at=old.registered_at):
         return
-    tx.save(worker)
     if old is not None and old.function_ids != worker.function_ids:
-        tx.delete_actors(worker.worker_id)
-        tx.touched.update(json.loads(old.function_ids))
+        leave_actors(tx, old.worker_id, now)
+    tx.save(worker)
     if old is None or not old.connected:
         tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
 
@@ -2224,9 +2228,14 @@ def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) ->
     worker = known(tx, Worker, worker_id)
     if worker.connected != connected:
         tx.save(replace(worker, connected=int(connected)))
-        tx.touched.update(json.loads(worker.function_ids))  # its actors may move
+        leave_actors(tx, worker_id, now)
         verb = "connected" if connected else "disconnected"
         tx.append("worker", verb, worker_id, {"status": verb}, now)
+
+def leave_actors(tx: Transaction, worker_id: str, now: float) -> None:
+    """A worker seems to be gone: let the actors it had go to others."""
+    if tx.delete_actors(worker_id):
+        tx.touched.update(json.loads(known(tx, Worker, worker_id).function_ids))
 
 # --- Offers: who would take work now --------------------------------------------------
 # Nothing polls the database. A held poll is an offer, and as the last act of each batch
@@ -2660,6 +2669,7 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     """Do what is due at `now`; the instant at which to come back."""
     for run in tx.overdue("running", now):
         become(tx, run, lease_ended(run, limits.lost_leases, now), now)
+        leave_actors(tx, run.worker_id or "", now)
     for run in tx.overdue("waiting", now):
         run = known(tx, Run, run.run_id)  # one before it may have woken it
         if run.status == "waiting":
@@ -3444,8 +3454,14 @@ class Transaction(Queries):
         self._db.execute("INSERT OR REPLACE INTO actor VALUES (?, ?, ?)",
                          (run.function_id, run.actor_id, run.worker_id))
 
-    def delete_actors(self, worker_id: str) -> None:
-        self._db.execute("DELETE FROM actor WHERE worker_id = ?", (worker_id,))
+    def delete_actors(self, worker_id: str) -> bool:
+        """Let the actors of a worker go to others; whether it had any."""
+        gone = self._db.execute("DELETE FROM actor WHERE worker_id = ?", (worker_id,))
+        return gone.rowcount > 0
+
+    def events_after(self, name: str, seq: int, limit: int) -> list[Event]:
+        self.flush()
+        return super().events_after(name, seq, limit)
 
     # A place is `off` while its run sleeps or waits, in `line`, or taken: `in`, and a
     # gate that was `passed` until it is free again.
@@ -3458,18 +3474,19 @@ class Transaction(Queries):
             """, id=function_id, kind=kind, value=value))
 
     def first_in_line(self, function_id: str, kind: str, value: str, full: set[str]
-                      ) -> str | None:
-        """The run that has waited longest, of those not in line for what is full."""
-        found: str | None = self._value(
+                      ) -> list[tuple[float, str]]:
+        """Since when, and which run, has waited longest of those not in line for what
+        is full; none, or one."""
+        return self._db.execute(
             """
-            SELECT run_id FROM place AS first
+            SELECT due_at, run_id FROM place AS first
              WHERE function_id = :id AND kind = :kind AND value = :value
                AND state = 'line' AND NOT EXISTS (
                  SELECT 1 FROM place WHERE run_id = first.run_id AND state = 'line'
                     AND kind || ' ' || value IN (SELECT value FROM json_each(:full)))
              ORDER BY due_at, run_id LIMIT 1
-            """, id=function_id, kind=kind, value=value, full=dumps(list(full)))
-        return found
+            """, {"id": function_id, "kind": kind, "value": value,
+                  "full": dumps(list(full))}).fetchall()
 
     def lines_of(self, run_id: str) -> list[tuple[str, str]]:
         return self._db.execute("SELECT kind, value FROM place WHERE run_id = ?"
@@ -4139,6 +4156,10 @@ class PullDesk:
         except BaseException:
             if not self.offers.withdraw(offer):
                 await self.give_back(await waiting, sent=False)
+            seen = self.seen.get(worker_id)  # a restart, perhaps: its actors can move
+            await asyncio.wait({self.closing}, timeout=GONE_AFTER_S)
+            if self.seen.get(worker_id) == seen and not self.closing.done():
+                await self.journal.write(leave_actors, worker_id)
             raise
 
     async def spare_a_slot(self, worker_id: str, slots: int) -> int:

@@ -16,33 +16,29 @@
 
 and, anywhere else, `Client().emit("order.placed", {"total": 99.99})`, or the same call
 awaited, of an `AsyncClient`. `run_inline(ship_order, {"total": 99.99})` is a unit test.
-One file, which needs nothing but Python.
 
 The life of one job, and who carries it:
 
     1. `Link._poll` waits at the server; the answer is a leased run, a `Job`
     2. `Worker._begin` takes it in hand: the heartbeats of `Link._beat` list it now
-    3. `Execution.play` calls the handler: a coroutine on the loop, or a plain function
-       in a thread of its own
+    3. `Execution.play` calls the handler: on the loop, or a plain one in a thread
     4. `Step.run` looks whether the journal has this step's result; if so, that is it
     5. if not, it calls the step's function, and `Execution.record` hands the result in
-    6. `Link._report` sends what all jobs have to say, in one request; when the server
-       has it on disk, the step returns
+    6. `Link._report` sends what all jobs have to say; the step returns when the server
+       has it on disk
     7. meanwhile `Link._beat` says, from a thread of its own, which jobs are held
-    8. `Step.sleep` ends the execution; the run leaves this process and comes back as
-       another job when its time has come: the handler runs again from its first line,
-       and each step that the journal knows returns at once what it returned before
-    9. `Execution.settle` reports the end: completed, failed or yielded, again and again
-       until the server answers, for as long as that takes
+    8. a sleep, a wait or a child (`Step._leave`) ends the execution; the run leaves
+       this process and comes back as another job: the handler runs again from its
+       first line, and each step that the journal knows returns what it returned before
+    9. if the handler fails for good, `Execution._undo` calls what it has registered
+   10. `Execution.settle` reports the end until the server answers, however long
 
 What holds: a step whose result the server has accepted never runs again. The step in
 hand when a process dies does, so a step should bear that. What stands between steps
 runs on every replay, so whatever touches the world belongs in a step.
 
-What is not here yet: waits for events, child functions, branches, compensations, push.
-
-Names and shapes are those of the public Python SDK, so that a program moves
-between the two by changing an import.
+Names and shapes are those of the public Python SDK, so that a program moves between
+the two by changing an import. What is not here yet: push endpoints, subscriptions.
 """
 
 from __future__ import annotations
@@ -63,14 +59,14 @@ import secrets
 import signal
 import socket
 import threading
-import time
 from collections import Counter, abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
-from time import monotonic
+from hashlib import sha256
+from time import monotonic, sleep
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, overload
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -82,6 +78,7 @@ __all__ = ["AsyncClient", "Client", "Context", "Duration", "Emitted", "Event",
            "run_inline"]
 
 T = TypeVar("T")
+Work = Callable[[], Any]
 log = logging.getLogger("ironflow")
 
 LATE_S = 5.0                # past its hold, an answer to a poll is an old one
@@ -95,34 +92,26 @@ MAX_UPDATES = 500           # updates in a request, and steps in an update
 MAX_REQUEST = 12 << 20      # bytes of either; the door takes 16 MiB
 MAX_EVENTS = 1000           # events in a request
 MAX_WAIT_MS = 2**31 - 1     # that the server waits for runs at a time; 0 means 30 s
-PAGE = 200                  # rows in an answer, when all of them are wanted
 MAX_DEPTH = 190             # nesting of a value; the server takes 200, reports included
 MAX_ERROR_TEXT = 8000       # characters of an error's message that are reported
 
 # ======================================================================================
 # 1. Words
 # ======================================================================================
-# Clock and chance come from the first functions below and from nowhere else. Durations
-# and instants have one reader each. JSON is checked before it leaves: what the server
-# would refuse is better said where it was made.
+# Clock and chance come from the first functions below. Durations and instants have one
+# reader each. JSON is checked where it is made, and not first by the server.
 
 Duration = timedelta | int | float | str
 """Seconds, a timedelta, or text like "500ms", "1h30m", "1.5d"; units ms s m h d w."""
 
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-LONGEST_S = 1000 * 365 * UNITS["d"]
 
 def now() -> datetime:
     return datetime.now(UTC)
 
-def new_name(prefix: str) -> str:
-    return prefix + secrets.token_hex(10)
-
 def backoff() -> Iterator[float]:
-    """Seconds to wait before each further try: about 0.1, 0.2, 0.4 ... 2, 2, 2.
-
-    Drawn from the upper half of each, so that a thousand workers do not return at once.
-    """
+    """Seconds to wait before each further try: about 0.1, 0.2, 0.4 ... 2, 2, 2, spread,
+    so that a thousand workers do not return at once."""
     delay = RETRY_FIRST_S
     while True:
         yield random.uniform(delay / 2, delay)
@@ -143,17 +132,14 @@ def seconds(value: Duration, field: str) -> float:
             result = sum(float(number) * UNITS[unit] for number, unit in parts)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         result = value
-    check(0 <= result <= LONGEST_S,                                # NaN fails as well
+    check(0 <= result <= 365_000 * UNITS["d"],                      # NaN fails as well
           f"{field} must be a duration, such as 30 (seconds), '500ms', '1h30m', '7d' "
           f"or a timedelta, not negative and not over 1000 years; not {value!r}")
     return float(result)
 
 def instant(value: datetime | str, field: str) -> datetime:
-    """A point in time, from an aware datetime or RFC 3339 text.
-
-    Raises ValueError for a time without an offset: it would be another instant on each
-    machine, and a run may well go on on another machine.
-    """
+    """A point in time, from an aware datetime or RFC 3339 text. Raises ValueError, also
+    for a time without an offset, which is another instant on each machine."""
     with contextlib.suppress(ValueError, AttributeError):
         when = datetime.fromisoformat(value) if isinstance(value, str) else value
         if when.utcoffset() is not None:
@@ -168,15 +154,11 @@ encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
                           separators=(",", ":")).encode
 
 def json_copy(value: Any, what: str, path: tuple[str | int, ...] = ()) -> Any:
-    """The value as it would come back from JSON: tuples are lists, subclasses plain.
-
-    A step returns this copy and never the object that its function made, so that a
-    first run and a replay see the same. Refused is what json.dumps would bend silently
-    (keys that are no text, NaN, infinity), and what the server refuses: integers beyond
-    64 bits, lone surrogates, NUL in keys, deep nesting.
-
-    Raises NotJSON; its message says `what`, where in it, and why.
-    """
+    """The value as it would come back from JSON: tuples are lists, subclasses plain. A
+    step returns this copy, so that a first run and a replay see the same. Raises
+    NotJSON, which says where and why, for what json.dumps would bend silently (keys
+    that are no text, NaN) or the server refuses (integers beyond 64 bits, lone
+    surrogates, NUL in keys, deep nesting)."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -221,7 +203,9 @@ class Event:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Event:
         known = {name: body[name] for name in cls.__slots__ if name in body}
-        return cls(**{**known, "timestamp": instant(body["timestamp"], "timestamp")})
+        if "idempotencyKey" in body:        # as outputs of waits spell it
+            known["idempotency_key"] = body["idempotencyKey"]
+        return cls(**known | {"timestamp": instant(body["timestamp"], "timestamp")})
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
@@ -232,65 +216,60 @@ class RunInfo:
     attempt: int
     max_attempts: int = 0               # 0 and "": the server did not say
     on_exhausted: str = ""
+    actor_id: str | None = None         # the value of the function's actor_key
 
-@dataclass(frozen=True, slots=True)
+class Secrets(dict[str, str]):
+    """`ctx.secrets`: name to value. Printed, it shows the names alone."""
+
+    def __missing__(self, name: str) -> str:
+        raise KeyError(f"{name!r} is no declared secret: @function(secrets=[{name!r}])")
+
+    def __repr__(self) -> str:
+        return f"<Secrets {sorted(self)}>"
+
 class Job:
-    """A leased run, as a poll brings it."""
+    """A leased run, as a poll brings it. Raises KeyError, TypeError, ValueError or
+    AttributeError for what is none."""
 
-    job_id: str
-    run: RunInfo
-    event: Event
-    completed: dict[str, Any]           # step id to output: what a replay looks up
-    execution_seq: int                  # with lease_token the fence that reports carry
-    lease_token: str
-    sequence_base: int                  # the place of the run's next new step
-    received_at: datetime
-
-    @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> Job:
-        """Raises KeyError, TypeError, ValueError, AttributeError for what is no job."""
-        run = RunInfo(body["run_id"], body["function_id"], body["attempt"],
-                      body.get("max_attempts", 0), body.get("on_exhausted", ""))
-        completed = {row["step_id"]: row["output"] for row in body["completed_steps"]
-                     if row.get("status", "completed") == "completed"}
-        return cls(body["job_id"], run, Event.from_json(body["event"]), completed,
-                   body["execution_seq"], body["lease_token"],
-                   body.get("step_sequence_base", 0), received_at=now())
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self.fence = {name: body[name] for name in      # what reports carry
+                      ("job_id", "run_id", "execution_seq", "lease_token")}
+        self.run = RunInfo(body["run_id"], body["function_id"], body["attempt"],
+                           body.get("max_attempts", 0), body.get("on_exhausted", ""),
+                           body.get("actor_id"))
+        self.event = Event.from_json(body["event"])
+        self.secrets = Secrets((body.get("context") or {}).get("secrets") or {})
+        self.completed: dict[str, Any] = {}     # step id to output, for replays
+        self.failed: dict[str, Any] = {}        # step id to error, of children
+        for row in body["completed_steps"]:
+            if (status := row.get("status", "completed")) == "completed":
+                self.completed[row["step_id"]] = row["output"]
+            elif status == "failed":
+                self.failed[row["step_id"]] = row.get("error") or {}
+        self.sequence_base = body.get("step_sequence_base", 0)
+        self.received_at = now()
 
 class Row(dict[str, Any]):
-    """One answer of the server: a dict as it came; its members are attributes too.
-
-    So `client.get_run(id).status` reads well, and a row is still JSON: a step may
-    return it. What the server leaves out while it is unset is None.
-    """
-
-    unset: Iterable[str] = ()
+    """One answer of the server: a dict as it came, so that a step may return it; its
+    members are attributes too. What the server leaves out while it is unset is None."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in self or name in self.unset:
+        if name in self or name in UNSET.split():
             return self.get(name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}: {sorted(self)}")
 
-class Run(Row):
-    """A run as REST has it: id, function_id, event_id, event_name, status (lower case),
-    attempt, max_attempts, input, output, error, worker_id, and as RFC 3339 text
-    created_at, updated_at, started_at, ended_at."""
+UNSET = """input output error event_name worker_id started_at ended_at actor_id name
+    parent_run_id parent_step_id duration_ms compensation_for child_run_id metadata
+    wait_event_name wait_timeout source idempotency_key run_id"""
 
-    unset = ("input", "output", "error", "event_name", "worker_id", "started_at",
-             "ended_at")
+class Run(Row):
+    """A run as REST has it; times are RFC 3339 text, `status` is lower case."""
 
 class StepRow(Row):
-    """A recorded step as REST has it: id (the row's), run_id, step_id, name,
-    step_type, sequence, status, attempt, output, error, duration_ms, started_at,
-    ended_at."""
-
-    unset = "name", "input", "output", "error", "duration_ms", "started_at", "ended_at"
+    """A recorded step as REST has it; `step_id` is the SDKs', `id` the row's."""
 
 class EventRow(Row):
-    """An event as REST has it: the members of Event, created_at, and as run_id the run
-    that emitted it."""
-
-    unset = "metadata", "source", "idempotency_key", "run_id"
+    """An event as REST has it; `run_id` is the run that emitted it."""
 
 class Emitted(Row):
     """What an accepted event became. `results` is there after emit_sync: run_id,
@@ -304,15 +283,11 @@ class Emitted(Row):
 # 2. Errors
 # ======================================================================================
 # IronflowError is what this module raises, and what a handler may raise to be precise.
-# Any other exception in a handler is as good: it fails the attempt and is retried. Bad
-# arguments are ValueError or TypeError, as everywhere in Python.
+# Any other exception in it is as good. Bad arguments are ValueError or TypeError.
 
 class IronflowError(Exception):
-    """The server refused, could not be reached, or a step failed.
-
-    `code` is the server's word or one of ours, `status` the HTTP status or
-    0, `retry_after` seconds or None.
-    """
+    """The server refused, could not be reached, or a step failed. `code` is its word or
+    one of ours, `status` the HTTP status or 0, `retry_after` seconds or None."""
 
     def __init__(self, message: str, status_code: int = 0, code: str = "",
                  retryable: bool = False, retry_after: float | None = None) -> None:
@@ -334,22 +309,15 @@ class NotJSON(NonRetryableError):
         super().__init__(message, "SERIALIZATION_ERROR")
 
 class RetryAfterError(IronflowError):
-    """Raise it in a handler or a step to be tried again after the given duration.
-
-    The server caps the delay at the function's `max_delay`, and counts the attempt.
-    """
+    """Raise it to be tried again after a duration, at most the function's max_delay."""
 
     def __init__(self, message: str, retry_after: Duration,
                  code: str = "RETRY_AFTER") -> None:
         super().__init__(message, 0, code, True, seconds(retry_after, "retry_after"))
 
 class StepError(IronflowError):
-    """The function of a step raised; `__cause__` is what it raised.
-
-    A handler that catches it may go on: a further step, also of the same name, is
-    another step. Uncaught it fails the attempt, which is retried unless the cause was a
-    NonRetryableError.
-    """
+    """The function of a step raised `__cause__`. A handler may catch it and go on; else
+    the attempt fails, and is retried unless that was a NonRetryableError."""
 
     def __init__(self, message: str, *, step_id: str, retryable: bool,
                  retry_after: float | None = None) -> None:
@@ -363,28 +331,28 @@ class StepTimeoutError(IronflowError):
         message = f"step {name!r} timed out after {seconds:g}s"
         super().__init__(message, 0, "STEP_TIMEOUT", True)
 
-class InvokeError(IronflowError):
-    """An invoked function gave no output; `code` says why.
+class InvokeError(NonRetryableError):
+    """An invoked function gave no output. `code`: INVOKE_FAILED, INVOKE_CANCELLED,
+    INVOKE_NOT_FOUND, or INVOKE_TIMEOUT: it goes on. Uncaught it is not retried."""
 
-    INVOKE_FAILED, INVOKE_CANCELLED, or INVOKE_TIMEOUT: the run goes on.
-    """
-
-    def __init__(self, function_id: str, run_id: str, status: str, cause: str) -> None:
-        how = {"failed": "failed", "cancelled": "was cancelled"}.get(status)
-        message = f"function {function_id!r} {how or 'did not end in time'} ({run_id})"
-        super().__init__(f"{message}: {cause}" if cause else message,
-                         code=f"INVOKE_{status.upper() if how else 'TIMEOUT'}")
-        self.function_id, self.run_id, self.cause = function_id, run_id, cause
+    def __init__(self, function_id: str, cause: str = "",
+                 child_run_id: str | None = None, status: str = "failed",
+                 **_: object) -> None:
+        how = {"failed": "failed", "cancelled": "was cancelled",
+               "not_found": "could not be started"}.get(status)
+        told = [f"function {function_id!r} {how or 'did not end in time'}",
+                child_run_id and f" ({child_run_id})", cause and f": {cause}"]
+        super().__init__("".join(filter(None, told)),
+                         f"INVOKE_{status.upper() if how else 'TIMEOUT'}")
+        self.function_id, self.cause = function_id, cause
+        self.run_id = self.child_run_id = child_run_id or None
 
 class WorkerAuthError(IronflowError):
     """The server refuses the worker's key (401, 403); a worker that hears it stops."""
 
 class _Unwind(BaseException):
-    """Leaves a handler whose execution is over: it sleeps, or the job is not ours now.
-
-    No Exception, so that `except Exception` in a handler lets it pass. What becomes of
-    the run is kept in the Execution: a handler that swallows this changes nothing.
-    """
+    """Leaves a handler whose execution is over: it waits, or the job is not ours now.
+    No Exception, so that `except Exception` lets it pass; to swallow it is no use."""
 
 def is_retryable(error: BaseException) -> bool:
     """Everything is, but a NonRetryableError and a step that failed with one."""
@@ -396,8 +364,8 @@ def decisive(error: BaseException) -> BaseException:
     """Of a group, as TaskGroup raises it, the member that decides: one for good."""
     if not isinstance(error, BaseExceptionGroup):
         return error
-    leaves = [decisive(member) for member in error.exceptions]
-    return next((leaf for leaf in leaves if not is_retryable(leaf)), leaves[0])
+    return min((decisive(member) for member in error.exceptions),
+               key=lambda leaf: (is_retryable(leaf), isinstance(leaf, _Unwind)))
 
 def failure(error: BaseException) -> dict[str, Any]:
     """The `error` member of a failed report."""
@@ -421,31 +389,18 @@ def sound_text(text: str) -> str:
 # 3. The wire
 # ======================================================================================
 # One keep-alive HTTP/1.1 connection. We write the request ourselves, head and body in
-# one send: http.client sends them apart, and the server wakes up twice. It reads the
-# answer for us, for that part is long. Nothing here follows redirects or asks proxies.
+# one send: http.client, which reads the answer, would send them apart, and the server
+# wake up twice. Nothing here follows redirects or asks proxies.
 
-@dataclass(frozen=True, slots=True)
 class Address:
-    """Where the server is, and the header lines that every request to it carries."""
+    """Where the server is, and the header lines that every request to it carries.
+    Arguments beat the environment. Raises ValueError for what is no http URL."""
 
-    url: str
-    tls: bool
-    host: str
-    port: int
-    base: str                           # path before /api, without a slash at the end
-    head: str
-
-    @classmethod
-    def of(cls, server_url: str | None, api_key: str | None) -> Address:
-        """Arguments beat IRONFLOW_SERVER_URL and IRONFLOW_API_KEY.
-
-        Raises ValueError for what is no http or https URL.
-        """
+    def __init__(self, server_url: str | None, api_key: str | None) -> None:
         env = os.environ.get
         url = server_url or env("IRONFLOW_SERVER_URL") or "http://localhost:9123"
         key = api_key or env("IRONFLOW_API_KEY")
         parts = urlsplit(url)
-        tls = parts.scheme == "https"
         check(parts.scheme in ("http", "https") and parts.hostname
               and not parts.username and not parts.query,
               f"server_url must be like http://host:9123, not {url!r}")
@@ -457,35 +412,25 @@ class Address:
         lines = [f"{name}: {value}" for name, value in headers.items() if value]
         for line in lines:
             check(line.isascii() and line.isprintable(), f"no header: {line[:20]!r}...")
-        return cls(url.rstrip("/"), tls, parts.hostname or "",
-                   parts.port or (443 if tls else 80), quote(parts.path.rstrip("/")),
-                   "\r\n".join([*lines, ""]))
+        self.url, self.head = url.rstrip("/"), "\r\n".join([*lines, ""])
+        self.tls, self.host = parts.scheme == "https", parts.hostname or ""
+        self.port = parts.port or (443 if self.tls else 80)
+        self.base = quote(parts.path.rstrip("/"))       # what is before /api
 
 NO_HEADERS = http.client.HTTPMessage()
 RUN_ID: ContextVar[str | None] = ContextVar("ironflow_run", default=None)
 
-@dataclass(frozen=True, slots=True)
 class Reply:
     """An answer: HTTP status, JSON body (None when there is none), headers."""
 
-    status: int
-    body: Any = None
-    headers: http.client.HTTPMessage = NO_HEADERS
-
-    @property
-    def ok(self) -> bool:
-        return 200 <= self.status < 300
-
-    @property
-    def transient(self) -> bool:
-        """Says something about the moment, and nothing about the request."""
-        return self.status in (408, 429) or (self.status >= 500 and self.status != 501)
-
-    @property
-    def retry_after(self) -> float:
-        """Seconds that the server asks us to wait; 0 when it does not."""
-        text = self.headers.get("Retry-After", "")
-        return float(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0.0
+    def __init__(self, status: int, body: Any = None,
+                 headers: http.client.HTTPMessage = NO_HEADERS) -> None:
+        self.status, self.body, self.headers = status, body, headers
+        self.ok = 200 <= status < 300
+        # Says something about the moment, and nothing about the request:
+        self.transient = status in (408, 429) or (status >= 500 and status != 501)
+        text = headers.get("Retry-After", "")
+        self.retry_after = float(text) if re.fullmatch("[0-9]{1,6}", text) else 0.0
 
     def error(self, doing: str) -> IronflowError:
         """The refusal as an exception. Reads all spellings of 1.4 and 4.7."""
@@ -503,12 +448,8 @@ def said(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 class Connection:
-    """One connection to the server, opened when needed, kept for the next request.
-
-    Used by one thread at a time. Only `close` may be called from another: the request
-    in the air then fails at once, and so does every later one. Requests made inside a
-    handler name its run.
-    """
+    """One connection to the server, opened when needed, kept for the next request. One
+    thread uses it at a time; `close` from another ends the request in the air."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -518,12 +459,8 @@ class Connection:
     def request(self, method: str, path: str, body: Callable[[], bytes] | None,
                 timeout: float) -> Reply:
         """Send one request, read its answer; `timeout` (s) bounds each wait for bytes.
-
-        When a kept connection turns out to be closed by the server, the request is sent
-        again on a new one, perhaps for the second time: all requests here bear that.
-
-        Raises OSError when there is no answer, or one that is neither HTTP nor JSON.
-        """
+        If a kept connection is closed the request is sent again, perhaps for the second
+        time: all here bear that. Raises OSError when there is no sound answer."""
         content = None if body is None else body()
         if self._socket is not None:
             with contextlib.suppress(ConnectionError):
@@ -595,10 +532,9 @@ def _body(status: int, content: bytes) -> Any:
 # 4. The calls, and the two clients
 # ======================================================================================
 # A call is written once, as a coroutine, and a listing as an async generator. All they
-# ever wait for are their client's `_exchange` and `_pause`: AsyncClient awaits there,
-# Client blocks there and never suspends, so that one `send` runs the coroutine to its
-# end. The steps of plain handlers do the same (6). Every call bears being sent twice:
-# it reads, or says what should be, or carries a key.
+# wait for are their client's `_exchange` and `_pause`: AsyncClient awaits there, Client
+# blocks, so that one `send` runs the coroutine to its end (plain handlers do the same,
+# 6). Every call bears being sent twice: it reads, says what should be, or has a key.
 
 P = ParamSpec("P")
 SyncT = TypeVar("SyncT", covariant=True)
@@ -640,7 +576,7 @@ def played(steps: Any) -> Any:
 
 def keyed(what: str, key: str | None, **members: Any) -> dict[str, Any]:
     """A body in JSON, with the idempotency key or else a new one. Raises NotJSON."""
-    members["idempotency_key"] = key or new_name("once-")
+    members["idempotency_key"] = key or f"once-{secrets.token_hex(10)}"
     return dict(json_copy(members, what))
 
 def new_event(name: str, data: Any = None, version: int = 1,
@@ -666,14 +602,10 @@ def snake(body: Mapping[str, Any]) -> dict[str, Any]:
     return row | {name: int(row[name]) for name in COUNTS & row.keys()}
 
 class Calls:
-    """The API. What blocks in Client is awaited in AsyncClient; what iterates there
-    with `for` iterates here with `async for`.
-
+    """The API. What blocks in Client is awaited in AsyncClient; `for` is `async for`.
     A call is repeated, for at most `timeout` (a duration), while the server cannot be
     reached or answers 408, 429 or 503. Then, and for every other refusal, it raises
-    IronflowError with the server's `code`, `message` and `status`. Inside a handler or
-    a step, calls tell the server which run they belong to.
-    """
+    IronflowError. Inside a handler, calls tell the server which run they belong to."""
 
     _exchange: Any                      # how a client waits for an answer,
     _pause: Any                         # and between two tries
@@ -681,7 +613,7 @@ class Calls:
     def __init__(self, server_url: str | None = None, api_key: str | None = None,
                  timeout: Duration = 30) -> None:
         self._idle: list[Connection] = []   # append and pop are atomic: no lock
-        self._address = Address.of(server_url, api_key)
+        self._address = Address(server_url, api_key)
         self._timeout = seconds(timeout, "timeout")
 
     @call
@@ -692,29 +624,20 @@ class Calls:
                 self._idle.pop().drop()
 
     # -- events ------------------------------------------------------------------------
-
     @call
     async def emit(self, name: str, data: Any = None, *, version: int = 1,
                    metadata: Mapping[str, Any] | None = None,
                    idempotency_key: str | None = None) -> Emitted:
-        """Record one event; returns when it is on the server's disk.
-
-        The result has `event_id`, and `run_ids` of the runs that it started. A repeat
-        with the same key and name returns the first result and starts nothing.
-        Without a key the event gets a new one, so that the retry after a lost answer
-        cannot double it; two calls of emit are two events.
-        """
+        """Record one event; returns `event_id`, and `run_ids` of the runs it started,
+        when that is on the server's disk. A repeat with the same key and name returns
+        the first result. Without a key two calls are two events, two tries are one."""
         event = new_event(name, data, version, metadata, idempotency_key)
         return Emitted(await self._send("POST", rest("events"), event))
 
     @call
     async def emit_many(self, events: Iterable[Mapping[str, Any]]) -> list[Emitted]:
-        """Record many events; the results are in the order given.
-
-        Each is a mapping with the arguments of `emit`: name, data, version, metadata,
-        idempotency_key. A thousand go in one request, all or nothing; with more, an
-        error leaves the thousands before it recorded.
-        """
+        """Record many events, mappings of emit's arguments. A thousand go in a request,
+        all or nothing; an error leaves the thousands before it recorded."""
         ready = [new_event(**event) for event in events]
         done: list[Emitted] = []
         for at in range(0, len(ready), MAX_EVENTS):
@@ -727,12 +650,8 @@ class Calls:
     async def emit_sync(self, name: str, data: Any = None, *, timeout: Duration = 30,
                         version: int = 1, metadata: Mapping[str, Any] | None = None,
                         idempotency_key: str | None = None) -> Emitted:
-        """Emit, and wait until all runs that the event started have ended.
-
-        Says in `results` what became of each, and raises for none: a run may have
-        failed, and one that did not end within `timeout` goes on. A server that
-        restarts meanwhile is asked again.
-        """
+        """Emit, wait until all runs that it started have ended, say in `results` what
+        became of each. A run that failed, or is not done in time, raises nothing."""
         event = new_event(name, data, version, metadata, idempotency_key)
         event["event"] = event.pop("name")
         event_id, runs = await self._wait_for_runs("TriggerSync", event, timeout)
@@ -745,18 +664,15 @@ class Calls:
 
     @call
     async def events(self, *, name: str | None = None, source: str | None = None,
-                     names: str | Iterable[str] | None = None, since: When = None,
+                     names: str | Iterable[str] = (), since: When = None,
                      until: When = None, search: str | None = None,
                      ) -> abc.AsyncIterator[EventRow]:
-        """Iterate over all events that match, newest first, fetched page by page.
-
-        `name` is a part of the name, `names` are whole ones. Events that come meanwhile
-        are not among them.
-        """
-        if names is not None and not isinstance(names, str):
-            names = ",".join(names)
-        async for row in self._pages("events", name=name, names=names, source=source,
-                                     since=since, until=until, search=search):
+        """Iterate over all events that match, newest first, none that come meanwhile;
+        `name` is a part of the name, `names` are whole ones."""
+        some = names if isinstance(names, str) else ",".join(names)
+        async for row in self._pages("events", name=name, names=some or None,
+                                     source=source, since=since, until=until,
+                                     search=search):
             yield EventRow(row)
 
     @call
@@ -767,11 +683,8 @@ class Calls:
     @call
     async def publish(self, topic: str, data: Any = None, *,
                       idempotency_key: str | None = None) -> Row:
-        """Record a message for the topic's subscribers; it starts no function.
-
-        The result has `event_id`, `sequence`, and `duplicate`: whether the key was
-        known. Without a key the message gets a new one, as with `emit`.
-        """
+        """Record a message for the topic's subscribers; it starts no function. Returns
+        `event_id`, `sequence`, and `duplicate`: whether the key was known."""
         body = keyed(f"topic {topic!r}", idempotency_key, topic=topic, data=data)
         return Row(await self._send("POST", rest("publish"), body))
 
@@ -784,26 +697,21 @@ class Calls:
     @call
     async def topic_stats(self, topic: str) -> Row:
         """name, message_count, consumer_count, lag, first_seq, last_seq."""
-        stats = await self._send("POST", f"{PUBSUB}GetTopicStats", {"topic": topic})
-        return Row(snake(stats))
+        answer = await self._send("POST", f"{PUBSUB}GetTopicStats", {"topic": topic})
+        return Row(snake(answer))
 
     # -- functions and runs ------------------------------------------------------------
-
     @call
     async def invoke(self, function_id: str, data: Any = None, *,
                      timeout: Duration = 30, idempotency_key: str | None = None) -> Any:
-        """Run one function, whatever its triggers are, and return its output.
-
-        Raises InvokeError when the run failed, was cancelled, or did not end within
-        `timeout`; then it goes on. A server that restarts meanwhile is asked again.
-        """
+        """The output of one function, run whatever its triggers are. Or InvokeError."""
         body = keyed(f"the input of {function_id!r}", idempotency_key,
                      function_id=function_id, data=data)
         _, (run,) = await self._wait_for_runs("InvokeFunctionSync", body, timeout)
         if run.status == "completed":
             return run.output
         cause = (run.error or {}).get("message", "")
-        raise InvokeError(function_id, run.run_id, run.status, cause)
+        raise InvokeError(function_id, cause, run.run_id, run.status)
 
     @call
     async def invoke_async(self, function_id: str, data: Any = None, *,
@@ -821,10 +729,8 @@ class Calls:
     async def list_runs(self, /, function_id: str | None = None,
                         status: str | None = None, limit: int | None = None,
                         **filters: Any) -> list[Run]:
-        """One page of runs, newest first, 50 unless `limit` says otherwise.
-
-        Further filters: offset, event_id, search, since, until.
-        """
+        """One page of runs, newest first, 50 unless `limit` says otherwise. Further
+        filters: offset, event_id, search, since, until."""
         return await self._list(Run, "runs", rest(
             "runs", function_id=function_id, status=status, limit=limit, **filters))
 
@@ -833,9 +739,9 @@ class Calls:
                    event_id: str | None = None, since: When = None, until: When = None,
                    search: str | None = None) -> abc.AsyncIterator[Run]:
         """Iterate over all runs that match, newest first, fetched page by page."""
-        async for row in self._pages(
-                "runs", function_id=function_id, status=status, event_id=event_id,
-                since=since, until=until, search=search):
+        async for row in self._pages("runs", function_id=function_id, status=status,
+                                     event_id=event_id, since=since, until=until,
+                                     search=search):
             yield Run(row)
 
     @call
@@ -881,25 +787,20 @@ class Calls:
         return Row(await self._send("GET", "/health"))
 
     # -- asking ------------------------------------------------------------------------
-
     async def _list(self, kind: type[RowT], member: str, path: str) -> list[RowT]:
         return [kind(row) for row in (await self._send("GET", path))[member]]
 
     async def _pages(self, what: str, **query: Any) -> abc.AsyncIterator[Any]:
         """The rows of all pages. One that is empty and names a next is not the last."""
         while query.get("cursor") != "":
-            page = await self._send("GET", rest(what, limit=PAGE, **query))
+            page = await self._send("GET", rest(what, limit=200, **query))
             for row in page[what]:
                 yield row
             query["cursor"] = page["next_cursor"]
 
     async def _wait_for_runs(self, method: str, body: Any, timeout: Duration
                              ) -> tuple[Any, list[Run]]:
-        """The event's id, and what became of its runs.
-
-        A server that stops answers early, and one that dies does not: it is asked
-        again, with the same key, for what is left of the time.
-        """
+        """The event's id, and what became of its runs, also if the server restarts."""
         until = monotonic() + seconds(timeout, "timeout")
 
         def for_the_rest() -> dict[str, Any]:
@@ -924,15 +825,15 @@ class Calls:
         make = None if body is None else content
         deadline = deadline or monotonic() + self._timeout
         for delay in backoff():
-            cause: OSError | None = None
             left = max(deadline - monotonic(), 0.001)
             try:
                 reply: Reply = await self._exchange(method, path, make, left)
             except OSError as error:
-                cause, trouble = error, IronflowError(
+                trouble = IronflowError(
                     f"cannot reach the ironflow server at {self._address.url} "
                     f"({said(error)}); is it running? `python ironflow.py` starts one, "
                     "IRONFLOW_SERVER_URL says where it is", 0, "unavailable", True)
+                trouble.__cause__ = error
             else:
                 if reply.ok:
                     return reply.body
@@ -941,7 +842,7 @@ class Calls:
                     raise trouble
                 delay = max(delay, reply.retry_after)
             if monotonic() + delay >= deadline:
-                raise trouble from cause
+                raise trouble
             await self._pause(delay)
         raise AssertionError("backoff() never ends")
 
@@ -978,15 +879,12 @@ class Client(Calls, contextlib.AbstractContextManager["Client"]):
             return line.request(*request)
 
     async def _pause(self, delay: float) -> None:
-        time.sleep(delay)  # noqa: ASYNC251
+        sleep(delay)  # noqa: ASYNC251
 
 class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
-    """The API for programs with an event loop; an async context manager.
-
-    Any number of loops may use it, one after the other. Each exchange blocks a thread,
-    at most 64 at a time. Cancelling a call closes its connection: the server sees that
-    at once, and the thread ends.
-    """
+    """The API for programs with an event loop; an async context manager. Loops may use
+    it one after the other. Each exchange blocks a thread, at most 64 at a time.
+    Cancelling a call closes its connection, and the thread ends."""
 
     _loop: asyncio.AbstractEventLoop | None = None      # that of `_gate`
     _pause = staticmethod(asyncio.sleep)
@@ -1005,14 +903,16 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
 # ======================================================================================
 # 5. Functions
 # ======================================================================================
-# A function is a handler and what the server must know of it. All of it is checked
-# where it is written down, by an error that names the field: a mistake should not wait
-# for the first registration, on another machine, at night.
+# A function is a handler and what the server must know of it, all checked where it is
+# written down: a mistake should not wait for a registration, elsewhere, at night.
 
 Handler = Callable[[Any], Any]
-RETRY_FIELDS = {"max_attempts": "maxAttempts", "initial_delay": "initialDelayMs",
-                "backoff_factor": "backoffFactor", "max_delay": "maxDelayMs",
-                "on_exhausted": "onExhausted"}
+Fields = Mapping[str, Any] | None
+FIELDS = {                              # of options that are dicts; "!": must be there
+    "triggers": "event expression cron", "cancel_on": "event! match",
+    "retry": "max_attempts initial_delay backoff_factor max_delay on_exhausted",
+    "concurrency": "limit! key", "throttle": "limit! period! key",
+    "debounce": "period! key max_wait"}
 
 class Function:
     """A handler and its registration. Call it with a context to test the handler."""
@@ -1020,11 +920,9 @@ class Function:
     def __init__(self, handler: Handler, registration: dict[str, Any],
                  mode: str | None, step_timeout: float | None) -> None:
         functools.update_wrapper(self, handler)
-        self.handler = handler
+        self.handler, self.mode, self.step_timeout = handler, mode, step_timeout
         self.id: str = registration["id"]
         self.registration = registration    # the body of RegisterFunction without mode
-        self.mode = mode
-        self.step_timeout = step_timeout
         self.is_async = (inspect.iscoroutinefunction(handler)
                          or inspect.iscoroutinefunction(type(handler).__call__))
 
@@ -1036,42 +934,52 @@ class Function:
 
 def function(
     *, id: str, triggers: Sequence[Mapping[str, str]] = (), mode: str | None = None,
-    retry: Mapping[str, Any] | None = None, timeout: Duration | None = None,
+    retry: Fields = None, timeout: Duration | None = None,
     step_timeout: Duration | None = None, recording: bool | None = None,
-    name: str | None = None, description: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    name: str | None = None, description: str | None = None, metadata: Fields = None,
+    concurrency: Fields = None, actor_key: str | None = None, throttle: Fields = None,
+    debounce: Fields = None, cancel_on: Sequence[Mapping[str, str]] | None = None,
+    secrets: Sequence[str] | None = None,
 ) -> Callable[[Handler], Function]:
     """Make a handler, an `async def` or `def` of one argument, a durable function.
-
-    - `triggers`: what starts it, `[{"event": "order.placed"}]`; also patterns such as
-      `order.*` and `order.>`. Without any it runs only when it is invoked.
+    - `triggers`: what starts it, `[{"event": "order.placed"}]`, also patterns such as
+      `order.*` and `order.>`; with an `expression` (CEL), which then has to be true;
+      `[{"cron": "0 8 * * mon-fri"}]`, in UTC. Without any it runs only when invoked.
     - `retry`: any of max_attempts (the first included), initial_delay, backoff_factor,
       max_delay, on_exhausted ("fail" or "pause"). Else 3, 1 s, 2, 5 min, "fail".
     - `timeout`: of one call of a push endpoint; pull runs have none.
-    - `step_timeout`: for each step.run that gives none itself.
+    - `step_timeout`: for each undo, and each step.run that gives none itself.
+    - `concurrency`, {limit, key}: so many runs at once, of each value at the path `key`
+      in the event's data. `actor_key`, a path: one at once, on the same worker.
+    - `throttle`, {limit, period, key}: so many starts in a period; the others wait.
+    - `debounce`, {period, key, max_wait}: one run, for the last event before a silence.
+    - `cancel_on`, [{event, match}]: cancels runs whose own event is equal at `match`.
+    - `secrets`: names of values that the server keeps, for `ctx.secrets`.
     - `mode`: "pull" or "push"; when unset, a Worker registers pull.
-
-    Delays and timeouts are durations. Raises ValueError that names function and field.
-    What the server does not support it refuses itself, at registration.
-    """
+    Delays, periods and timeouts are durations. Raises ValueError that names function
+    and field. What the server does not support it refuses itself, at registration."""
     at = f"@function(id={id!r})"
     check(isinstance(id, str) and re.fullmatch(r"[^*>\s\x00-\x1f\x7f]+", id)
           and "" not in id.split("."),
           f"{at}: id must be text without blanks, '*', '>' or empty dot segments")
     check(mode in (None, "pull", "push"), f"{at}: mode must be 'pull' or 'push'")
+    check(isinstance(actor_key, str | None), f"{at}: actor_key must be text")
+    check(not isinstance(secrets, str) and all(isinstance(one, str) for one in
+          secrets or ()), f"{at}: secrets must be a list of names")
     fields = {
         "id": id, "name": name or id, "description": description,
-        "triggers": [_trigger(trigger, at) for trigger in triggers],
-        "retry": None if retry is None else _retry(retry, at),
         "timeoutMs": None if timeout is None else _ms(timeout, f"{at}: timeout"),
         "metadata": None if metadata is None else dict(metadata),
-        "recording": recording,
-    }
+        "actorKey": actor_key, "secrets": secrets, "recording": recording,
+        "triggers": [_wire("triggers", one, at) for one in triggers],
+        "cancelOn": cancel_on and [_wire("cancel_on", one, at) for one in cancel_on],
+        **{option: None if value is None else _wire(option, value, at)
+           for option, value in (("retry", retry), ("concurrency", concurrency),
+                                 ("throttle", throttle), ("debounce", debounce))}}
     given = {key: value for key, value in fields.items() if value is not None}
     registration = json_copy(given, at)
-    limit = None
-    if step_timeout is not None:
-        limit = seconds(step_timeout, f"{at}: step_timeout")
+    limit = None if step_timeout is None else seconds(
+        step_timeout, f"{at}: step_timeout")
 
     def decorate(handler: Handler) -> Function:
         try:
@@ -1082,44 +990,46 @@ def function(
 
     return decorate
 
-def _trigger(trigger: Mapping[str, str], at: str) -> dict[str, str]:
-    known = ("event", "expression", "cron")
-    check(isinstance(trigger, Mapping) and ("event" in trigger or "cron" in trigger)
-          and all(key in known and isinstance(value, str) and value
-                  for key, value in trigger.items()),
-          f"{at}: triggers must be like [{{'event': 'order.placed'}}], not {trigger!r}")
-    return dict(trigger)
-
-def _retry(retry: Mapping[str, Any], at: str) -> dict[str, Any]:
-    wire: dict[str, Any] = {}
-    for field, value in retry.items():
-        where = f"{at}: retry[{field!r}]"
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        check(field in RETRY_FIELDS, f"{where} is none of {', '.join(RETRY_FIELDS)}")
-        if field in ("initial_delay", "max_delay"):
-            value = _ms(value, where)
-        elif field == "on_exhausted":
-            check(value in ("fail", "pause"), f"{where} must be 'fail' or 'pause'")
-        else:
+def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """An option's fields, checked, as the server spells them."""
+    known, wire = FIELDS[option].replace("!", "").split(), {}
+    needed = re.findall(r"(\w+)!", FIELDS[option])
+    check(isinstance(given, Mapping) and all(one in given for one in needed)
+          and (option != "triggers" or given.keys() & {"event", "cron"}),
+          f"{at}: {option} must have {' and '.join(needed) or 'event or cron'}, not be "
+          f"{given!r}")
+    for name, value in given.items():
+        where = f"{at}: {option}[{name!r}]"
+        check(name in known, f"{where} is none of {', '.join(known)}")
+        spelled = re.sub("_(.)", lambda found: found[1].upper(), name)
+        if name in ("initial_delay", "max_delay", "period", "max_wait"):
+            value = _ms(value, where, 1000 if name == "period" else 0)
+            spelled += "Ms"
+        elif name in ("max_attempts", "backoff_factor", "limit"):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
             check(number and 1 <= value < math.inf, f"{where} must be a number from 1")
-            check(field == "backoff_factor" or value == int(value),
+            check(name == "backoff_factor" or value == int(value),
                   f"{where} must be a whole number")
-        wire[RETRY_FIELDS[field]] = value
+        else:
+            check(isinstance(value, str) and value, f"{where} must be text")
+            check(name != "on_exhausted" or value in ("fail", "pause"),
+                  f"{where} must be 'fail' or 'pause'")
+        wire[spelled] = value
     return wire
 
-def _ms(value: Duration, field: str) -> int:
-    return round(seconds(value, field) * 1000)
+def _ms(value: Duration, field: str, least: int = 0) -> int:
+    milliseconds = round(seconds(value, field) * 1000)
+    check(milliseconds >= least, f"{field} must be {least} ms or more, not {value!r}")
+    return milliseconds
 
 # ======================================================================================
 # 6. Steps
 # ======================================================================================
 # What a handler writes with. One core serves both kinds of handler: coroutines that
-# await nothing but their host. In an async handler the host really waits, and the
-# handler awaits the coroutine. In a plain one the host blocks its thread and never
-# suspends, so that one `send` runs the coroutine to its end. No second core can drift.
-#
-# A step's id is counted when the step is called, and not when it is awaited: with
-# asyncio.gather the ids follow the order in the text, whatever the loop does.
+# await nothing but their host, which in an async handler really waits. In a plain one
+# it blocks its thread, so that one `send` runs the coroutine to its end. A step's id is
+# counted when the step is called, not when it is awaited: with asyncio.gather the ids
+# follow the order in the text, whatever the loop does.
 
 _STEP: ContextVar[str | None] = ContextVar("ironflow_step", default=None)
 
@@ -1131,102 +1041,239 @@ class Context:
     run: RunInfo
     step: Step
     logger: logging.LoggerAdapter[logging.Logger]
+    secrets: Mapping[str, str]
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Step:
-    """The durable steps of one execution: `ctx.step`.
+    """The durable steps of one execution, `ctx.step`, or of one branch of it.
 
-    In an async handler every call must be awaited; in a plain one it blocks and returns
-    the value. Names are free text and may repeat: the uses of each name are counted.
-    """
+    In an async handler every call but `compensate` must be awaited; in a plain one it
+    blocks and returns the value. Names are free text and may repeat: the uses of each
+    name are counted."""
 
     _execution: Execution
     _host: Host
-    _scope: str
+    _scope: str                         # what the ids of its steps begin with
+    _parent: Step | None = None
+    _stopped: bool = False              # a branch beside it failed: begin nothing more
+    _blocks: list[dict[str, Any]] = field(default_factory=list)     # what it waits for
+    _undos: list[Any] = field(default_factory=list)     # (name, fn); a list: a branch's
 
-    def run(self, name: str, fn: Callable[[], Any], *,
-            timeout: Duration | None = None) -> Any:
-        """The result of `fn()`, called once per run and remembered from then on.
+    def run(self, name: str, fn: Work, *, timeout: Duration | None = None) -> Any:
+        """The result of `fn()`, sync or async, called once per run and remembered: what
+        JSON makes of it, when the server has that on disk (see `checkpoint_interval`).
 
-        `fn` is sync or async. Returned is what JSON makes of its result, the first time
-        as on every replay, and only when the server has it on disk (unless the worker
-        has a `checkpoint_interval`).
+        A sync `fn` runs in a thread of its own, in a plain handler in the handler's. It
+        cannot be interrupted: over its timeout the step of an async handler fails at
+        once, and what the thread returns is dropped; that of a plain one after `fn`.
 
-        A sync `fn` runs in a thread when the handler is async, so that the loop stays
-        free; in a plain handler it runs in the handler's own thread. It cannot be
-        interrupted. Over its timeout the step fails: in an async handler at once, while
-        the thread works on and its result is dropped; in a plain one after `fn`.
-
-        Raises StepError from what `fn` raised, StepTimeoutError, NotJSON when the
-        output cannot be kept, NonRetryableError for a step inside another's function.
-        """
-        limit = self._host.step_timeout
-        if timeout is not None:
-            limit = seconds(timeout, f"step {name!r}: timeout")
-        step_id = self._execution.new_step_id(self._scope, name)
-        return self._host.play(self._run(step_id, name, fn, limit))
+        Raises StepError from what `fn` raised, StepTimeoutError, NotJSON for an output
+        that is none, NonRetryableError for a step inside another's function."""
+        limit = self._host.step_timeout if timeout is None else seconds(
+            timeout, f"step {name!r}: timeout")
+        return self._play(name, lambda step_id: self._call(step_id, name, fn, limit))
 
     def sleep(self, name: str, duration: Duration) -> Any:
-        """Suspend the run; while it sleeps it costs neither a worker nor the server.
-
-        The handler ends here, and is replayed when the time is over. Steps under way at
-        that moment (asyncio.gather) end first, and are kept.
-        """
+        """Suspend the run, which then costs no worker. The handler ends here, and is
+        replayed when the time is over."""
         length = timedelta(seconds=seconds(duration, f"step {name!r}: duration"))
         return self.sleep_until(name, now() + length)
 
     def sleep_until(self, name: str, when: datetime | str) -> Any:
-        """Suspend the run until an aware datetime, or RFC 3339 text.
-
-        A time in the past is no error, for a retry may come late: the run goes on.
-        """
+        """Suspend the run until an aware datetime, or RFC 3339 text; a time in the past
+        is no error, for a retry may come late."""
         until = rfc3339(instant(when, f"step {name!r}: when"))
+        return self._leave(name, "sleep", until=until)
+
+    def wait_for_event(self, name: str, *, event: str, match: str | None = None,
+                       match_value: Any = None, payload: Any = None,
+                       timeout: Duration = "7d") -> Any:
+        """Suspend the run until there is such an event; returns the Event.
+        `match` is a path: the event must have there what the run's own event has, or
+        `match_value`. Or it is a condition: `status == "paid"`, or CEL. An answer that
+        came before the question is found. `payload` is for whoever shows the wait. Over
+        its timeout the server fails the run: the handler never hears."""
+        check(isinstance(event, str) and event, f"step {name!r}: event must be a name")
+        limit = _ms(timeout, f"step {name!r}: timeout", 1)
+        wanted = {"event": event, "match": match, "match_value": match_value,
+                  "payload": payload, "timeout": f"{limit}ms"}
+        return self._leave(name, "wait_for_event", Event.from_json, event_filter={
+            key: value for key, value in wanted.items() if value is not None})
+
+    def invoke(self, function_id: str | Function, input: Any = None, *,
+               timeout: Duration = 30) -> Any:
+        """Run another function as a child; returns its output. Raises InvokeError:
+        uncaught that fails the run for good. A child over its `timeout` goes on."""
+        name = function_id if isinstance(function_id, str) else function_id.id
+        limit = _ms(timeout, f"invoke {name!r}: timeout", 1)
+        return self._leave(name, "invoke_function", function_id=name, input=input,
+                           invoke_timeout_ms=limit)
+
+    def invoke_async(self, function_id: str | Function, input: Any = None) -> Any:
+        """Start another function; returns its `run_id` when that is on disk."""
+        name = function_id if isinstance(function_id, str) else function_id.id
+        return self._leave(name, "invoke_function_async", Row, function_id=name,
+                           input=input)
+
+    def publish(self, topic: str, data: Any = None, *,
+                idempotency_key: str | None = None) -> Any:
+        """Record a message for the topic's subscribers, once, as a step; the result has
+        `event_id` and `sequence`. The key is by default made of the step's id."""
+        check(isinstance(topic, str) and topic, f"a topic must be text, not {topic!r}")
+        body, name = json_copy(data, f"topic {topic!r}"), f"publish:{topic}"
+
+        def send(step_id: str) -> Any:
+            key = idempotency_key or f"step-{sha256(step_id.encode()).hexdigest()}"
+            return self._call(step_id, name, lambda: self._execution.publish(
+                topic, body, key), self._host.step_timeout)
+
+        return self._play(name, send, lambda output: Row(snake(output)))
+
+    def compensate(self, step_name: str, fn: Work) -> None:
+        """Register the undo of a step, for when the run fails for good: not retryable,
+        or in the last attempt when `on_exhausted` is "fail". Undos are called newest
+        first (the last branch's first), each a recorded step. One that raises is told
+        in the run's error, and the others go on. A run that is cancelled, or that the
+        server fails (a wait over its timeout), undoes nothing."""
+        check(isinstance(step_name, str) and step_name and callable(fn),
+              f"compensate takes a step's name and a function, not {step_name!r}")
+        self._undos.append((step_name, fn))
+
+    def parallel(self, name: str, branches: Sequence[Handler], *,
+                 concurrency: int | None = None, on_error: str = "fail_fast") -> Any:
+        """Call each branch with steps of its own, at the same time; list of results.
+        At most `concurrency` branches are under way, those included that sleep or wait;
+        in a plain handler each has a thread, and 64 are the most. The run lets go when
+        each branch has ended or waits, and comes back when any may go on.
+
+        With "fail_fast" a branch that raises keeps the others from beginning steps;
+        when those in flight have ended its error is raised, of several the first
+        branch's. With "collect" all go on, and errors stand in the places of results.
+        Groups under way at the same time need different names."""
+        check(on_error in ("fail_fast", "collect"),
+              f"group {name!r}: on_error must be 'fail_fast' or 'collect'")
+        stem = self._execution.stem(self._scope, name)
+        steps = [Step(self._execution, self._host, f"{stem}:{i}", self)
+                 for i in range(len(branches))]
+        self._undos += [step._undos for step in steps]
+        return self._host.play(self._branches(stem, branches, steps, concurrency or 0,
+                                              on_error == "fail_fast"))
+
+    def map(self, name: str, items: Iterable[Any], fn: Callable[[Any, Step, int], Any],
+            *, concurrency: int | None = None, on_error: str = "fail_fast") -> Any:
+        """`fn(item, step, index)` for each item, as the branches of `parallel`."""
+        branches = [lambda step, item=item, index=index: fn(item, step, index)
+                    for index, item in enumerate(items)]
+        return self.parallel(name, branches, concurrency=concurrency, on_error=on_error)
+
+    def _play(self, name: str, work: Callable[[str], Any],
+              read: Callable[[Any], Any] = lambda output: output) -> Any:
+        """What the journal has for the next step of this name, or else its work."""
+        async def play() -> Any:
+            with self._execution.step(self, step_id, name) as known:
+                return read(known[0] if known else await work(step_id))
+
         step_id = self._execution.new_step_id(self._scope, name)
-        return self._host.play(self._sleep(step_id, name, until))
+        return self._host.play(play())
 
-    async def _run(self, step_id: str, name: str, fn: Callable[[], Any],
-                   timeout: float | None) -> Any:
+    def _leave(self, name: str, kind: str, read: Callable[[Any], Any] = lambda it: it,
+               **what: Any) -> Any:
+        """Let go of the run until the server knows the output of this step."""
+        async def leave(step_id: str) -> None:
+            self._blocks.append({"type": kind, "step_id": step_id, "step_name": name,
+                                 **json_copy(what, f"step {name!r}")})
+            raise _Unwind
+
+        return self._play(name, leave, read)
+
+    async def _branches(self, stem: str, branches: Sequence[Handler], steps: list[Step],
+                        limit: int, fail_fast: bool) -> list[Any]:
+        execution, rest = self._execution, iter(range(len(steps)))
+        results: list[Any] = [None] * len(steps)
+        failed: dict[int, BaseException] = {}
+        unwound: list[int] = []
+
+        async def play_some() -> None:
+            """One branch after the other. One that waits keeps its place at a limit."""
+            for i in rest:
+                step = steps[i]
+                # What an earlier attempt completed must register its undo again.
+                if step._stopped and not execution.knows(step._scope):
+                    continue
+                try:
+                    results[i] = await called(branches[i], step)
+                except (Exception, BaseExceptionGroup, _Unwind) as error:
+                    if step._blocks or isinstance(decisive(error), _Unwind):
+                        unwound.append(i)
+                    else:
+                        results[i] = failed[i] = error
+                        for one in steps:
+                            one._stopped = fail_fast
+                if step._blocks and limit > 0:
+                    break
+
+        if stem in execution.groups:        # the steps of both would share their ids
+            raise NonRetryableError(f"a group {stem!r} is under way already; give each "
+                                    "of the two its own name", "TWO_GROUPS")
+        execution.groups.add(stem)
+        most = min(len(steps), self._host.most, limit if limit > 0 else len(steps))
+        try:
+            await self._host.together([play_some() for _ in range(most)])
+        finally:
+            execution.groups.remove(stem)
+        if failed and fail_fast:
+            raise failed[min(failed)]
+        self._blocks += [block for step in steps for block in step._blocks]
+        if unwound or self._blocks:
+            raise _Unwind
+        return results
+
+    def _may_begin(self) -> bool:
+        """Not while this waits for the server, or when a branch beside it failed."""
+        above = self._parent is None or self._parent._may_begin()
+        return above and not (self._stopped or self._blocks)
+
+    async def _call(self, step_id: str, name: str, fn: Work, timeout: float | None,
+                    **undo: str) -> Any:
+        """Call the step's function; returns its output once that is recorded."""
         execution = self._execution
-        with execution.step(name):
-            if step_id in execution.job.completed:
-                return execution.job.completed[step_id]
-            fn = execution.stand_ins.get(step_id, execution.stand_ins.get(name, fn))
-            begun = now()
-            try:
-                value = await self._host.call(name, fn, timeout)
-                output = json_copy(value, f"step {name!r}: its output")
-            except (Exception, SystemExit) as raised:
-                error = decisive(raised)
-                message, retryable = message_of(error), is_retryable(error)
-                execution.keep(step_row(step_id, name, begun, "failed", error={
-                    "message": message, "retryable": retryable}))
-                if isinstance(raised, (NotJSON, StepTimeoutError)):
-                    raise
-                after = error.retry_after if isinstance(error, IronflowError) else None
-                raise StepError(message, step_id=step_id, retryable=retryable,
-                                retry_after=after) from raised
-            row = step_row(step_id, name, begun, "completed", output=output)
-            await execution.record(row, self._host)
-            return output
+        fn = execution.stand_ins.get(step_id, execution.stand_ins.get(name, fn))
+        row = {"id": step_id, "name": name, "type": "compensate" if undo else "invoke"}
+        begun = now()
+        _STEP.set(name)
+        try:
+            value = await self._host.call(name, fn, timeout)
+            output = None if undo else json_copy(value, f"step {name!r}: its output")
+        except (Exception, SystemExit) as raised:
+            error = decisive(raised)
+            message, retryable = message_of(error), is_retryable(error)
+            execution.keep(ended(begun, **row, **undo, status="failed", error={
+                "message": message, "retryable": retryable}))
+            if isinstance(raised, (NotJSON, StepTimeoutError)):
+                raise
+            after = error.retry_after if isinstance(error, IronflowError) else None
+            raise StepError(message, step_id=step_id, retryable=retryable,
+                            retry_after=after) from raised
+        finally:
+            _STEP.set(None)
+        await execution.record(
+            ended(begun, **row, **undo, status="completed", output=output), self._host)
+        return output
 
-    async def _sleep(self, step_id: str, name: str, until: str) -> None:
-        with self._execution.step(name):
-            if step_id not in self._execution.job.completed:
-                pause = {"type": "sleep", "step_id": step_id, "step_name": name,
-                         "until": until}
-                self._execution.fate = {"status": "yielded", "yield": pause}
-                raise _Unwind
-
-def step_row(step_id: str, name: str, begun: datetime, status: str, **more: Any) -> str:
-    """The row of a step that has just ended, as JSON text.
-
-    As text at once: a handler may change what a step returned, not what is reported.
-    """
-    ended = now()
-    took_ms = max(0, round((ended - begun).total_seconds() * 1000))
-    return encode({"id": step_id, "name": name, "type": "invoke", "status": status,
-                   **more, "started_at": rfc3339(begun), "ended_at": rfc3339(ended),
+def ended(begun: datetime, **row: Any) -> str:
+    """The row of a step that has just ended, as text, which no handler can change."""
+    at = now()
+    took_ms = max(0, round((at - begun).total_seconds() * 1000))
+    return encode({**row, "started_at": rfc3339(begun), "ended_at": rfc3339(at),
                    "duration_ms": took_ms})
+
+async def called(fn: Callable[[Any], Any], argument: Any) -> Any:
+    """What a handler or a branch returns. It may not end the process, or the loop."""
+    try:
+        value = fn(argument)
+        return await value if inspect.isawaitable(value) else value
+    except SystemExit as error:
+        raise RuntimeError(f"sys.exit({error}) was called") from error
 
 @dataclass(frozen=True)
 class Host:
@@ -1235,13 +1282,10 @@ class Host:
     loop: asyncio.AbstractEventLoop
     threads: asyncio.Semaphore          # bounds how many steps have one at a time
     step_timeout: float | None
+    most = 2**31                        # branches at a time
+    play = staticmethod(lambda steps: steps)
 
-    @staticmethod
-    def play(steps: abc.Coroutine[Any, Any, T]) -> Any:
-        return steps
-
-    async def call(self, name: str, fn: Callable[[], Any],
-                   timeout: float | None) -> Any:
+    async def call(self, name: str, fn: Work, timeout: float | None) -> Any:
         if inspect.iscoroutinefunction(fn):
             return await within(timeout, name, fn())
         async with self.threads:
@@ -1253,13 +1297,16 @@ class Host:
     async def wait(self, future: Future[T]) -> T:
         return await asyncio.wrap_future(future)
 
+    async def together(self, works: Iterable[abc.Coroutine[Any, Any, None]]) -> None:
+        await asyncio.gather(*works)
+
 class PlainHost(Host):
     """For plain handlers: blocks their thread, so that no coroutine here suspends."""
 
     play = staticmethod(played)
+    most = THREADS
 
-    async def call(self, name: str, fn: Callable[[], Any],
-                   timeout: float | None) -> Any:
+    async def call(self, name: str, fn: Work, timeout: float | None) -> Any:
         started = monotonic()
         value = fn()
         if inspect.isawaitable(value):
@@ -1271,6 +1318,11 @@ class PlainHost(Host):
 
     async def wait(self, future: Future[T]) -> T:
         return future.result()
+
+    async def together(self, works: Iterable[abc.Coroutine[Any, Any, None]]) -> None:
+        threads = [in_thread(functools.partial(played, one), "branch") for one in works]
+        work = super().together(threads)
+        asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
 async def within(timeout: float | None, name: str, work: Any) -> Any:
     """Await the work of a step. A TimeoutError of its own is not taken for ours."""
@@ -1289,39 +1341,36 @@ def from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., object],
         loop.call_soon_threadsafe(call, *args)
 
 async def in_thread(fn: Callable[[], T], name: str) -> T:
-    """What `fn` returns or raises, from a daemon thread of its own.
-
-    Not asyncio's default executor: user code may fill that one, and its threads hold up
-    the end of the process. The outcome travels as a value, since a Future refuses some
-    exceptions (StopIteration). Cancelling ends the waiting; the thread works on.
-    """
-    outcome: Future[tuple[list[T], BaseException | None]] = Future()
+    """What `fn` returns or raises, from a daemon thread of its own: user code may fill
+    asyncio's default executor, and its threads hold up the end of the process. The
+    outcome travels as a value, for a Future refuses some exceptions (StopIteration).
+    Cancelling ends the waiting; the thread works on."""
+    outcome: Future[tuple[bool, Any]] = Future()
     outcome.set_running_or_notify_cancel()
 
     def body() -> None:
         try:
-            outcome.set_result(([fn()], None))
+            outcome.set_result((True, fn()))
         except BaseException as error:
-            outcome.set_result(([], error))
+            outcome.set_result((False, error))
 
     threading.Thread(target=copy_context().run, args=(body,), name=name,
                      daemon=True).start()
-    value, error = await asyncio.wrap_future(outcome)
-    if error is not None:
-        raise error
-    return value[0]
+    fine, value = await asyncio.wrap_future(outcome)
+    if not fine:
+        raise value
+    return value  # type: ignore[no-any-return]
 
 # ======================================================================================
 # 7. An execution
 # ======================================================================================
 # One lease on one run: what the journal knew when it began, what was added since, and
-# how it ends. `lost` says that the run is not ours any more; `fate` how it ends when
-# that is not for the handler to say: it sleeps, or the server refused a step. A handler
-# that goes on after either meets _Unwind at its next step; what it returns is ignored.
+# how it ends. `lost` says that the run is not ours any more; `fate` how it ends because
+# the server refused a step. A handler that goes on after either meets _Unwind at its
+# next step; what it returns is ignored.
 #
-# It ends only after the steps in flight have ended too: with asyncio.gather a branch
-# may be at work while another one fails or sleeps. To report at once would let another
-# process start the same step again beside it.
+# It ends only after the steps in flight have ended too: a branch may be at work while
+# another one fails. To report at once would let another process start its step again.
 #
 # Several threads touch it: the handler's, the loop's, and the link's, which brings the
 # server's verdicts. Its lock is never held while anything else is called.
@@ -1331,71 +1380,89 @@ class Execution:
     `stand_ins`, by step id or name, are called instead of a step's function."""
 
     def __init__(self, job: Job, send: Callable[[Execution, str], Future[Reply]],
-                 flush_later: Callable[[Execution], None] | None = None,
-                 stand_ins: Mapping[str, Callable[[], Any]] | None = None) -> None:
-        self.job, self.stand_ins = job, stand_ins or {}
+                 publish: Any, checkpoint_s: float = 0,
+                 stand_ins: Mapping[str, Work] | None = None) -> None:
+        self.job, self.stand_ins, self.publish = job, stand_ins or {}, publish
         self.name = f"run {job.run.id} attempt {job.run.attempt}"
         self.lost = False
         self.fate: dict[str, Any] | None = None
         self.cancel: Callable[[], None] = lambda: None  # how to wake an async handler
         self.rows: list[str] = []           # of ended steps, not sent yet
         self._sequence = job.sequence_base  # of the first of them
-        self._send, self._flush_later = send, flush_later
+        self._send, self._checkpoint_s, self._timed = send, checkpoint_s, False
         self._lock = threading.Lock()
         self._uses: Counter[str] = Counter()
+        self.groups: set[str] = set()       # under way
         self._in_air: list[Future[Reply]] = []
         self._open = 0                      # steps in flight
         self._quiet: Future[None] | None = None         # set once the handler has ended
+        self._undoing = f"{job.run.id}:compensate::0"   # see _undo
+        self.failure: dict[str, Any] | None = job.completed.get(self._undoing)
 
-    # -- what steps ask ----------------------------------------------------------------
-
-    def new_step_id(self, scope: str, name: str) -> str:
-        """The id of the next use of `name`, byte for byte as in all SDKs (6)."""
+    def stem(self, scope: str, name: str) -> str:
+        """A step's id but for its number, byte for byte as in all SDKs (6)."""
         check(isinstance(name, str) and name and "\0" not in name,
               f"a step's name must be text, and not empty, not {name!r}")
         json_copy(name, f"the name of step {name!r}")
         head, colon, rest = name.partition(":")
         if colon and head in ("compensate", "publish"):     # this colon stays as it is
             scope, name = f"{scope}:{head}", rest
-        stem = f"{scope}:" + name.replace("\\", "\\\\").replace(":", "\\:")
+        return f"{scope}:" + name.replace("\\", "\\\\").replace(":", "\\:")
+
+    def new_step_id(self, scope: str, name: str) -> str:
+        """The id of the next use of `name`."""
+        stem = self.stem(scope, name)
         with self._lock:
             self._uses[stem] += 1
             return f"{stem}:{self._uses[stem] - 1}"
 
+    def knows(self, scope: str) -> bool:
+        return any(step_id.startswith(f"{scope}:") for step_id in self.job.completed)
+
     @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Surrounds a step. Raises NonRetryableError for one inside another's `fn`."""
+    def step(self, step: Step, step_id: str, name: str) -> Iterator[list[Any]]:
+        """Surrounds a step; gives its output, in a list, if the journal has it. Raises
+        for one inside another's `fn`, a failed child, a new step of a run being undone.
+        """
         if (outer := _STEP.get()) is not None:
             raise NonRetryableError(
                 f"step {name!r} is called inside the function of step {outer!r}, and a "
                 "replay would skip both; call it from the handler", "NESTED_STEP")
+        known = [self.job.completed[step_id]] if step_id in self.job.completed else []
         with self._lock:
-            if self.lost or self.fate or self._quiet:
+            over = self.lost or self.fate or self._quiet
+            if over or not (known or step._may_begin()):
                 raise _Unwind
             self._open += 1
-        _STEP.set(name)
         try:
-            yield
+            if step_id in self.job.failed:
+                raise InvokeError(**{"function_id": name} | self.job.failed[step_id])
+            if self.failure and not known:
+                raise StepError(self.failure["message"], step_id=step_id,
+                                retryable=False)
+            yield known
         finally:
-            _STEP.set(None)
             with self._lock:
                 self._open -= 1
-                last = self._quiet if self._open == 0 else None
-            if last is not None:
-                last.set_result(None)
+                if self._quiet is not None and not self._open:
+                    self._quiet.set_result(None)
 
     def keep(self, row: str) -> None:
         """Keep a row for the next update; that of a failed step can wait for it."""
         with self._lock:
             self.rows.append(row)
 
-    async def record(self, row: str, host: Host) -> None:
+    async def record(self, row: str, host: Host, now: bool = False) -> None:
         """Hand in a completed step; with checkpoint_interval=0, wait for the yes."""
         self.keep(row)
-        if self._flush_later is not None:
-            self._flush_later(self)
-        else:
+        if not self._checkpoint_s or now:
             await host.wait(self.flush())
+        elif not self._timed:
+            self._timed = True
+            later = threading.Timer(self._checkpoint_s,
+                                    lambda: self.rows and self.flush())
+            later.daemon = True
+            later.start()
         if self.lost or self.fate:
             raise _Unwind
 
@@ -1407,59 +1474,89 @@ class Execution:
             no_such_function, {"id": function_id}, None, None)
         kind = Host if function.is_async else PlainHost
         host = kind(loop, threads, function.step_timeout)
-        ctx = Context(self.job.event, self.job.run, Step(self, host, self.job.run.id),
-                      RunLogger(log, {"run": self.name}))
-
-        async def call() -> Any:
-            RUN_ID.set(self.job.run.id)
-            try:
-                return await (function(ctx) if function.is_async
-                              else in_thread(lambda: function(ctx), self.name))
-            except SystemExit as error:     # would end the loop
-                raise RuntimeError(f"the handler called sys.exit({error})") from error
-
-        running = asyncio.create_task(call())
+        life = self._live(function, Step(self, host, self.job.run.id))
         if function.is_async:
+            running = asyncio.create_task(life)
             self.cancel = lambda: from_thread(loop, running.cancel)
+        else:
+            running = asyncio.create_task(in_thread(lambda: played(life), self.name))
+        end: dict[str, Any] = {}            # of no account: it is lost, or has a fate
         try:
-            output = json_copy(await running, f"the output of {function.id!r}")
-            end: dict[str, Any] = {"status": "completed", "output": output}
-        except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as why:
+            end = await running
+        except (asyncio.CancelledError, _Unwind):
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise                       # not the handler alone: this job is
-            if not self.lost and not self.fate:
-                cause = why.__cause__ if isinstance(why, StepError) else why
-                log.warning("%s failed: %s", self.name, why, exc_info=cause)
-            end = {"status": "failed", "error": failure(why)}
         await self.settle(end)
 
-    # -- what the server is told -------------------------------------------------------
+    async def _live(self, function: Function, step: Step) -> dict[str, Any]:
+        """Call the handler, and if that fails for good, the undos; returns the report.
+        Raises _Unwind when there is nothing to report."""
+        run, output, error = self.job.run, None, self.failure
+        RUN_ID.set(run.id)
+        ctx = Context(self.job.event, run, step, RunLogger(log, {"run": self.name}),
+                      self.job.secrets)
+        try:
+            output = json_copy(await called(function, ctx),
+                               f"the output of {function.id!r}")
+        except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as why:
+            task = asyncio.current_task() if function.is_async else None
+            if task is not None and task.cancelling():
+                raise
+            if not (self.lost or self.fate or step._blocks or error):
+                cause = why.__cause__ if isinstance(why, StepError) else why
+                log.warning("%s failed: %s", self.name, why, exc_info=cause)
+                error = failure(why)
+        if self.lost or self.fate:
+            raise _Unwind
+        if step._blocks:
+            first, *more = step._blocks
+            return {"status": "yielded", "yield": first, "yields": more}
+        if error is None:
+            return {"status": "completed", "output": output}
+        last = run.on_exhausted == "fail" and 0 < run.max_attempts <= run.attempt
+        if last or not error["retryable"]:
+            error = await self._undo(step, error)
+        return {"status": "failed", "error": error}
 
-    def ack(self) -> Future[Reply]:
-        return self._send(self, self._text({"status": "ack"}))
+    async def _undo(self, step: Step, error: dict[str, Any]) -> dict[str, Any]:
+        """Call the undos, newest first; returns the error, with what was not undone.
+        Recorded first is that the run fails, and how: after a crash in the middle no
+        step is tried again, for its undo may have run."""
+        await step._host.wait(self.hush())
+        undos = newest_first(step._undos)
+        if undos and self.failure is None:
+            row = ended(now(), id=self._undoing, name="compensate:", type="compensate",
+                        status="completed", compensation_for="", output=error)
+            await self.record(row, step._host, True)
+        for name, fn in undos:
+            what = f"compensate:{name}"
+            step_id = self.new_step_id(self.job.run.id, what)
+            if step_id not in self.job.completed:
+                try:
+                    await step._call(step_id, what, fn, step._host.step_timeout,
+                                     compensation_for=name)
+                except IronflowError as trouble:
+                    text = f"{error['message']}; {name!r} is not undone: {trouble}"
+                    error = {**error, "message": sound_text(text)}
+        return error
 
     def flush(self) -> Future[Reply]:
-        """Send the rows that wait, as progress."""
-        sent = self._send(self, self._with_rows({"status": "progress"}))
-        with self._lock:
-            self._in_air = [*(one for one in self._in_air if not one.done()), sent]
-        return sent
+        """Send the rows that wait, as progress; the answer to the last of them."""
+        while True:
+            self._timed = False
+            sent = self._send(self, self._with_rows({"status": "progress"}))
+            with self._lock:
+                self._in_air = [*(one for one in self._in_air if not one.done()), sent]
+            if not self.rows:
+                return sent
 
     async def settle(self, fields: dict[str, Any]) -> None:
-        """Report the end once all steps have ended; returns when the server has it.
-
-        `fields` is how the handler ended. What the server refuses to keep (413: an
-        output over the limit) fails the run with the server's words; see `judge`.
-        """
-        quiet: Future[None] = Future()
-        with self._lock:                    # from here on no more steps begin
-            self._quiet = quiet
-            if not self._open:
-                quiet.set_result(None)
-        await asyncio.wrap_future(quiet)
-        while len(self.rows) > portion(self.rows) and not self.lost:
-            await asyncio.wrap_future(self.flush())
+        """Report the end, once all steps have ended; returns when the server has it.
+        What it refuses to keep (413: a large output) fails the run with its words."""
+        await asyncio.wrap_future(self.hush())
+        if len(self.rows) > portion(self.rows):
+            self.flush()
         for progress in self._in_air:       # after the report it would be refused
             await asyncio.wrap_future(progress)
         for _ in range(2):
@@ -1468,12 +1565,19 @@ class Execution:
                 if (await asyncio.wrap_future(self._send(self, report))).ok:
                     return
 
-    def judge(self, reply: Reply) -> None:
-        """Hear the answer to an update; the link calls this before its sender hears it.
+    def hush(self) -> Future[None]:
+        """Let no more steps begin; the future is there when the last one has ended."""
+        with self._lock:
+            if self._quiet is None:
+                self._quiet = Future()
+                self._quiet.set_running_or_notify_cancel()  # nobody else may set it
+                if not self._open:
+                    self._quiet.set_result(None)
+            return self._quiet
 
-        409: another lease, or a cancel, has taken the run. Any other refusal
-        would come again if the step were tried again, so it fails the run.
-        """
+    def judge(self, reply: Reply) -> None:
+        """Hear the answer to an update, before its sender does. 409: another lease, or
+        a cancel, has the run now. Any other refusal would come again: the run fails."""
         if reply.ok or self.lost:
             return
         error = reply.error("the server refuses the report")
@@ -1492,13 +1596,15 @@ class Execution:
             count = portion(self.rows)
             rows, self.rows = self.rows[:count], self.rows[count:]
             first, self._sequence = self._sequence, self._sequence + count
-        return (f'{self._text(fields)[:-1]},"steps":[{",".join(rows)}],'
+        return (f'{self.text(fields)[:-1]},"steps":[{",".join(rows)}],'
                 f'"step_offset":{first}}}')
 
-    def _text(self, fields: dict[str, Any]) -> str:
-        return encode({"job_id": self.job.job_id, "run_id": self.job.run.id,
-                       "execution_seq": self.job.execution_seq,
-                       "lease_token": self.job.lease_token, **fields})
+    def text(self, fields: dict[str, Any]) -> str:
+        return encode({**self.job.fence, **fields})
+
+def newest_first(undos: list[Any]) -> list[tuple[str, Work]]:
+    return [each for one in reversed(undos)
+            for each in (newest_first(one) if isinstance(one, list) else [one])]
 
 def no_such_function(ctx: Context) -> None:
     raise NonRetryableError(f"this worker has no function {ctx.run.function_id!r}",
@@ -1522,44 +1628,32 @@ def portion(texts: Sequence[str]) -> int:
 # ======================================================================================
 # 8. The link
 # ======================================================================================
-# What a worker says to its server and hears from it: three threads, a connection each.
-# One polls, one beats, one reports. They are threads and not tasks, so that a handler
-# that holds the loop or the processor for an hour does not cost the worker its leases.
+# What a worker says to its server and hears from it: three threads, a connection each,
+# one to poll, one to beat, one to report. They are no tasks, so that a handler that
+# holds the loop or the processor for an hour does not cost the worker its leases.
 #
-# The reporter is a group commit: while one request is on the wire, whatever the jobs
-# have to say gathers, and goes together in the next. A worker with ten jobs costs the
-# server hardly more requests than a worker with one.
-#
-# Each thread asks until it is answered. A server that is gone for an hour costs an
-# hour, and one line in the log when it goes and one when it is back.
+# The reporter is a group commit: what jobs have to say while one request is on the wire
+# goes together in the next. Each thread asks until it is answered: a server that is
+# gone for an hour costs an hour, and one line in the log when it goes and comes.
 
 REGISTER = ("/RegisterFunction", "/register")
 WORKER_STOPPED = Reply(499, {"code": "canceled", "message": "the worker has stopped"})
+Update = tuple["Execution", str, Future[Reply]]     # whose, what, and the answer to it
 
 class _Closed(Exception):
     """This thread's connection was closed, for the worker stops."""
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    execution: Execution
-    text: str
-    answer: Future[Reply]
-
 class Link:
-    """Keeps `functions` registered, brings jobs to `begin`, and carries their reports.
-
-    `failed` hears of what ends the worker: a refused key, a refused registration.
-    """
+    """Keeps `functions` registered, brings jobs to `begin`, and carries their reports;
+    `failed` hears of what ends the worker: a refused key, a refused registration."""
 
     def __init__(self, address: Address, registration: dict[str, Any],
                  functions: Sequence[Function], begin: Callable[[Job, bool], None],
-                 failed: Callable[[BaseException], None], heartbeat_s: float,
-                 checkpoint_s: float) -> None:
-        self._url = address.url
+                 failed: Callable[[BaseException], None], heartbeat_s: float) -> None:
+        self._url, self._heartbeat_s = address.url, heartbeat_s
         self._registration, self._functions = registration, functions
         self._begin, self._failed = begin, failed
-        self._heartbeat_s, self._checkpoint_s = heartbeat_s, checkpoint_s
-        self._path = f"/api/v1/workers/{quote(registration['worker_id'], safe='')}"
+        self._path = rest("workers", registration["worker_id"])
         self._slots: int = registration["max_concurrent_jobs"]
         self._wires = {role: Connection(address) for role in ("poll", "beat", "report")}
         self._registering = threading.Lock()
@@ -1570,7 +1664,6 @@ class Link:
         self._queued = threading.Condition(guard)   # wakes the reporter alone
         self._held: list[Execution] = []
         self._queue: list[Update] = []
-        self._unflushed: dict[Execution, float] = {}    # when their rows are due
         self._lost_at: float | None = None  # since when the server is not there
         self._returns = 0                   # how often it came back
 
@@ -1582,12 +1675,7 @@ class Link:
                 for role, loop in loops.items()}
 
     def close(self, *roles: str) -> None:
-        """Let threads end, and wake them. Without the poll no more jobs come.
-
-        The server takes back the offer of a poll that vanishes. A job handed out in
-        that instant is run if its answer still reached us; if it was lost on the way,
-        it comes back when its lease ends.
-        """
+        """Let threads end, and wake them. A job on its way comes back by its lease."""
         with self._changed:
             for role in roles:
                 self._wires[role].close()
@@ -1607,23 +1695,15 @@ class Link:
             self._changed.notify_all()
 
     def send(self, execution: Execution, text: str) -> Future[Reply]:
-        """Queue an update; the future gives the server's answer, whenever that comes,
-        or WORKER_STOPPED. `execution.judge` has heard it before."""
+        """Queue an update; the future gives the server's answer, or WORKER_STOPPED."""
         answer: Future[Reply] = Future()
         answer.set_running_or_notify_cancel()       # nobody can withdraw a report
         with self._changed:
-            self._queue.append(Update(execution, text, answer))
+            self._queue.append((execution, text, answer))
             self._queued.notify()
             if self._wires["report"].closed:
                 self._give_up()
         return answer
-
-    def flush_later(self, execution: Execution) -> None:
-        with self._changed:
-            self._unflushed.setdefault(execution, monotonic() + self._checkpoint_s)
-            self._queued.notify()
-
-    # -- the three loops ---------------------------------------------------------------
 
     def _guard(self, wire: Connection, loop: Callable[[Connection], None]) -> None:
         try:
@@ -1654,7 +1734,7 @@ class Link:
             bodies = reply.body["jobs"] if reply.body else []
             for body in bodies:
                 try:
-                    job = Job.from_json(body)
+                    job = Job(body)
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     log.error("no job, its lease will end: %r in %.300r", error, body)
                 else:
@@ -1667,8 +1747,8 @@ class Link:
         def body() -> bytes:
             with self._changed:
                 held = [execution.job for execution in self._held if not execution.lost]
-            jobs = [{"job_id": job.job_id, "started_at": rfc3339(job.received_at)}
-                    for job in held]
+            jobs = [{"job_id": job.fence["job_id"],
+                     "started_at": rfc3339(job.received_at)} for job in held]
             return encode({"worker_id": self._registration["worker_id"],
                            "active_jobs": len(jobs), "jobs": jobs}).encode()
 
@@ -1683,7 +1763,7 @@ class Link:
             try:
                 unanswered = self._deliver(wire, batch)
             finally:                        # also for _give_up, if we are leaving
-                left = [update for update in unanswered if not update.answer.done()]
+                left = [update for update in unanswered if not update[2].done()]
                 with self._changed:
                     self._queue[:0] = left
             if left:
@@ -1691,61 +1771,39 @@ class Link:
 
     def _deliver(self, wire: Connection, batch: list[Update]) -> list[Update]:
         """Send a batch and hand out the answers; returns what must be sent again."""
-        body = f'{{"updates":[{",".join(update.text for update in batch)}]}}'
-        path = f"{self._path}/jobs"
-        reply = self._ask(wire, "PUT", path, body.encode, refusable=True)
+        body = f'{{"updates":[{",".join(text for _, text, _ in batch)}]}}'
+        reply = self._ask(wire, "PUT", f"{self._path}/jobs", body.encode, True)
         if not reply.ok and len(batch) > 1:     # one spoils it for all: send each alone
             return [left for one in batch for left in self._deliver(wire, [one])]
-        answers = [reply]
-        if reply.ok:
-            results = reply.body["results"]
-            answers = [Reply(one["status"], one.get("body")) for one in results]
-        again = []
-        for update, answer in zip(batch, answers, strict=True):
-            if answer.transient:
-                again.append(update)
-            else:
-                update.execution.judge(answer)
-                update.answer.set_result(answer)
-        return again
+        answers = [Reply(one["status"], one.get("body"))
+                   for one in reply.body["results"]] if reply.ok else [reply]
+        pairs = list(zip(batch, answers, strict=True))
+        for (execution, _, promise), answer in pairs:
+            if not answer.transient:
+                execution.judge(answer)
+                promise.set_result(answer)
+        return [update for update, answer in pairs if answer.transient]
 
     def _next_batch(self, wire: Connection) -> list[Update]:
         """Wait for updates; returns the oldest, as many as one request may carry."""
-        while True:
-            with self._changed:
-                due = min(self._unflushed.values(), default=math.inf)
-                if not (self._queue or wire.closed or due <= monotonic()):
-                    self._queued.wait(None if due == math.inf else due - monotonic())
-                if wire.closed:
-                    raise _Closed
-                ripe = [execution for execution, due in self._unflushed.items()
-                        if due <= monotonic()]
-                for execution in ripe:
-                    del self._unflushed[execution]
-            for execution in ripe:
-                while execution.rows:
-                    execution.flush()       # comes back to `send`
-            with self._changed:
-                if count := portion([one.text for one in self._queue[:MAX_UPDATES]]):
-                    batch, self._queue = self._queue[:count], self._queue[count:]
-                    return batch
+        with self._changed:
+            self._queued.wait_for(lambda: self._queue or wire.closed)
+            if wire.closed:
+                raise _Closed
+            count = portion([text for _, text, _ in self._queue[:MAX_UPDATES]])
+            batch, self._queue = self._queue[:count], self._queue[count:]
+            return batch
 
     def _give_up(self) -> None:
         while self._queue:
-            update = self._queue.pop()
-            update.execution.judge(WORKER_STOPPED)
-            update.answer.set_result(WORKER_STOPPED)
-
-    # -- asking until answered ---------------------------------------------------------
+            execution, _, promise = self._queue.pop()
+            execution.judge(WORKER_STOPPED)
+            promise.set_result(WORKER_STOPPED)
 
     def _ask(self, wire: Connection, method: str, path: str,
              body: Callable[[], bytes] | None = None, refusable: bool = False) -> Reply:
         """The server's answer, however long it takes; `body` is made for each try.
-
-        Registers again when the server has forgotten this worker (404). Raises _Closed
-        when the connection is closed, WorkerAuthError for 401 and 403, and, unless it
-        is `refusable`, IronflowError for every other refusal.
-        """
+        Raises _Closed, WorkerAuthError, and a refusal unless it is `refusable`."""
         doing = f"{method} {self._url}{path.partition('?')[0]}"
         for delay in backoff():
             registered = self._registered
@@ -1760,17 +1818,15 @@ class Link:
                 if reply.status in (401, 403):
                     raise WorkerAuthError(f"{refusal} (is IRONFLOW_API_KEY right?)",
                                           reply.status, refusal.code)
+                self._heard(str(refusal) if reply.transient else None)
                 if reply.transient:
-                    self._heard(str(refusal))
                     delay = max(delay, reply.retry_after)
+                elif reply.status == 404 and not path.endswith(REGISTER):
+                    self._register(wire, registered)
+                elif reply.ok or refusable:
+                    return reply
                 else:
-                    self._heard(None)
-                    if reply.status == 404 and not path.endswith(REGISTER):
-                        self._register(wire, registered)
-                    elif reply.ok or refusable:
-                        return reply
-                    else:
-                        raise refusal
+                    raise refusal
             self._pause(wire, delay)
         raise AssertionError("backoff() never ends")
 
@@ -1780,10 +1836,8 @@ class Link:
             if self._registered != seen:
                 return
             for function in self._functions:
-                body = {**function.registration,
-                        "preferredMode": "EXECUTION_MODE_PULL"}
-                self._ask(wire, "POST", "/ironflow.v1.IronflowService/RegisterFunction",
-                          encode(body).encode)
+                body = function.registration | {"preferredMode": "EXECUTION_MODE_PULL"}
+                self._ask(wire, "POST", f"{RPC}RegisterFunction", encode(body).encode)
             self._ask(wire, "POST", f"{self._path}/register",
                       encode(self._registration).encode)
             self._registered += 1
@@ -1826,19 +1880,14 @@ class Link:
 
 class Worker:
     """Runs `functions` for a server, at most `max_concurrent_jobs` at a time.
-
     - `server_url`, `api_key`: else IRONFLOW_SERVER_URL, IRONFLOW_API_KEY, localhost.
     - `heartbeat_interval`: well below the server's lease, which is 90 s.
     - `checkpoint_interval`: with 0 a step's result is sent when it ends, and the
       handler goes on after the server's yes: only the step in hand can run twice. With
-      more, up to so much later and in fewer requests; what a process has not sent when
-      it dies runs again.
+      more, results follow up to so much later, in fewer requests, and may run again.
     - `drain_timeout`: how long running jobs may go on when the worker is to end.
-
-    Intervals and timeouts are durations. A server that restarts, or is not there, is
-    waited for as long as it takes, and finished work is reported when it is back.
-    Raises ValueError or TypeError for bad arguments, naming them.
-    """
+    Intervals and timeouts are durations. A server that is not there is waited for as
+    long as it takes. Raises ValueError or TypeError for bad arguments, naming them."""
 
     def __init__(self, functions: Sequence[Function], server_url: str | None = None,
                  api_key: str | None = None, worker_id: str | None = None, *,
@@ -1854,8 +1903,8 @@ class Worker:
               "functions must not be empty, and no id may be in it twice")
         check(isinstance(max_concurrent_jobs, int) and max_concurrent_jobs >= 1,
               "max_concurrent_jobs must be an integer from 1")
-        self.worker_id = worker_id or new_name("worker-")
-        self._address = Address.of(server_url, api_key)
+        self.worker_id = worker_id or f"worker-{secrets.token_hex(10)}"
+        self._client = Client(server_url, api_key)
         self._heartbeat_s = seconds(heartbeat_interval, "heartbeat_interval")
         check(self._heartbeat_s, "heartbeat_interval must be more than 0")
         self._checkpoint_s = seconds(checkpoint_interval, "checkpoint_interval")
@@ -1870,15 +1919,11 @@ class Worker:
         self._running = False
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT, then let running jobs end (`drain_timeout`).
-
-        A second signal stops at once. Call it from the main thread. If nothing has set
-        up logging, it does (IRONFLOW_LOG_LEVEL, else INFO). Raises what `start` raises.
-        """
-        if not logging.getLogger().handlers:
-            level = os.environ.get("IRONFLOW_LOG_LEVEL", "INFO").upper()
-            logging.basicConfig(
-                level=level, format="%(asctime)s %(levelname)s %(message)s")
+        """Work until SIGTERM or SIGINT, then let running jobs end; a second one stops
+        at once. Call it from the main thread. Sets up logging (IRONFLOW_LOG_LEVEL, else
+        INFO) if nothing has. Raises what `start` raises."""
+        level = os.environ.get("IRONFLOW_LOG_LEVEL", "INFO").upper()
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
         try:
             asyncio.run(self._run())
         except KeyboardInterrupt:
@@ -1905,11 +1950,8 @@ class Worker:
                 signal.signal(number, handler)
 
     async def start(self) -> None:
-        """Work until `drain` or `stop` is called. To cancel it is to stop at once.
-
-        Raises WorkerAuthError when the server refuses the key, and IronflowError when
-        it refuses a function. A server that is not there is waited for.
-        """
+        """Work until `drain` or `stop` is called; to cancel it is to stop. Raises
+        WorkerAuthError for a refused key, IronflowError for a refused function."""
         if self._running:
             raise RuntimeError("this worker is running already")
         self._running = True
@@ -1920,9 +1962,9 @@ class Worker:
         self._step_threads = asyncio.Semaphore(THREADS)
         self._jobs: set[asyncio.Task[None]] = set()
         self._link = Link(
-            self._address, self._registration, list(self._functions.values()),
+            self._client._address, self._registration, list(self._functions.values()),
             self._begin, lambda error: from_thread(self._loop, self._fail, error),
-            self._heartbeat_s, self._checkpoint_s)
+            self._heartbeat_s)
         threads = self._link.open()
         try:
             await self._leave.wait()
@@ -1942,11 +1984,8 @@ class Worker:
 
     async def drain(self, timeout: Duration | None = None) -> None:
         """Take no more jobs; returns when the running ones have ended and are reported.
-
-        After `timeout` (else `drain_timeout`) async handlers are cancelled, and plain
-        ones end at their next step. Their runs go to another worker when the leases
-        end, with all steps that are recorded.
-        """
+        After `timeout` (else `drain_timeout`) async handlers are cancelled, plain ones
+        end at their next step; their runs go on elsewhere when the leases end."""
         if self._running:
             if timeout is not None:
                 self._patience_s = seconds(timeout, "timeout")
@@ -1960,10 +1999,7 @@ class Worker:
             await self.drain()
 
     async def __aenter__(self) -> Self:
-        """Work beside the caller, from the moment that the functions are registered.
-
-        When the server is not there the caller does not wait for it, but goes on.
-        """
+        """Work beside the caller. If a server is there, we are registered by now."""
         self._beside = asyncio.create_task(self.start(), name="ironflow worker")
         await asyncio.sleep(0)              # it has begun: there is a link
         await asyncio.shield(asyncio.wrap_future(self._link.first_word))
@@ -1994,30 +2030,27 @@ class Worker:
         self._hurry.set()
         self._leave.set()
 
-    # -- one job -----------------------------------------------------------------------
+    def _publish(self, topic: str, data: Any, key: str) -> dict[str, Any]:
+        sent = self._client.publish(topic, data, idempotency_key=key)
+        return {"eventId": sent.event_id, "sequence": sent.sequence}
 
     def _begin(self, job: Job, late: bool) -> None:
-        """Take a job in hand, from the polling thread.
-
-        The poll said that its answer counts as the ack, which saves a request before
-        each start. An answer that was long on the way (the process was suspended, say)
-        may bring a lease that is over: then the ack is sent, and its yes awaited.
-        """
-        later = self._link.flush_later if self._checkpoint_s else None
-        execution = Execution(job, self._link.send, later)
+        """Take a job in hand, from the polling thread. A poll's answer counts as ack,
+        but for a late one (we were suspended) an ack is sent, and its yes awaited."""
+        execution = Execution(job, self._link.send, self._publish, self._checkpoint_s)
         self._link.hold(execution)
-        ack = execution.ack() if late else None
+        ack = late and self._link.send(execution, execution.text({"status": "ack"}))
         from_thread(self._loop, self._spawn, execution, ack)
 
-    def _spawn(self, execution: Execution, ack: Future[Reply] | None) -> None:
+    def _spawn(self, execution: Execution, ack: Any) -> None:
         task = self._loop.create_task(self._work(execution, ack))
         self._jobs.add(task)
         task.add_done_callback(self._jobs.discard)
 
-    async def _work(self, execution: Execution, ack: Future[Reply] | None) -> None:
+    async def _work(self, execution: Execution, ack: Any) -> None:
         """One job from start to report. Without a yes to an ack it is not ours."""
         try:
-            if ack is None or (await asyncio.wrap_future(ack)).ok:
+            if not ack or (await asyncio.wrap_future(ack)).ok:
                 await execution.play(self._functions, self._step_threads)
         except Exception as error:          # a mistake of ours
             log.exception("%s: the worker failed", execution.name)
@@ -2031,70 +2064,132 @@ class Worker:
 # An execution as a worker has it; but its updates end in a dict, and its answer is yes.
 
 def run_inline(function: Function, event: Any = None, *,
-               steps: Mapping[str, Any] | None = None, attempts: int = 1) -> Run:
+               steps: Mapping[str, Any] | None = None,
+               events: Mapping[str, Any] | None = None,
+               functions: Sequence[Function] = (),
+               secrets: Mapping[str, str] | None = None, attempts: int = 1) -> Run:
     """Run a function here and now, without a server; for unit tests and lessons.
-
     - `event`: an Event; its name; a mapping with `name` and `data`; anything else is
       data, as if the function was invoked with it.
     - `steps`: results of steps, by name or id, or functions to be called instead of
-      theirs, which may raise.
+      theirs, which may raise; of a child, by its id: that is given the child's input.
+    - `events`: what waits get, by the wait's or the event's name: an event, data, or a
+      list of those, in order. A wait without one fails the run, with WAIT_TIMEOUT.
+    - `functions`: children that are really run, inline, with the same arguments.
+    - `secrets`: `ctx.secrets`.
     - `attempts`: how often the handler may fail; nobody waits between two attempts.
-
     Returns status (completed or failed), output, error, attempt, and in `steps` the
-    recorded StepRows. Sleeps are recorded and skipped, and the handler replayed, as a
-    server would. The run's id is "run_inline". Blocks, and may be called anywhere, also
-    where an event loop runs: the handler gets a loop in a thread.
-    """
-    kept: dict[str, StepRow] = {}
-    end: dict[str, Any] = {}
-    stand_ins = {key: one if callable(one) else (lambda one=one: one)
-                 for key, one in (steps or {}).items()}
+    recorded StepRows. Sleeps are recorded and skipped, messages recorded and not sent.
+    The run's id is "run_inline". Blocks; may be called where an event loop runs."""
+    if isinstance(event, str):
+        event = {"name": event, "data": None}
+    given = {"steps": steps or {}, "events": events or {}, "functions": functions,
+             "secrets": secrets or {}, "attempts": attempts}
+    with ThreadPoolExecutor(1) as pool:     # a loop of its own
+        return pool.submit(lambda: asyncio.run(
+            Inline(function, given).play(inline_event(event, function.id)))).result()
 
-    def send(execution: Execution, text: str) -> Future[Reply]:
-        nonlocal end
-        end = json.loads(text)
-        if nap := end.get("yield"):
-            end["steps"].append({"id": nap["step_id"], "name": nap["step_name"],
-                                 "type": "sleep", "status": "completed",
-                                 "sleep_until": nap["until"]})
-        for row in end["steps"]:
-            step_id = row["id"]
-            kept[step_id] = StepRow(
-                row, step_id=step_id, step_type=row.pop("type"), run_id="run_inline",
-                sequence=kept.get(step_id, {"sequence": len(kept)})["sequence"],
-                attempt=execution.job.run.attempt)
+class Inline:
+    """What a server is to a worker, for one `run_inline`."""
+
+    def __init__(self, function: Function, given: dict[str, Any]) -> None:
+        self.function, self.given = function, given
+        self.stand_ins = {key: one if callable(one) else (lambda *_, one=one: one)
+                          for key, one in given["steps"].items()}
+        self.mail = {name: list(one) if isinstance(one, list) else [one]
+                     for name, one in given["events"].items()}
+        self.kept, self.attempt = dict[str, StepRow](), 1
+        self.end: dict[str, Any] = {}
+
+    async def play(self, event: dict[str, Any]) -> Run:
+        threads, most = asyncio.Semaphore(THREADS), self.given["attempts"]
+        while True:
+            known = [row for row in self.kept.values() if row.status == "completed"
+                     or row.step_type == "invoke_function"]
+            execution = Execution(Job({
+                "run_id": "run_inline", "function_id": self.function.id, "event": event,
+                "job_id": "", "execution_seq": 1, "lease_token": "",
+                "max_attempts": most, "on_exhausted": "fail", "attempt": self.attempt,
+                "completed_steps": known, "context": {"secrets": self.given["secrets"]},
+            }), self.send, self.publish, 0, self.stand_ins)
+            await execution.play({self.function.id: self.function}, threads)
+            end = self.end
+            blocks = [end["yield"], *end["yields"]] if "yield" in end else []
+            for row in [await self.answer(block) for block in blocks]:
+                self.keep(row)
+                if row["status"] == "timed_out":
+                    end = {"status": "failed", "error": row["error"]}
+            error = end.get("error")
+            if error and error.pop("retryable") and self.attempt < most:
+                self.attempt += 1
+            elif end["status"] != "yielded":
+                return Run(id="run_inline", function_id=self.function.id, error=error,
+                           status=end["status"], output=end.get("output"),
+                           attempt=self.attempt, steps=list(self.kept.values()))
+
+    def send(self, execution: Execution, text: str) -> Future[Reply]:
+        self.end = json.loads(text)
+        for row in self.end["steps"]:
+            self.keep(row)
         answer: Future[Reply] = Future()
         answer.set_result(Reply(200))
         return answer
 
-    async def play() -> Run:
-        threads, attempt = asyncio.Semaphore(THREADS), 1
-        while True:
-            known = {key: row.output for key, row in kept.items()
-                     if row.status == "completed"}
-            run = RunInfo("run_inline", function.id, attempt, attempts)
-            job = Job("job_inline", run, started_by, known, 1, "", len(kept), now())
-            execution = Execution(job, send, stand_ins=stand_ins)
-            await execution.play({function.id: function}, threads)
-            error = end.get("error")
-            if error and error.pop("retryable") and attempt < attempts:
-                attempt += 1
-            elif end["status"] != "yielded":
-                return Run(id=run.id, function_id=function.id, status=end["status"],
-                           attempt=attempt, output=end.get("output"), error=error,
-                           steps=list(kept.values()))
+    def keep(self, row: dict[str, Any]) -> None:
+        old = self.kept.get(row["id"], {"sequence": len(self.kept)})
+        self.kept[row["id"]] = StepRow(
+            row, step_id=row["id"], step_type=row["type"], run_id="run_inline",
+            sequence=old["sequence"], attempt=self.attempt, output=row.get("output"))
 
-    started_by = inline_event(event, function)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, play()).result()
+    def publish(self, topic: str, data: Any, key: str) -> dict[str, Any]:
+        return {"eventId": "evt_inline", "sequence": len(self.kept)}
 
-def inline_event(event: Any, function: Function) -> Event:
+    async def answer(self, block: dict[str, Any]) -> dict[str, Any]:
+        """The row that a server would have, sooner or later, for such a yield."""
+        kind, name = block["type"].removesuffix("_async"), block["step_name"]
+        row = {"id": block["step_id"], "name": name, "type": kind}
+        output, error = None, dict[str, Any]()
+        if kind == "wait_for_event":
+            wanted = block["event_filter"]["event"]
+            if queue := self.mail.get(name) or self.mail.get(wanted):
+                output = inline_event(queue.pop(0), wanted)
+            else:
+                return row | {"status": "timed_out", "error": {
+                    "message": f"step {name!r} was given no event {wanted!r}",
+                    "code": "WAIT_TIMEOUT", "retryable": False}}
+        elif kind == "invoke_function":
+            try:
+                output = await self.invoke(row["id"], name, block["input"])
+            except Exception as raised:
+                missing = getattr(raised, "code", "") == "INVOKE_NOT_FOUND"
+                error = {"cause": message_of(raised),
+                         "status": "not_found" if missing else "failed"}
+        if kind != block["type"]:           # nobody waits for what becomes of it
+            output, error = {"run_id": "run_inline"}, {}
+        return row | {"status": "failed" if error else "completed", "output": output,
+                      "error": error or None, "sleep_until": block.get("until")}
+
+    async def invoke(self, step_id: str, child: str, input: Any) -> Any:
+        """The output of a child. Raises what its stand-in raises, or RuntimeError."""
+        stand_in = self.stand_ins.get(step_id, self.stand_ins.get(child))
+        if stand_in is not None:
+            return json_copy(await called(stand_in, input), f"the output of {child!r}")
+        function = {one.id: one for one in self.given["functions"]}.get(child)
+        if function is None:
+            raise InvokeError(child, status="not_found")
+        event = {"name": child, "data": input}
+        run = await in_thread(lambda: run_inline(function, event, **self.given), child)
+        if run.status != "completed":
+            raise RuntimeError(run.error["message"])
+        return run.output
+
+def inline_event(event: Any, name: str) -> dict[str, Any]:
+    """An event, or data, as the event of that name that a server would keep."""
+    body = {"name": name, "data": event}
     if isinstance(event, Event):
-        return event
-    body = {"name": function.id, "data": event}
-    if isinstance(event, str):
-        body = {"name": event, "data": None}
+        body = {key: one for key, one in asdict(event).items() if one is not None}
+        body["timestamp"] = rfc3339(event.timestamp)
     elif isinstance(event, Mapping) and event.keys() >= body.keys():
         body = dict(event)
     about = {"id": "evt_inline", "timestamp": rfc3339(now())}
-    return Event.from_json(json_copy(about | body, "the event"))
+    return dict(json_copy(about | body, "the event"))

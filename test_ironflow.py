@@ -64,7 +64,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Self, TypeVar, assert_type
+from typing import Any, Self, TypeVar, assert_type, cast
 
 import croniter
 import pytest
@@ -8486,20 +8486,24 @@ def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
 # `World` is the server, its clients, the network between them, and the weather: a table
 # of moves from which the seed draws. `Witness` looks on. It believes what was answered,
 # reads the file as anybody could, and raises `Broken` as soon as the two differ; it
-# asks no rule of ironflow.py. Its strongest sentence is short: bad weather may delay a
-# run, but not change how it ends (`destiny`). At last the weather clears up, and a run
+# asks no rule of ironflow.py. It follows the journal row by row, and knows before each
+# what has to come: which wait an event answers, which runs it starts and which it ends,
+# what a tick or a silence brings. Its strongest sentence is short: bad weather may delay
+# a run, but not change how it ends (`destiny`). At last the weather clears up, and a run
 # that is then not over within some rounds is stuck.
 #
 # Crashes happen at commit boundaries: before COMMIT, or between it and the answers.
 # Nobody cuts the power here, so the file may lie in memory with `synchronous` off; for
 # kills of the real process see the kill tests.
 
-SEEDS, MOVES = 60, 300  # lives in a test run, and moves of bad weather in each
-CALM_ROUNDS = 400  # how long it may take after that until every run is over
+SEEDS, MOVES = 60, 250  # lives in a test run, and moves of bad weather in each
+CALM_ROUNDS = 1_000  # how long it may take after that until every run is over
 LIMITS = ironflow.Limits(lease_s=20.0, lost_leases=3, step_bytes=2_000)
 START = 1_767_225_600.0  # the first of January 2026
 EVENT_NAMES = ("order.placed", "order.paid", "stock.low", "stock.item.gone")
 TRIGGERS = (*EVENT_NAMES, "order.*", "stock.>", "*.low", ">")
+VALUES: tuple[Any, ...] = ("a", "b", 7, "7")  # of `k` in an event's data, if it is there
+CRON = {"*/5 * * * *": 300, "7 * * * *": 3600}  # with the seconds between two ticks
 
 class Broken(AssertionError):
     """A promise that did not hold."""
@@ -8522,12 +8526,7 @@ class Do:
     retryable: bool = True
     retry_after_ms: int | None = None
     too_large: bool = False
-
-    def reported(self, step_id: str, output: str | None) -> ironflow.ReportedStep:
-        return ironflow.ReportedStep(
-            step_id, self.name, "invoke", "completed" if output else "failed", output,
-            None if output else '{"message":"no"}', 1, None, None, None,
-        )
+    undo: bool = False  # if the run fails for good
 
     def error(self) -> dict[str, Any]:
         return {"message": "no", "retryable": self.retryable,
@@ -8539,44 +8538,106 @@ class Sleep:
     name: str
     seconds: float
 
+    def wish(self, step_id: str, data: str, now: float) -> ironflow.Yield:
+        return ironflow.Yield("sleep", step_id, self.name, until=now + self.seconds)
 
-Program = tuple[Do | Sleep, ...]
+
+@dataclass(frozen=True)
+class Wait:
+    name: str
+    event: str
+    match: str
+    value: Any  # None: what the run's own event has
+    timeout_s: float
+
+    def wish(self, step_id: str, data: str, now: float) -> ironflow.Yield:
+        return ironflow.Yield(
+            "wait_for_event", step_id, self.name, timeout_s=self.timeout_s,
+            target=self.event, match=self.match,
+            match_value=None if self.value is None else json.dumps(self.value))
 
 
-def draw_program(draw: random.Random) -> Program:
-    def part(name: str) -> Do | Sleep:
-        if draw.random() < 0.3:
+@dataclass(frozen=True)
+class Invoke:
+    name: str
+    function_id: str
+    kind: str  # invoke_function, or that and _async
+    timeout_s: float
+    catches: bool  # its failure, and goes on
+
+    def wish(self, step_id: str, data: str, now: float) -> ironflow.Yield:
+        return ironflow.Yield(self.kind, step_id, self.name, timeout_s=self.timeout_s,
+                              target=self.function_id, input=data)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Each goes as far as it can; at most one of the steps in them ever fails."""
+
+    name: str
+    programs: tuple[Program, ...]
+
+
+Part = Do | Sleep | Wait | Invoke | Branches
+Program = tuple[Part, ...]
+
+
+def draw_program(draw: random.Random, below: Sequence[str]) -> Program:
+    """It may invoke the functions below it, and one that nobody ever registered."""
+    names = iter("abcdefghijklmnopqrstuvwxy")
+
+    def part(sound: bool = False) -> Part:
+        name, luck = next(names), draw.random()
+        if luck < 0.18:
             return Sleep(name, draw.choice([0.0, 0.5, 10.0, 7200.0]))
+        if luck < 0.38:
+            return draw_wait(name)
+        if luck < 0.52 and not sound:
+            async_ = draw.random() < 0.3
+            return Invoke(
+                name, draw.choice([*below, *below, *below, "nobody"]),
+                "invoke_function" + "_async" * async_,
+                draw.choice([3.0, 60.0, 7200.0]), catches=draw.random() < 0.6)
         return Do(
             name,
-            fails=draw.choices([0, 1, 2, 9], [75, 12, 6, 7])[0],
-            retryable=draw.random() < 0.8,
+            fails=0 if sound else draw.choices([0, 1, 2, 9], [70, 14, 7, 9])[0],
+            retryable=sound or draw.random() < 0.7,
             retry_after_ms=draw.choice([None, None, 2_500]),
-            too_large=draw.random() < 0.04,
+            too_large=not sound and draw.random() < 0.04,
+            undo=not sound and draw.random() < 0.4,
         )
 
-    return tuple(part(name) for name in "abcd"[: draw.randint(1, 4)])
+    def draw_wait(name: str) -> Wait:
+        event = draw.choice([*EVENT_NAMES, "order.*"])
+        match, value = draw.choice([
+            ("", None), ("", None), ("k", None), ("k", None), ("data.k", "7"),
+            ('$.k == "a"', None), ("data.n % 2 == 0", None)])
+        return Wait(name, event, match, value, draw.choice([4.0, 60.0, 7200.0]))
+
+    parts = [part() for _ in range(draw.randint(1, 4))]
+    if draw.random() < 0.35:
+        branches = [[part(sound=True) for _ in range(draw.randint(1, 2))]
+                    for _ in range(draw.randint(2, 3))]
+        if draw.random() < 0.5:  # two that ask for the same
+            twin = draw_wait(next(names))
+            branches[0].append(twin)
+            branches[1].append(replace(twin, name=next(names)))
+        if draw.random() < 0.5:
+            one = part()
+            branches[1].insert(0, replace(one, undo=False) if isinstance(one, Do) else one)
+        inside = Branches("z", tuple(tuple(branch) for branch in branches))
+        parts.insert(draw.randint(0, len(parts)), inside)
+    return tuple(parts)
 
 
-def destiny(program: Program, policy: ironflow.Retry) -> tuple[str, int]:
-    """How a run ends when nothing disturbs it, and in which attempt.
-
-    Crashes, lost workers and lost messages spend no attempt, so a run that was not
-    cancelled and did not lose every worker ends like this in any weather.
-    """
-    attempt = 1
+def steps_of(program: Program, scope: str) -> Iterator[tuple[Any, str]]:
+    """Its parts but for the branches themselves, in order, each with its step id."""
     for part in program:
-        if isinstance(part, Sleep):
+        if not isinstance(part, Branches):
+            yield part, f"{scope}:{part.name}:0"
             continue
-        while attempt <= part.fails:
-            if not part.retryable:
-                return "failed", attempt
-            if attempt == policy.max_attempts:
-                return exhausted(policy), attempt
-            attempt += 1
-        if part.too_large:
-            return "failed", attempt
-    return "completed", attempt
+        for i, branch in enumerate(part.programs):
+            yield from steps_of(branch, f"{scope}:{part.name}:{i}")
 
 
 def exhausted(policy: ironflow.Retry) -> str:
@@ -8590,6 +8651,11 @@ def fits(trigger: str, name: str) -> bool:
     return re.fullmatch(r"\.".join(parts), name) is not None
 
 
+def text_of(data: dict[str, Any], path: str | None) -> str | None:
+    """What stands at `k`, the only path that functions here look at, as text."""
+    return str(data["k"]) if path and "k" in data else None
+
+
 # --- The witness ----------------------------------------------------------------------
 
 
@@ -8600,8 +8666,11 @@ class Life:
     name: str  # r7, for people
     run_id: str
     function_id: str
-    number: int  # its event's; the outputs follow from it
+    event: Heard  # that started it; the outputs follow from it
     policy: ironflow.Retry
+    bounds: dict[str, str]  # by kind, the value of its key
+    ended_by: list[tuple[str, str]]  # names of events, and what to match (cancelOn)
+    parent: tuple[Life, Asked] | None = None
     status: str = ""  # as the journal's rows tell it
     attempt: int = 1
     fence: int = 0  # of the newest job that was handed out ...
@@ -8609,14 +8678,23 @@ class Life:
     acked: bool = False  # ... and whether it ever did
     last_end: ironflow.Report | None = None  # the newest report that let go of the run
     verdict: str | None = None  # how it ended, once it did
-    not_before: float = 0.0  # a retry or a sleep: nobody may work on it sooner
+    output: str | None = None
+    not_before: float = 0.0  # a retry: nobody may work on it sooner
     leased_until: float = 0.0  # at least: nobody may take it away sooner
     lost: int = 0  # leases in a row that ended without a new step
-    sleeps: dict[str, float] = field(default_factory=dict)  # until, as first yielded
+    queued_at: float = 0.0
+    started_at: float | None = None
+    news: bool = False  # something ended that it asked for, since it was handed out
+    woken_seq: int = 0  # where in the journal that last was
+    asked: dict[str, Asked] = field(default_factory=dict)  # by step
     done: dict[str, tuple[int, str]] = field(default_factory=dict)  # fence and output
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def number(self) -> int:
+        return int(self.event.data.get("n", 0))
 
     def repeats(self, said: ironflow.Report) -> str:
         """Whether it says what was accepted as an end already.
@@ -8632,6 +8710,60 @@ class Life:
         return "final" if said == last else ""
 
 
+@dataclass(eq=False)
+class Asked:
+    """What a run asked for: a sleep, a wait or another run, as it was first yielded."""
+
+    wish: ironflow.Yield
+    fence: int  # of the job that asked
+    state: str = "new"  # then waiting, then completed, failed or timed_out
+    seq: int = 0  # of the row that says so
+    deadline: float = math.inf
+    answer: Heard | None = None
+    child: Life | None = None
+    ended_in: int = 0  # the fence of that time's newest job
+
+    @property
+    def same(self) -> tuple[str, str, str | None]:
+        """Waits of one run that have this in common compete for each event."""
+        return self.wish.target, self.wish.match, self.wish.match_value
+
+
+@dataclass(frozen=True)
+class Heard:
+    """An event, as the journal has it."""
+
+    seq: int
+    at: float
+    name: str
+    data: dict[str, Any]
+    event_id: str
+    source: str
+
+    def answers(self, wish: ironflow.Yield, trigger: Heard) -> bool:
+        """Whether it is what a wait asked for: three languages, one meaning."""
+        if self.source == "invoke" or not fits(wish.target, self.name):
+            return False
+        if not wish.match:
+            return True
+        if "%" in wish.match:
+            return self.data.get("n", 1) % 2 == 0
+        wanted = text_of(trigger.data, "k")
+        if wish.match_value or "==" in wish.match:
+            wanted = "7" if wish.match_value else "a"
+        return wanted is not None and text_of(self.data, "k") == wanted
+
+
+@dataclass
+class Burst:
+    """Events that a function is to have one run for, when it has been silent."""
+
+    due_at: float
+    first_at: float
+    last: Heard
+    latest: float = math.inf
+
+
 class Witness:
     """Knows what was promised; reads the file with a connection of its own."""
 
@@ -8642,30 +8774,56 @@ class Witness:
         self.programs, self.seen = programs, seen
         self.now = START
         self.functions: dict[str, ironflow.NewFunction] = {}
+        self.asks: dict[str, dict[str, Any]] = {}  # of their runs, by function
+        self.paused: set[str] = set()  # functions
         self.keys: dict[str, tuple[str, ironflow.Accepted]] = {}
-        self.events: dict[str, list[str]] = {}  # with the runs that each started
+        self.heard: dict[int, Heard] = {}  # every event, by its place in the journal
         self.lives: dict[str, Life] = {}
+        self.ticks: dict[tuple[str, str, str], float] = {}  # the next, by cron trigger
+        self.bursts: dict[tuple[str, str], Burst] = {}  # by function and key
+        self.starts: dict[tuple[str, str, str], dict[str, float]] = {}  # count until then
+        self.places: dict[tuple[str, str, str], set[str]] = {}  # who has them
+        self.lined_up: set[str] = set()  # functions that asked for other bounds just now
+        self.actors: dict[tuple[str, str], str] = {}  # the worker of each
+        self.connected: set[str] = set()  # workers, as far as the server knows
+        self.able: dict[str, str] = {}  # of each worker: its functions, and its language
         self.rows: list[tuple[Any, ...]] = []  # of the journal, all that were ever seen
         self.bodies: Counter[str] = Counter()  # how often each step was run
         self.recorded: set[str] = set()  # steps whose row says: completed
-        # what was promised since the last look, and has to be in the file at the next
-        self.new_events: set[str] = set()
+        self.touched: set[str] = set()  # runs, since the last look
+        # what one call brings with it, and has to be in its rows
+        self.new_events: dict[str, list[str]] = {}  # with the runs that each started
         self.new_functions = 0
-        self.touched: set[str] = set()  # runs
+        self.moved: set[str] = set()  # runs
         self.let_go: set[str] = set()  # runs whose holder reported an end
         self.vanished: set[str] = set()  # runs whose holder did, before its ack
-        self.leases: dict[str, float] = {}  # until when runs are leased from now on
-        self.refused: list[tuple[Life, str]] = []  # holders that were
+        self.doomed: dict[str, str] = {}  # runs that have to end now, and why
+        self.owed: list[tuple[Life, Asked]] = []  # answers to waits
 
     # What was answered, in the order of the batch
 
+    def follow(self, batch: Batch) -> None:
+        """Each call is judged by what the file said when it was carried out."""
+        rows = self.journal_after(self.rows[-1][0] if self.rows else 0)
+        for call, wish in batch:
+            self.hear(call, wish)
+            mine = [row for row in rows if row[0] <= wish.upto]
+            rows = rows[len(mine):]
+            self.read_all(mine)
+            self.settle(call.kind)
+
     def hear(self, call: Call, wish: ironflow.Wish) -> None:
-        if call.kind == "emit":
+        if call.kind in ("emit", "invoke"):
             given, got = call.args[0], wish.result
             many = isinstance(given, list)
             self.emitted(given if many else [given], got if many else [got], wish.error)
         elif call.kind == "register":
             self.registered(call.args[0], wish)
+        elif call.kind == "pause":
+            function_id, status = call.args
+            self.new_functions += (status == "paused") != (function_id in self.paused)
+            self.paused = self.paused - {function_id} | {function_id} & {
+                function_id if status == "paused" else ""}
         elif call.kind == "cancel":
             self.cancelled(self.life(call.args[0]), wish)
         elif call.kind == "report":
@@ -8675,20 +8833,53 @@ class Witness:
             self.given_back(self.life(call.args[0]), call.args[1], call.args[2])
         elif call.kind == "beat":
             self.beat(call.args[1])
+        elif call.kind == "join":
+            self.joined(call.args[0])
+        elif call.kind == "note":
+            change = self.connected.add if call.args[1] else self.connected.discard
+            change(call.args[0])
         else:
             refused = wish.error is not None and call.kind != "clumsy"
             must(not refused, f"{call.label}: {wish.error}")
+
+    def settle(self, kind: str) -> None:
+        """The rows of one call were read: whatever it had to bring has come."""
+        must(not self.new_events, "an acknowledged event is not in the journal")
+        must(self.new_functions == 0, "a change of a function is not in the journal")
+        for life, asked in self.owed:
+            late = f"{life}: {asked.answer} answers {asked.wish.name}, which waits on"
+            must(asked.state != "waiting" or life.verdict == "cancelled", late)
+        for run_id, why in self.doomed.items():
+            life = self.lives[run_id]
+            must(life.status in ironflow.TERMINAL, f"{life} goes on, though {why}")
+        for life in map(self.life, self.moved):
+            idle = life.status == "waiting" and self.yielded(life) and life.news
+            must(not idle, f"{life} waits, but something that it asked for is over")
+        if kind == "turn":
+            self.nobody_overslept()
+        self.moved, self.let_go, self.vanished = set(), set(), set()
+        self.doomed, self.owed = {}, []
 
     def life(self, run_id: str) -> Life:
         self.touched.add(run_id)
         must(run_id in self.lives, f"nobody asked for {run_id}")
         return self.lives[run_id]
 
+    def live(self) -> Iterator[Life]:
+        return (life for life in self.lives.values()
+                if life.status not in ironflow.TERMINAL)
+
     def emitted(
         self, events: list[ironflow.NewEvent], answers: list[ironflow.Accepted],
         error: BaseException | None,
     ) -> None:
         """All of them or none, and none if a key belongs to another event."""
+        if events[0].source == "invoke":
+            paused = events[0].name in self.paused
+            must(paused == (error is not None), f"{events[0].name} was invoked: {error}")
+            self.seen["paused function was invoked"] += paused
+            if paused:
+                return
         names = {key: name for key, (name, _) in self.keys.items()}
         conflict = any(
             event.idempotency_key is not None
@@ -8708,44 +8899,56 @@ class Witness:
         key = event.idempotency_key
         if key in self.keys:
             first = self.keys[key][1]
-            must(answer == first, f"a repeat was answered {answer}, not {first}")
+            later = set(answer.run_ids) - set(first.run_ids)  # runs that were put off
+            must(answer.event_id == first.event_id and {*first.run_ids} <= {*answer.run_ids}
+                 and all(self.life(run_id).event.event_id == first.event_id
+                         for run_id in later), f"a repeat got {answer}, not {first}")
             self.seen["event repeated its key"] += 1
             return
         if key is not None:
             self.keys[key] = (event.name, answer)
-        must(answer.event_id not in self.events, "two events got the same id")
-        self.events[answer.event_id] = answer.run_ids
-        self.new_events.add(answer.event_id)
-        functions = [f for f in sorted(self.functions) if self.starts(f, event.name)]
-        must(len(answer.run_ids) == len(functions),
-             f"{event.name} is for {functions}, but {len(answer.run_ids)} runs started")
-        for function_id, run_id in zip(functions, answer.run_ids, strict=True):
-            policy = ironflow.Retry(**json.loads(self.functions[function_id].retry))
-            name, number = f"r{len(self.lives) + 1}", json.loads(event.data)["n"]
-            self.lives[run_id] = Life(name, run_id, function_id, number, policy)
-            self.touched.add(run_id)
+        must(answer.event_id not in self.new_events, "two events got the same id")
+        self.new_events[answer.event_id] = answer.run_ids
 
-    def starts(self, function_id: str, name: str) -> bool:
-        triggers = [trigger.event for trigger in self.functions[function_id].triggers
-                    if fits(trigger.event, name)]
-        self.seen["wildcard started a run"] += bool(triggers) and name not in triggers
-        return bool(triggers)
+    def started_by(self, name: str) -> list[str]:
+        """Functions, in the order of their ids."""
+        found = []
+        for function_id in sorted(self.functions.keys() - self.paused):
+            triggers = [trigger.event for trigger in self.functions[function_id].triggers
+                        if fits(trigger.event, name)]
+            self.seen["wildcard started a run"] += bool(triggers) and name not in triggers
+            found += [function_id] * bool(triggers)
+        return found
 
     def registered(self, new: ironflow.NewFunction, wish: ironflow.Wish) -> None:
         old = self.functions.get(new.function_id)
         must(wish.result[1] == (old is None), f"{new.function_id}: new or not?")
         self.functions[new.function_id] = new
+        self.asks[new.function_id] = json.loads(new.config)
         self.new_functions += new != old
+        if new != old:
+            self.lined_up.add(new.function_id)
         self.seen["function was changed"] += old is not None and old != new
         self.seen["function was registered again, unchanged"] += old == new
+        ticks = {(new.function_id, each.cron, each.event) for each in new.triggers if each.cron}
+        for key in [key for key in self.ticks if key[0] == new.function_id]:
+            if key not in ticks:
+                del self.ticks[key]
+        for key in ticks - self.ticks.keys():
+            self.ticks[key] = self.tick_after(key, self.now)
+
+    @staticmethod
+    def tick_after(key: tuple[str, str, str], now: float) -> float:
+        period_s, minute = CRON[key[1]], 420 if key[1][0] == "7" else 0
+        return ((now - minute) // period_s + 1) * period_s + minute
 
     def cancelled(self, life: Life, wish: ironflow.Wish) -> None:
         over = life.verdict in ("completed", "failed")
         refused = wish.error is not None
         must(refused == over, f"{life} was {life.verdict}; cancelling: {wish.error}")
-        if not over:
-            self.seen["run was cancelled"] += life.verdict != "cancelled"
-            life.verdict, life.held = "cancelled", False
+        if not over and life.verdict != "cancelled":
+            self.seen["run was cancelled"] += 1
+            self.doomed[life.run_id] = "it was cancelled"
 
     def given_back(self, life: Life, fence: int, sent: bool) -> None:
         """Its client was gone. If it was sent there, then only until an ack came."""
@@ -8760,6 +8963,16 @@ class Witness:
             if life.held and life.fence == fence:
                 self.leased(life, LIMITS.lease_s / 2)
 
+    def joined(self, worker: ironflow.Worker) -> None:
+        """An actor leaves a worker that no longer does the same."""
+        able = worker.function_ids + worker.version
+        self.connected.add(worker.worker_id)
+        functions = self.able.get(worker.worker_id, able).partition("]")[0]
+        if functions != able.partition("]")[0]:
+            self.actors = {actor: name for actor, name in self.actors.items()
+                           if name != worker.worker_id}
+        self.able[worker.worker_id] = able
+
     def started(self, now: float) -> None:
         """While it was away it could hear of nobody: every lease starts anew."""
         for life in self.lives.values():
@@ -8773,26 +8986,55 @@ class Witness:
             life.leased_until += step_s
 
     def leased(self, life: Life, seconds: float) -> None:
-        until = self.leases.get(life.run_id, life.leased_until)
-        self.leases[life.run_id] = max(until, self.now + seconds)
+        life.leased_until = max(life.leased_until, self.now + seconds)
 
     def handed_out(self, job: ironflow.Job, acked: bool) -> None:
         """A job went out to a worker: from here on no older one counts."""
         life = self.life(job.run.run_id)
         must(life.verdict is None, f"{life} is {life.verdict}, but was handed out")
         must(job.run.fence > life.fence, f"{life} went out twice as {job.run.fence}")
-        number = json.loads(job.event.data)["n"]
-        must(number == life.number, f"{life} got event {number}, not {life.number}")
-        life.fence, life.held, life.acked = job.run.fence, True, acked
+        got = json.loads(job.event.data)
+        must(got == life.event.data, f"{life} got {got}, not {life.event.data}")
+        life.fence, life.held, life.acked, life.news = job.run.fence, True, acked, False
         length_s = LIMITS.lease_s if acked else LIMITS.reservation_s
-        self.leases[life.run_id] = self.now + length_s
+        life.leased_until = self.now + length_s
+        self.check_replay(life, job)
+        if life.started_at is None:
+            self.started_first(life)
+        if "actor" in life.bounds:
+            actor = life.function_id, life.bounds["actor"]
+            bound_to = self.actors.get(actor)
+            if bound_to not in self.connected:
+                self.actors[actor] = bound_to = job.run.worker_id
+            must(bound_to == job.run.worker_id, f"{life} went to {job.run.worker_id}, "
+                                                f"its actor is at {bound_to}")
+            self.seen["actor's run went where its last one was"] += 1
+
+    def check_replay(self, life: Life, job: ironflow.Job) -> None:
+        """What a replay finds done: failed calls only in a language that knows them."""
+        states = {"completed"} | ({"failed"} if self.knows_failures(job) else set())
+        due = {step_id for step_id, asked in life.asked.items() if asked.state in states}
+        sent = {step.step_id for step in job.steps if step.step_id in life.asked}
+        must(sent == due, f"{life} was sent {sent} of what it asked for, due are {due}")
+
+    def knows_failures(self, job: ironflow.Job) -> bool:
+        return "python" in self.able[str(job.run.worker_id)]
+
+    def started_first(self, life: Life) -> None:
+        """Its place in a throttle is taken for a period from now on."""
+        life.started_at = self.now
+        if "gate" in life.bounds:
+            throttle = self.asks[life.function_id].get("throttle", {})
+            key = (life.function_id, "gate", life.bounds["gate"])
+            until = self.now + throttle.get("periodMs", 0) / 1000
+            self.starts.setdefault(key, {})[life.run_id] = until
 
     def reported(self, life: Life, said: ironflow.Report, wish: ironflow.Wish) -> None:
         """Whoever holds the newest job may report, and repeat its last report."""
         repeat, holder = life.repeats(said), life.held and life.fence == said.fence
         if wish.error is not None:
-            if holder or repeat == "final":
-                self.refused.append((life, f"{said.status} was refused: {wish.error}"))
+            refused = holder or repeat == "final"
+            must(not refused, f"{life}: {said.status} was refused: {wish.error}")
             over = "reported a run that was over" if life.verdict else None
             self.seen[f"worker {over or 'heard that its run was leased again'}"] += 1
         elif repeat:
@@ -8815,17 +9057,19 @@ class Witness:
             if step.status == "completed" and step.output is not None:
                 life.done.setdefault(step.step_id, (said.fence, step.output))
         if said.status == "completed":
+            life.output = said.output
             self.ended(life, said, "completed")
         elif said.status == "failed":
             self.ended(life, said, self.failed(life, said.error))
+            if life.verdict == "failed":
+                self.undone(life)
         elif said.status == "yielded":
-            self.slept(life, said.yields[0])
-            self.ended(life, said, None)
+            self.asked_for(life, said)
         return None
 
     def failed(self, life: Life, error: dict[str, Any]) -> str | None:
         """Only this spends an attempt. How the run ends, or None: it tries again."""
-        policy, wait_ms = life.policy, error["retry_after_ms"]
+        policy, wait_ms = life.policy, error.get("retry_after_ms")
         if not error["retryable"]:
             self.seen["run failed for good at once"] += 1
             return "failed"
@@ -8840,27 +9084,78 @@ class Witness:
         life.attempt += 1
         return None
 
-    def slept(self, life: Life, wish: ironflow.Yield) -> None:
-        """The first yield of a sleep says how long; later ones change nothing."""
-        self.seen["sleep was yielded again"] += wish.step_id in life.sleeps
-        self.seen["sleep was over when it was yielded"] += wish.until <= self.now
-        life.not_before = life.sleeps.setdefault(wish.step_id, wish.until)
+    def undone(self, life: Life) -> None:
+        """It failed for good: what was done is undone, newest first, each once."""
+        due = [f"{life.run_id}:compensate:{part.name}:0"
+               for part, step_id in steps_of(self.programs[life.function_id], life.run_id)
+               if isinstance(part, Do) and part.undo and step_id in life.done]
+        undone = [step_id for step_id in life.done if ":compensate:" in step_id]
+        must(undone[1:] == due[::-1], f"{life} was to undo {due[::-1]}, and did {undone[1:]}")
+        self.seen["run was undone"] += bool(due)
 
-    def ended(self, life: Life, said: ironflow.Report, verdict: str | None) -> None:
-        life.last_end, life.held, life.verdict = said, False, verdict
+    def asked_for(self, life: Life, said: ironflow.Report) -> None:
+        """The first yield of a step is what counts; later ones change nothing."""
+        self.seen["branches asked for several things at once"] += len(said.yields) > 1
+        for wish in said.yields:
+            asked = life.asked.get(wish.step_id)
+            if asked is None:
+                asked = life.asked[wish.step_id] = Asked(wish, said.fence)
+                late = wish.kind == "sleep" and wish.until <= self.now
+                self.seen["sleep was over when it was yielded"] += late
+                continue
+            self.seen[f"{wish.kind.partition('_')[0]} was yielded again"] += 1
+            if asked.state == "failed" and asked.ended_in < said.fence:
+                self.seen["run failed, its language knows no failed call"] += 1
+                return self.ended(life, said, "failed", fated=False)
+            life.news |= asked.state != "waiting"
+        self.ended(life, said, None)
+        return None
+
+    def ended(
+        self, life: Life, said: ironflow.Report, verdict: str | None, fated: bool = True
+    ) -> None:
+        life.last_end, life.held, life.verdict, life.lost = said, False, verdict, 0
         self.let_go.add(life.run_id)
-        if verdict is not None:
-            due = destiny(self.programs[life.function_id], life.policy)
-            end = (verdict, life.attempt)
+        if verdict is not None and fated:
+            due, end = self.destiny(life), (verdict, life.attempt)
             must(end == due, f"{life} ended {end}, its destiny was {due}")
 
+    def destiny(self, life: Life) -> tuple[str, int]:
+        """How a run ends when nothing disturbs it, and in which attempt.
+
+        Crashes, lost workers and lost messages spend no attempt, so a run ends like
+        this in any weather, unless it was cancelled, lost every worker, or waited in
+        vain. Only what became of the runs that it calls is not its own affair.
+        """
+        attempt = 1
+        for part, step_id in steps_of(self.programs[life.function_id], life.run_id):
+            if isinstance(part, Invoke) and not part.catches:
+                asked = life.asked.get(step_id)
+                if asked is not None and asked.state == "failed":
+                    return "failed", attempt
+            if not isinstance(part, Do):
+                continue
+            while attempt <= part.fails:
+                if not part.retryable:
+                    return "failed", attempt
+                if attempt == life.policy.max_attempts:
+                    return exhausted(life.policy), attempt
+                attempt += 1
+            if part.too_large:
+                return "failed", attempt
+        return "completed", attempt
+
     def ran(self, job: ironflow.Job, step_id: str) -> int:
-        """A worker runs a step's body, for the n-th time. Never one that is done.
+        """A worker runs a step's body, for the n-th time. Never one that is done, and
+        never a new one once the run is being undone.
 
         But a worker that was silent for too long cannot know that its successor is
         done with it. All others were sent the result.
         """
         life = self.lives[job.run.run_id]
+        marker = life.done.get(f"{life.run_id}:compensate::0")
+        undoing = marker is not None and job.run.fence >= marker[0]
+        must(not undoing or ":compensate:" in step_id, f"{life} is being undone, but {step_id}")
         if step_id in life.done:
             fence, _ = life.done[step_id]
             must(job.run.fence < fence, f"{life}: job {job.run.fence} ran {step_id}"
@@ -8871,53 +9166,170 @@ class Witness:
 
     # What the file says
 
-    def look(self, all_of_it: bool = False) -> None:
-        """Read what is new in the file and compare it with what was promised."""
-        rows = self.journal_after(self.rows[-1][0] if self.rows else 0)
-        for row in rows:
-            self.read(*row)
-        self.rows += rows
-        must(not self.new_events, "an acknowledged event is not in the journal")
-        must(self.new_functions == 0, "a change of a function is not in the journal")
-        for run_id in self.let_go:
-            self.lives[run_id].lost = 0
-        for life, why in self.refused:  # right only if it lost its last chance just now
-            must(life.lost == LIMITS.lost_leases, f"{life}: {why}")
+    def look(self, behind: bool, all_of_it: bool = False) -> None:
+        """Read what is new in the file and compare it with what was promised.
+
+        `behind`: something is due, and the server had no time for it yet.
+        """
+        self.read_all(self.journal_after(self.rows[-1][0] if self.rows else 0))
+        self.settle("look")
         if all_of_it:
             must(self.journal_after(0) == self.rows, "journal rows are lost or changed")
         for run_id in sorted(self.lives if all_of_it else self.touched):
             self.check(self.life(run_id))
-        for run_id, until in self.leases.items():
-            self.lives[run_id].leased_until = until
-        self.touched, self.let_go, self.vanished = set(), set(), set()
-        self.refused, self.leases = [], {}
+        self.check_places(behind)
+        self.touched = set()
 
     def all(self, sql: str, *params: Any) -> list[Any]:
         return self.db.execute(sql, params).fetchall()
 
     def journal_after(self, seq: int) -> list[tuple[Any, ...]]:
-        return self.all("SELECT seq, at, kind, name, subject, step, data, event_id "
+        return self.all("SELECT seq, at, kind, name, subject, step, data, event_id, source "
                         "FROM journal WHERE seq > ? ORDER BY seq", seq)
+
+    def read_all(self, rows: list[tuple[Any, ...]]) -> None:
+        for row in rows:
+            self.read(*row)
+        self.rows += rows
 
     def read(
         self, seq: int, at: float, kind: str, name: str, subject: str, step: str,
-        data: str, event_id: str,
+        data: str, event_id: str, source: str,
     ) -> None:
         """One row of the journal, seen for the first time."""
         if kind == "event":
-            must(event_id in self.new_events, f"event {event_id}: nobody heard a yes")
-            self.new_events.discard(event_id)
-            rows = self.all("SELECT run_id FROM run WHERE event_id = ?", event_id)
-            runs, due = sorted(row[0] for row in rows), sorted(self.events[event_id])
-            must(runs == due, f"an event was to start {due}, but started {runs}")
+            heard = Heard(seq, at, name, json.loads(data), event_id, source)
+            self.heard[seq] = heard
+            self.happened(heard, subject)
         elif kind == "function":
             self.new_functions -= 1
         elif kind == "worker":
-            must(name == "connected", f"a rule raised, and still: {subject} {name}")
+            right = name in ("connected", "disconnected")
+            must(right, f"a rule raised, and still: {subject} {name}")
         elif kind == "run":
+            if name == "created" and subject not in self.lives:
+                self.adopt(subject, at)
+            self.moved.add(subject)
             self.became(self.life(subject), json.loads(data), at)
+        elif step in self.life(subject).asked:
+            self.moved.add(subject)
+            self.came(self.lives[subject], self.lives[subject].asked[step], name, at, seq)
         else:
-            self.step_became(self.life(subject), step, name, at)
+            self.lives[subject].lost = 0
+            must(name != "completed" or step not in self.recorded, f"{step} completed twice")
+            self.recorded |= {step} if name == "completed" else set()
+
+    # Events: whom they start, wake and end
+
+    def happened(self, event: Heard, subject: str | None) -> None:
+        """An event: it wakes and ends runs first, and then starts others."""
+        if subject is not None:
+            return  # a run calls another: see `adopt`
+        functions, quiet = [event.name], list[str]()
+        if event.source != "invoke":
+            self.wake_and_end(event)
+            functions = self.started_by(event.name)
+            quiet = [f for f in functions if "debounce" in self.asks[f]]
+        if event.source == "cron":
+            self.ticked(event)
+        else:
+            must(event.event_id in self.new_events, f"event {event}: nobody heard a yes")
+        for function_id in quiet:
+            self.put_off(function_id, event)
+        runs = dict(self.all("SELECT run_id, function_id FROM run WHERE event_seq = ?",
+                             event.seq))
+        due = [f for f in functions if f not in quiet]
+        answered = self.new_events.pop(event.event_id, sorted(runs))
+        must(sorted(runs) == sorted(answered) and sorted(runs.values()) == sorted(due),
+             f"an event was to start {due}, {answered}, but started {runs}")
+        for run_id in answered:
+            self.born(run_id, runs[run_id], event)
+
+    def born(
+        self, run_id: str, function_id: str, event: Heard,
+        parent: tuple[Life, Asked] | None = None,
+    ) -> Life:
+        asks, bounds = self.asks[function_id], dict[str, str]()
+        for kind, name in (("lane", "concurrency"), ("gate", "throttle")):
+            if name in asks:
+                bounds[kind] = text_of(event.data, asks[name].get("key")) or ""
+        if actor := text_of(event.data, asks.get("actorKey")):
+            bounds["actor"] = actor
+        ended_by = [(each["event"], each["match"]) for each in asks.get("cancelOn", ())]
+        policy = ironflow.Retry(**json.loads(self.functions[function_id].retry))
+        life = Life(f"r{len(self.lives) + 1}", run_id, function_id, event, policy, bounds,
+                    ended_by, parent)
+        must(run_id not in self.lives, f"two runs are called {run_id}")
+        self.lives[run_id] = life
+        self.touched.add(run_id)
+        return life
+
+    def adopt(self, run_id: str, at: float) -> None:
+        """A run that no caller heard of: another run's, or one that was put off."""
+        ((function_id, event_seq, parent_id, step_id),) = self.all(
+            "SELECT function_id, event_seq, parent_run_id, parent_step_id FROM run "
+            "WHERE run_id = ?", run_id)
+        event = self.heard[event_seq]
+        if parent_id is not None:
+            parent = self.life(parent_id)
+            asked = parent.asked.get(step_id)
+            must(asked is not None and asked.wish.target == function_id,
+                 f"{parent} never asked for {function_id} in {step_id}")
+            assert asked is not None
+            must(asked.child is None, f"{parent} has two runs for {step_id}")
+            given = json.loads(asked.wish.input or "null")
+            must(event.data == given, f"{parent} gave {given}, its call {event.data}")
+            asked.child = self.born(run_id, function_id, event, (parent, asked))
+            self.seen["run called a run that called a run"] += parent.parent is not None
+            return
+        due = [key for key, burst in self.bursts.items()
+               if key[0] == function_id and burst.last == event]
+        must(due, f"{function_id} started for {event}, for which it has a run")
+        burst = self.bursts.pop(due[0])
+        must(burst.due_at <= at, f"{function_id} was to be put off until {burst.due_at}")
+        self.born(run_id, function_id, event)
+        self.seen["events were put off, and one run came of them"] += burst.first_at < event.at
+
+    def wake_and_end(self, event: Heard) -> None:
+        """Of the waits of a run for the same, it answers the oldest that is in time."""
+        for life in self.live():
+            taken = set()
+            for asked in life.asked.values():
+                fits_it = asked.state == "waiting" and asked.deadline > event.at
+                fits_it = fits_it and asked.wish.kind == "wait_for_event"
+                if fits_it and event.answers(asked.wish, life.event):
+                    self.seen["event answered one of two equal waits"] += asked.same in taken
+                    if asked.same not in taken:
+                        taken.add(asked.same)
+                        asked.answer = event
+                        self.owed.append((life, asked))
+            for name, match in life.ended_by:
+                value = text_of(life.event.data, "k")
+                same = value is not None and text_of(event.data, "k") == value
+                if fits(name, event.name) and (same or not match):
+                    self.doomed[life.run_id] = f"{event} ends it"
+                    self.seen["event cancelled a run"] += 1
+
+    def ticked(self, event: Heard) -> None:
+        due = ironflow.from_rfc3339(event.data["scheduled_at"])
+        keys = [key for key, at in self.ticks.items()
+                if key[2] == event.name and at == due <= event.at and key[0] not in self.paused]
+        must(keys, f"{event} is no tick of {self.ticks}")
+        self.ticks[keys[0]] = after = self.tick_after(keys[0], event.at)
+        self.seen["tick was missed, and came once"] += after - due > 2 * CRON[keys[0][1]]
+
+    def put_off(self, function_id: str, event: Heard) -> None:
+        quiet = self.asks[function_id]["debounce"]
+        key = function_id, text_of(event.data, quiet.get("key")) or ""
+        burst = self.bursts.get(key, Burst(0.0, event.at, event))
+        due_at = event.at + quiet["periodMs"] / 1000
+        if "maxWaitMs" in quiet:
+            latest = burst.first_at + quiet["maxWaitMs"] / 1000
+            self.seen["events came on and on, and could not put it off"] += latest < due_at
+            due_at = min(due_at, latest)
+        self.bursts[key] = Burst(due_at, burst.first_at, event)
+
+    # Runs, and what they ask for
 
     def became(self, life: Life, change: dict[str, Any], at: float) -> None:
         """A run changed its status, so says the journal."""
@@ -8926,36 +9338,185 @@ class Witness:
         must(new in after[old], f"{life}: {old or 'nothing'} -> {new}")
         must(new != "failed" or "error" in change, f"{life}: failed, but why?")
         lost_all = new == "paused" and "WORKER_LOST" in str(change.get("error"))
-        if old == "running" and (lost_all or new == "waiting_for_capacity"):
+        gone = old == "running" and (lost_all or new == "waiting_for_capacity")
+        if gone and life.run_id not in self.let_go:
             self.lost_lease(life, at)
         if lost_all:
             must(life.lost == LIMITS.lost_leases, f"{life} gave up after {life.lost}")
             self.seen["run lost every worker"] += 1
             life.held, life.verdict = False, life.verdict or "paused"
         if (old, new) == ("waiting", "waiting_for_capacity"):
-            must(at >= life.not_before, f"{life} woke before its time")
+            early = not life.news if self.yielded(life) else at < life.not_before
+            must(not early, f"{life} woke before its time")
+        if new == "waiting_for_capacity" and old != "running":
+            life.queued_at = at
+        if new == "failed" and life.verdict is None:
+            in_vain = any(asked.state == "timed_out" for asked in life.asked.values())
+            must(in_vain, f"{life} failed, and nobody said so: {change}")
+            life.held, life.verdict = False, "failed"
+        if new == "cancelled":
+            must(life.run_id in self.doomed, f"{life} was cancelled, and by whom?")
+            life.held, life.verdict = False, "cancelled"
+            self.end_calls(life)
         life.status = new
 
+    def end_calls(self, life: Life) -> None:
+        """The runs that a cancelled one waits for end with it; no others do."""
+        for asked in life.asked.values():
+            if asked.child is not None and asked.child.status not in ironflow.TERMINAL:
+                if asked.state == "waiting":
+                    self.doomed[asked.child.run_id] = f"{life} waits for it, and is cancelled"
+                    self.seen["run was cancelled with the one that waited for it"] += 1
+                else:
+                    self.seen["run went on when its caller was cancelled"] += 1
+
+    def yielded(self, life: Life) -> bool:
+        return life.last_end is not None and life.last_end.status == "yielded"
+
     def lost_lease(self, life: Life, at: float) -> None:
-        """Because it ended, or was given back; or a sleep was over at once."""
+        """Because it ended, or was given back."""
         life.lost += 1
         early, life.leased_until = at < life.leased_until - 0.001, 0.0
-        excused = life.run_id in self.let_go | self.vanished
+        excused = life.run_id in self.vanished
         must(excused or not early, f"{life} was taken away before its lease ended")
 
-    def step_became(self, life: Life, step_id: str, verb: str, at: float) -> None:
-        life.lost = 0
-        if verb == "completed":
-            must(step_id not in self.recorded, f"{step_id} completed twice")
-            must(at >= life.sleeps.get(step_id, 0.0), f"{step_id} ended early")
-            self.recorded.add(step_id)
+    def came(self, life: Life, asked: Asked, verb: str, at: float, seq: int) -> None:
+        """A step that is waited for began, or ended."""
+        wish, what = asked.wish, f"{life}: {asked.wish.kind} {asked.wish.name}"
+        if verb == "created":
+            must(asked.state == "new", f"{what} began twice")
+            asked.state, asked.seq = "waiting", seq
+            asked.deadline = wish.until if wish.kind == "sleep" else at + wish.timeout_s
+            if wish.kind == "wait_for_event":
+                self.look_back(life, asked)
+            return
+        must(asked.state == "waiting", f"{what} ended twice, now it {verb}")
+        late = at >= asked.deadline
+        if wish.kind == "sleep":
+            must(verb == "completed" and late, f"{what} {verb} early")
+        elif wish.kind == "wait_for_event":
+            right = late if asked.answer is None else verb == "completed"
+            must(right, f"{what} {verb}, its answer is {asked.answer}")
+            must(verb == "timed_out" or asked.answer, f"{what}: nothing answered it")
+            self.seen["wait was in vain"] += verb == "timed_out"
+        else:
+            self.call_ended(life, asked, verb, late)
+        asked.state, asked.ended_in = verb, life.fence
+        life.news, life.woken_seq = True, seq
+
+    def call_ended(self, life: Life, asked: Asked, verb: str, late: bool) -> None:
+        child, what = asked.child, f"{life}: call {asked.wish.name}"
+        if child is None:
+            known = asked.wish.target in self.functions.keys() - self.paused
+            must(verb == "failed" and not known, f"{what} {verb}, and no run")
+            self.seen["run called a function that cannot be started"] += 1
+        elif asked.wish.kind.endswith("async"):
+            must(verb == "completed", f"{what} {verb}")
+        elif child.status == "completed":
+            must(verb == "completed", f"{what} {verb}, {child} completed")
+        elif child.status in ironflow.TERMINAL:
+            must(verb == "failed", f"{what} {verb}, {child} is {child.status}")
+            self.seen["run that was called did not complete"] += 1
+        else:
+            must(verb == "failed" and late, f"{what} {verb}, {child} is {child.status}")
+            self.seen["run that was called took too long"] += 1
+
+    def look_back(self, life: Life, asked: Asked) -> None:
+        """An answer may come before the question: after the run's own event, or, if any
+        will do, after the last of its waits ended; what an equal wait took is taken."""
+        equal = [each for each in life.asked.values()
+                 if each.same == asked.same and each.wish.kind == "wait_for_event"
+                 and each.state != "new" and each is not asked]
+        if any(each.state == "waiting" for each in equal):
+            self.seen["run waited twice for the same at once"] += 1
+            return
+        start = max((each.answer.seq for each in equal if each.answer), default=0)
+        start = start or life.event.seq if asked.wish.match else (
+            start or life.woken_seq or life.event.seq)
+        early = [event for seq, event in self.heard.items()
+                 if seq > start and event.answers(asked.wish, life.event)]
+        if early:
+            asked.answer = early[0]
+            self.owed.append((life, asked))
+            self.seen["answer came before the question"] += 1
+
+    def nobody_overslept(self) -> None:
+        """The clock was turned: what was due has happened."""
+        for (function_id, _, name), due in self.ticks.items():
+            must(due > self.now or function_id in self.paused, f"no tick {name} came at {due}")
+        for key in [key for key, due in self.ticks.items() if due <= self.now]:
+            self.ticks[key] = self.tick_after(key, self.now)
+            self.seen["tick of a paused function was left out"] += 1
+        for key, starts in self.starts.items():
+            self.starts[key] = {run_id: until for run_id, until in starts.items()
+                                if until > self.now}
+        for key, burst in self.bursts.items():
+            must(burst.due_at > self.now, f"{key} was silent, and no run started: {burst}")
+        for life in self.live():
+            if life.status == "waiting" and self.yielded(life):
+                late = [asked.wish.name for asked in life.asked.values()
+                        if asked.state == "waiting" and asked.deadline <= self.now]
+                must(not late, f"{life} overslept: {late}")
+            elif life.status == "waiting":
+                must(life.not_before > self.now, f"{life} was to try again at {life.not_before}")
+
+    # Bounds
+
+    def limit(self, function_id: str, kind: str) -> float:
+        asks = self.asks[function_id]
+        if kind == "actor":
+            return 1 if "actorKey" in asks else math.inf
+        asked = asks.get({"lane": "concurrency", "gate": "throttle"}[kind], {})
+        return float(asked.get("limit", math.inf))
+
+    def needs(self, life: Life) -> Iterator[tuple[str, str, str]]:
+        """The places without which it cannot start; a throttle's only once."""
+        for kind, value in life.bounds.items():
+            if kind != "gate" or life.started_at is None:
+                yield life.function_id, kind, value
+
+    def check_places(self, behind: bool) -> None:
+        """Nobody got a place too many, none is free while somebody waits for it, and
+        those who wait for the same alone get it in turn."""
+        places: dict[tuple[str, str, str], set[str]] = {
+            key: set(starts) for key, starts in self.starts.items()}
+        line = []
+        for run_id, status, held in self.all(
+            "SELECT run_id, status, held FROM run WHERE held IS NOT NULL"
+            " AND status IN ('running', 'waiting_for_capacity')"):
+            life = self.lives[run_id]
+            if held and status != "running":
+                line.append(life)
+                continue
+            for key in self.needs(life):
+                places.setdefault(key, set()).add(run_id)
+        for (function_id, kind, value), taken in places.items():
+            new = taken - self.places.get((function_id, kind, value), set())
+            limit = self.limit(function_id, kind)
+            names = sorted(str(self.lives[run_id]) for run_id in taken)
+            must(len(taken) <= limit or not new, f"{function_id} has {names} in {kind} "
+                                                 f"{value!r}, the limit is {limit}")
+            for life in line if function_id not in self.lined_up else ():
+                if [*self.needs(life)] == [(function_id, kind, value)]:
+                    self.seen[f"run stood in line, {kind}"] += 1
+                    late = [str(self.lives[run_id]) for run_id in new
+                            if self.lives[run_id].queued_at > life.queued_at]
+                    must(not late, f"{late} went before {life} in {kind} {value!r}")
+        for life in line if not behind else ():
+            free = all(len(places.get(key, ())) < self.limit(key[0], key[1])
+                       for key in self.needs(life))
+            must(not free, f"a place is lost: {life} stands in line for {life.bounds}, "
+                           "and there is room")
+        self.places, self.lined_up = places, set()
+
+    # The state of each
 
     def check(self, life: Life) -> None:
         """The run's row, its steps and its journal rows tell the story that is due."""
         rows = self.all("SELECT status, attempt, lost_leases, fence, output, "
-                        "function_id FROM run WHERE run_id = ?", life.run_id)
+                        "function_id, parent_run_id FROM run WHERE run_id = ?", life.run_id)
         must(rows, f"{life} was acknowledged, but is not in the file")
-        status, attempt, lost, fence, output, function_id = rows[0]
+        status, attempt, lost, fence, output, function_id, parent_id = rows[0]
         over = status if status in (*ironflow.TERMINAL, "paused") else None
         must(status == life.status, f"{life} is {status}, its rows say {life.status}")
         must(over == life.verdict, f"{life} is {status}, due is {life.verdict}")
@@ -8965,37 +9526,76 @@ class Witness:
         must(over or lost < LIMITS.lost_leases, f"{life} lost {lost}, and goes on")
         must(fence >= life.fence, f"{life}: the fence went back to {fence}")
         must(function_id == life.function_id, f"{life} is a run of {function_id}")
+        parent = life.parent[0].run_id if life.parent else None
+        must(parent_id == parent, f"{life} has the parent {parent_id}, not {parent}")
         self.check_steps(life)
         if status == "completed":
             must(json.loads(output) == self.result(life), f"{life} gave {output}")
 
     def check_steps(self, life: Life) -> None:
-        steps = dict(self.all("SELECT step_id, output FROM step WHERE run_id = ? AND "
-                              "status = 'completed' AND type = 'invoke'", life.run_id))
-        due = {step_id: output for step_id, (_, output) in life.done.items()}
-        must(steps == due, f"{life} has the steps {steps}, due are {due}")
+        done, asked = dict[str, str](), dict[str, str]()
+        for step_id, kind, status, output, child_id in self.all(
+            "SELECT step_id, type, status, output, child_run_id FROM step WHERE run_id = ?",
+            life.run_id):
+            if kind in ("invoke", "compensate"):
+                done |= {step_id: output} if status == "completed" else {}
+                continue
+            asked[step_id] = "waiting" if status == "sleeping" else status
+            mine = life.asked[step_id]
+            child = mine.child.run_id if mine.child else None
+            must(child_id == child, f"{life}: {step_id} has the run {child_id}, not {child}")
+            if status == "completed":
+                due, got = self.gave(mine), json.loads(output)
+                got = got["id"] if kind == "wait_for_event" else got
+                got = got["run_id"] if mine.wish.kind.endswith("async") else got
+                must(got == due, f"{life}: {step_id} gave {got}, not {due}")
+        due_done = {step_id: output for step_id, (_, output) in life.done.items()}
+        must(done == due_done, f"{life} has the steps {done}, due are {due_done}")
+        states = {step_id: each.state for step_id, each in life.asked.items()
+                  if each.state != "new"}
+        must(asked == states, f"{life} asked for {asked}, due are {states}")
+
+    def gave(self, asked: Asked) -> Any:
+        """What a step gives its run when it is over: of an event its id."""
+        if asked.answer is not None:
+            return asked.answer.event_id
+        if asked.state != "completed" or asked.child is None:
+            return None
+        if asked.wish.kind.endswith("async"):
+            return asked.child.run_id
+        return json.loads(asked.child.output or "null")
 
     def result(self, life: Life) -> list[Any]:
         """What the program computes, made of what its steps are known to have given."""
-        outputs = [json.loads(output) for _, output in life.done.values()]
-        names = [p.name for p in self.programs[life.function_id] if isinstance(p, Do)]
-        due = [f"{name}{life.number}" for name in names]
-        must([o["is"] for o in outputs] == due, f"{life} computed {outputs}, not {due}")
+        outputs: list[Any] = []
+        for part, step_id in steps_of(self.programs[life.function_id], life.run_id):
+            if isinstance(part, Do):
+                output = json.loads(life.done[step_id][1])
+                must(output["is"] == f"{part.name}{life.number}", f"{life}: {output}")
+                outputs.append(output)
+            else:
+                must(step_id in life.asked, f"{life} completed without {step_id}")
+                outputs.append(self.gave(life.asked[step_id]))
         return outputs
 
-    def waiting_functions(self) -> set[str]:
-        """Those with runs that want a worker now."""
-        return {function_id for (function_id,) in self.all(
-            "SELECT DISTINCT function_id FROM run WHERE status = 'waiting_for_capacity'"
-        )}
+    def ready_runs(self) -> set[tuple[str, str | None]]:
+        """The functions of runs that want a worker now, and the one it has to be."""
+        found = set()
+        for (run_id,) in self.all("SELECT run_id FROM run WHERE held IS NOT 1 AND "
+                                  "status = 'waiting_for_capacity'"):
+            life = self.lives[run_id]
+            worker = self.actors.get((life.function_id, life.bounds.get("actor", "")))
+            found.add((life.function_id, worker if worker in self.connected else None))
+        return found
 
     def open_runs(self) -> str:
         """What each run that is not over waits for."""
-        rows = self.all("SELECT run_id, function_id, status, due_at, lease_until "
+        rows = self.all("SELECT run_id, function_id, status, due_at, lease_until, held "
                         "FROM run WHERE due_at IS NOT NULL OR lease_until IS NOT NULL")
         return "; ".join(
-            f"{self.lives[run_id]} of {function} is {status}: due {due}, leased {end}"
-            for run_id, function, status, due, end in rows
+            f"{self.lives[run_id]} of {function} is {status}: due {due}, leased {end}, "
+            f"in line {held}, needs {self.lives[run_id].bounds}"
+            for run_id, function, status, due, end, held in rows
         )
 
 
@@ -9011,6 +9611,8 @@ class Peer:
     slots: int = 0
     eager: bool = True  # reports each step when it ends, not all of them at the end
     acks: bool = True  # a job before it starts; others take the poll's answer for that
+    ours: bool = True  # tells of all that its branches wait for; others of one at a time
+    runtime: str = "python-3.12"
     alive: bool = True
     silent_until: float = 0.0
     polling: bool = False
@@ -9030,11 +9632,29 @@ class Call:
     script: Script | None = None  # who listens for the answer
 
 
+@dataclass(slots=True, eq=False)
+class Carried(ironflow.Wish):
+    """A wish that notes how far the journal was when it had been carried out."""
+
+    upto: int = 0
+
+    def __post_init__(self) -> None:
+        rule = self.rule
+
+        def noting(tx: ironflow.Transaction, *args: Any) -> Any:
+            try:
+                return rule(tx, *args)
+            finally:
+                self.upto = tx.last_seq
+
+        self.rule = noting
+
+
 # What a client does is a script: a generator that yields the calls it makes, or None
 # where it is busy on its own. It hears the wish that was carried out or refused, or
 # None if no answer came.
 Moves = Generator[Call | None, ironflow.Wish | None, T]
-Batch = list[tuple[Call, ironflow.Wish]]
+Batch = list[tuple[Call, Carried]]
 
 
 @dataclass(eq=False)
@@ -9046,8 +9666,33 @@ class Script:
     heard: ironflow.Wish | None = None
 
 
+@dataclass(eq=False)
+class Execution:
+    """A worker with a job: what it knows, and what it has not told yet."""
+
+    worker: Peer
+    job: ironflow.Job
+    done: dict[str, ironflow.Step]
+    tail: list[ironflow.ReportedStep] = field(default_factory=list)  # finished, not reported
+    blocks: list[ironflow.Yield] = field(default_factory=list)  # what its branches wait for
+    undos: list[Do] = field(default_factory=list)
+
+    @property
+    def undoing(self) -> str:
+        """The step that says: this run is being undone, and why."""
+        return f"{self.job.run.run_id}:compensate::0"
+
+
 class Impossible(Exception):
     """This move cannot be made now."""
+
+
+class Failed(Exception):
+    """A program failed, with this error."""
+
+
+class Dropped(Exception):
+    """The job is not this worker's any more."""
 
 
 def insist(call: Call) -> Moves[ironflow.Wish]:
@@ -9093,7 +9738,9 @@ class World:
         self.slow: list[Call] = []  # these take their time
         self.numbers = 0
         self.keys: list[tuple[str, str]] = []  # used so far, with the event's name
-        self.programs = {f"f{i}": draw_program(self.draw) for i in range(1, 5)}
+        names = [f"f{i}" for i in range(1, 6)]
+        self.programs = {name: draw_program(self.draw, names[i + 1:])
+                         for i, name in enumerate(names)}
         self.path = folder / "journal.db"
         self.witness = Witness(self.path, self.programs, self.seen)
         self.open()
@@ -9118,18 +9765,20 @@ class World:
         self.file._db.execute("PRAGMA synchronous = OFF")
         self.held: dict[ironflow.Offer, Call] = {}  # polls
         self.chores: list[Call] = []
+        self.reading: list[Call] = []  # reports that the server reads about
+        self.looks: dict[Call, ironflow.Report] = {}  # what it read
         self.clock_set = False
         keep = ironflow.Wish(ironflow.keep_leases, (LIMITS,))
         self.file.execute([keep], self.now)
         self.file.commit()
         self.next_at: float = keep.result
-        self.witness.look(all_of_it=True)
+        self.witness.look(behind=True, all_of_it=True)
         self.witness.started(self.now)
 
     def crash(self, batch: Batch, away_s: float = 0.0) -> None:
         """Whoever waits for an answer waits in vain; what was committed is there."""
         self.file.close()
-        for call in [call for call, _ in batch] + list(self.held.values()):
+        for call in [*(call for call, _ in batch), *self.held.values(), *self.reading]:
             self.answer(call, None)
         self.now = round(self.now + away_s, 3)
         self.open()
@@ -9138,11 +9787,13 @@ class World:
 
     def write(self, *more: Call) -> Batch:
         """All of it, up to the commit."""
-        batch = [(call, ironflow.Wish(call.rule, call.args))
-                 for call in (*self.arrivals(), *more)]
-        for call, _ in batch:
+        batch = [(call, Carried(call.rule, call.args)) for call in (*self.arrivals(), *more)]
+        self.batch = batch
+        for call, wish in batch:
             if call.kind == "poll":
                 self.hold(call)
+            if call in self.looks:
+                wish.args = (call.args[0], self.looks.pop(call), LIMITS)
         self.file.execute([wish for _, wish in batch], self.now)
         self.while_writing(batch)
         return batch
@@ -9158,11 +9809,12 @@ class World:
         return filled
 
     def a_batch(self, *more: Call) -> str:
-        if not (self.wire or self.slow or self.chores or self.next_at <= self.now):
+        if not (self.wire or self.slow or self.chores or self.reading
+                or self.next_at <= self.now):
             raise Impossible
         batch = self.write(*more)
         self.reply(batch, self.commit(batch))
-        self.witness.look()
+        self.witness.look(behind=self.next_at <= self.now)
         self.look_at_offers()
         return f"commit: {words_of(batch)}"
 
@@ -9200,7 +9852,8 @@ class World:
         slow, self.slow = self.slow, []
         for call in slow:
             (self.slow if self.chance(0.9) else calls).append(call)
-        calls, self.chores = calls + self.chores, []
+        calls = self.looked_back(calls) + self.chores
+        self.chores = []
         due = self.next_at <= self.now
         if due:  # before what the others say, or after it
             turn = Call("turn", "turn the clock", ironflow.turn_clock, (LIMITS,))
@@ -9208,7 +9861,34 @@ class World:
         if self.clock_set and (due or not self.chance(0.5)):
             keep = Call("keep", "leases start anew", ironflow.keep_leases, (LIMITS,))
             calls.insert(0, keep)
-        return calls
+        return [*self.heard_of(calls), *calls]
+
+    def looked_back(self, calls: list[Call]) -> list[Call]:
+        """A report that waits for an event is first read about, as `take_report` does;
+        other batches may be written meanwhile."""
+        ready, self.reading = self.reading, []
+        for call in calls:
+            reads = call.kind == "report" and any(
+                wish.kind == "wait_for_event" for wish in call.args[1].yields)
+            if reads:
+                job_id, said, _ = call.args
+                run_id, _ = ironflow.run_and_fence(job_id)
+                queries = ironflow.Queries(self.witness.db)
+                self.looks[call] = ironflow.look_back(queries, run_id, said)
+            (self.reading if reads and self.chance(0.5) else ready).append(call)
+        return ready
+
+    def heard_of(self, calls: list[Call]) -> Iterator[Call]:
+        """Workers that were missed, and speak."""
+        for call in calls:
+            if call.kind in ("poll", "beat") and call.script is not None:
+                name = call.script.owner.name
+                if name not in self.witness.connected:
+                    yield self.note(name, True)
+
+    def note(self, name: str, connected: bool) -> Call:
+        label = f"{name} is {'heard of again' if connected else 'missed'}"
+        return Call("note", label, ironflow.note_worker, (name, connected))
 
     def while_writing(self, batch: Batch) -> None:
         """A poll may run out of time just now; one that is being served waits on."""
@@ -9226,14 +9906,15 @@ class World:
                 self.clock_set = False  # if the disk refused it, it is tried again
             if not isinstance(wish.error, ironflow.IronflowError | None):
                 must(call.kind == "clumsy", f"{call.label}: {wish.error!r}")
-            self.witness.hear(call, wish)
+        self.witness.follow(batch)
         self.next_at = min(self.next_at, self.file.tx.alarm)  # as `Timekeeper` reckons
 
     def look_at_offers(self) -> None:
         """None may stand while a run waits for it."""
-        waiting = self.witness.waiting_functions()
+        ready = self.witness.ready_runs()
         for offer, call in self.held.items():
-            both = waiting.intersection(offer.functions)
+            both = {function for function, worker in ready if function in offer.functions
+                    and worker in (None, offer.worker_id)}
             idle = offer.state == "open" and both
             must(not idle, f"{call.label}, and there are runs of {both} that wait")
 
@@ -9324,8 +10005,18 @@ class World:
             yield call
 
     def register(self, new: ironflow.NewFunction) -> Moves[None]:
-        label = f"{new.function_id} on {' and '.join(t.event for t in new.triggers)}"
+        asks = {name: value for name, value in json.loads(new.config).items()
+                if name in ("triggers", *BOUNDS)}
+        label = f"{new.function_id} asks {asks}"
         yield from insist(Call("register", label, ironflow.register_function, (new,)))
+
+    def invoke(self, event: ironflow.NewEvent) -> Moves[None]:
+        label = f"invoke {event.name} {event.data}"
+        yield Call("invoke", label, ironflow.invoke, (event,))
+
+    def pause(self, function_id: str, status: str) -> Moves[None]:
+        args = (function_id, status)
+        yield from insist(Call("pause", f"{function_id} is {status}", ironflow.set_status, args))
 
     def cancel(self, life: Life) -> Moves[None]:
         args = (life.run_id, "nobody wants it")
@@ -9333,7 +10024,8 @@ class World:
 
     def join(self, worker: Peer) -> Moves[None]:
         row = ironflow.Worker(worker.name, "host", json.dumps(worker.functions),
-                              worker.slots, "{}", "{}", 1, self.now)
+                              worker.slots, "{}", f'{{"runtime":"{worker.runtime}"}}', 1,
+                              self.now)
         yield from insist(Call("join", "join", ironflow.register_worker, (row,)))
         self.workers.append(worker)
 
@@ -9358,66 +10050,139 @@ class World:
         races = held.count(job.run.run_id) > 1
         self.seen["two workers had the same run in hand"] += races
         try:
-            if not worker.acks or (yield from self.tell(worker, job, "ack")):
-                yield from self.work(worker, job)
+            yield from self.work(worker, job)
         finally:
             del worker.jobs[job.run.job_id], worker.doing[job.run.job_id]
 
     def work(self, worker: Peer, job: ironflow.Job) -> Moves[None]:
         """Steps whose result came with the job are not run again."""
-        done = {step.step_id: str(step.output) for step in job.steps}
-        tail: list[ironflow.ReportedStep] = []  # finished, not reported
-        outputs = []
-        for part in self.programs[job.run.function_id]:
-            step_id = f"{job.run.run_id}:{part.name}:0"
-            if isinstance(part, Sleep):
-                if step_id not in done or self.chance(0.1):  # branches yield it again
-                    until = self.now + part.seconds
-                    wish = ironflow.Yield("sleep", step_id, part.name, until)
-                    yield from self.tell(worker, job, "yielded", tail, yields=[wish])
-                    return
-                continue
-            if step_id not in done:
-                yield from self.busy(worker, job, "in a step")
-                count = self.witness.ran(job, step_id)
-                if job.run.attempt <= part.fails:
-                    tail.append(part.reported(step_id, None))
-                    why = part.error()
-                    yield from self.tell(worker, job, "failed", tail, error=why)
-                    return
-                done[step_id] = self.output(job, part, count)
-                yield from self.busy(worker, job, "after a step, before its checkpoint")
-                tail.append(part.reported(step_id, done[step_id]))
-                if worker.eager:
-                    if not (yield from self.tell(worker, job, "progress", tail)):
-                        return
-                    tail = []
-            outputs.append(done[step_id])
-        output = f"[{','.join(outputs)}]"
-        yield from self.tell(worker, job, "completed", tail, output=output)
+        hand = Execution(worker, job, {step.step_id: step for step in job.steps})
+        program = self.programs[job.run.function_id]
+        with contextlib.suppress(Dropped):
+            if worker.acks:
+                yield from self.tell(hand, "ack")
+            try:
+                outputs = yield from self.play(hand, program, job.run.run_id)
+            except Failed as failed:
+                yield from self.fail(hand, *failed.args)
+                return
+            if outputs is not None:
+                output = f"[{','.join(outputs)}]"
+                yield from self.tell(hand, "completed", output=output)
+                return
+            wishes = hand.blocks if worker.ours else hand.blocks[:1]
+            yield from self.tell(hand, "yielded", yields=wishes)
 
-    def output(self, job: ironflow.Job, part: Do, count: int) -> str:
-        """What a step gives; it shows how often its body was run."""
-        number = self.witness.lives[job.run.run_id].number
-        text = json.dumps({"is": f"{part.name}{number}", "time": count})
-        return text + " " * LIMITS.step_bytes if part.too_large else text
+    def play(self, hand: Execution, program: Program, scope: str) -> Moves[list[str] | None]:
+        """The outputs of a program's steps; None where it has to wait first."""
+        outputs: list[str] = []
+        for part in program:
+            step_id = f"{scope}:{part.name}:0"
+            if isinstance(part, Do):
+                outputs.append((yield from self.do(hand, part, step_id)))
+            elif isinstance(part, Branches):
+                found: list[list[str] | None] = []
+                for i, branch in enumerate(part.programs):
+                    inside = f"{scope}:{part.name}:{i}"
+                    found.append((yield from self.play(hand, branch, inside)))
+                if None in found:
+                    return None
+                outputs += [output for each in found for output in each or ()]
+            else:
+                step = hand.done.get(step_id)
+                again = self.chance(0.04)  # as branches do that know nothing of each other
+                if step is None or (again and step.status == "completed"):
+                    data = hand.job.event.data
+                    hand.blocks.append(part.wish(step_id, data, self.now))
+                    return None
+                outputs.append(self.gave(part, step))
+        return outputs
 
-    def busy(self, worker: Peer, job: ironflow.Job, what: str) -> Moves[None]:
-        worker.doing[job.run.job_id] = what
+    def gave(self, part: Sleep | Wait | Invoke, step: ironflow.Step) -> str:
+        """What a step that was waited for gives to its program."""
+        if step.status == "failed":
+            must(isinstance(part, Invoke), f"{step} failed")
+            if isinstance(part, Invoke) and not part.catches:
+                raise Failed({"message": "no answer", "retryable": False})
+            return "null"
+        output = json.loads(step.output or "null")
+        if isinstance(part, Wait):
+            return json.dumps(output["id"])
+        return json.dumps(output["run_id"]) if step.type == "invoke_function" and isinstance(
+            output, dict) else json.dumps(output)
+
+    def do(self, hand: Execution, part: Do, step_id: str) -> Moves[str]:
+        if step_id not in hand.done:
+            if hand.undoing in hand.done:  # nothing new is tried then
+                raise Failed(json.loads(hand.done[hand.undoing].output or ""))
+            count = yield from self.body(hand, step_id)
+            if hand.job.run.attempt <= part.fails:
+                self.end(hand, step_id, part.name, None)
+                raise Failed(part.error())
+            number = self.witness.lives[hand.job.run.run_id].number
+            output = json.dumps({"is": f"{part.name}{number}", "time": count})
+            output += " " * LIMITS.step_bytes if part.too_large else ""
+            yield from self.done(hand, step_id, part.name, output)
+        if part.undo:
+            hand.undos.append(part)
+        return str(hand.done[step_id].output)
+
+    def body(self, hand: Execution, step_id: str) -> Moves[int]:
+        """Run a step's body; how often it was run by now."""
+        yield from self.busy(hand, "in a step")
+        return self.witness.ran(hand.job, step_id)
+
+    def end(self, hand: Execution, step_id: str, name: str, output: str | None) -> None:
+        """A step has ended: its row is to be reported, and known from now on."""
+        undo = ":compensate:" in step_id
+        row = ironflow.ReportedStep(
+            step_id, name, "compensate" if undo else "invoke",
+            "completed" if output else "failed", output,
+            None if output else '{"message":"no"}', 1, name if undo else None, None, None)
+        hand.tail.append(row)
+        hand.done[step_id] = cast(ironflow.Step, row)
+
+    def done(
+        self, hand: Execution, step_id: str, name: str, output: str, at_once: bool = False
+    ) -> Moves[None]:
+        yield from self.busy(hand, "after a step, before its checkpoint")
+        self.end(hand, step_id, name, output)
+        if hand.worker.eager or at_once:
+            yield from self.tell(hand, "progress")
+
+    def fail(self, hand: Execution, error: dict[str, Any]) -> Moves[None]:
+        """Report it; if it is for good, undo first what was done, newest first. Before
+        that it is recorded, so that after a crash nothing is tried again."""
+        run = hand.job.run
+        last = run.policy.on_exhausted == "fail" and run.attempt >= run.policy.max_attempts
+        if hand.undos and (last or not error["retryable"]):
+            if hand.undoing not in hand.done:
+                yield from self.done(hand, hand.undoing, "", json.dumps(error), at_once=True)
+            for part in reversed(hand.undos):
+                step_id = f"{run.run_id}:compensate:{part.name}:0"
+                if step_id not in hand.done:
+                    yield from self.body(hand, step_id)
+                    yield from self.done(hand, step_id, part.name, "null")
+        yield from self.tell(hand, "failed", error=error)
+
+    def busy(self, hand: Execution, what: str) -> Moves[None]:
+        hand.worker.doing[hand.job.run.job_id] = what
         yield None
 
-    def tell(
-        self, worker: Peer, job: ironflow.Job, status: Any,
-        steps: Sequence[ironflow.ReportedStep] = (), **more: Any,
-    ) -> Moves[bool]:
-        """Report until there is an answer; whether the job is still this worker's."""
+    def tell(self, hand: Execution, status: Any, **more: Any) -> Moves[None]:
+        """Report until there is an answer, with the steps that were not told yet.
+
+        Raises Dropped if the job is not this worker's any more.
+        """
+        run = hand.job.run
         if status != "ack":
-            worker.doing[job.run.job_id] = "while it waited for an answer"
-        token = str(job.run.lease_token)
-        said = ironflow.Report(status, job.run.fence, token, list(steps), **more)
-        label, args = f"{self.name(job)} {status}", (job.run.job_id, said, LIMITS)
+            hand.worker.doing[run.job_id] = "while it waited for an answer"
+        steps, hand.tail = hand.tail, []
+        said = ironflow.Report(status, run.fence, str(run.lease_token), steps, **more)
+        label, args = f"{self.name(hand.job)} {status}", (run.job_id, said, LIMITS)
         wish = yield from insist(Call("report", label, ironflow.report, args))
-        return wish.error is None
+        if wish.error is not None:
+            raise Dropped
 
     # The weather: one move each, and the words for the trace
 
@@ -9454,7 +10219,8 @@ class World:
         """Without a key, with a new one, or with one that was used before."""
         name, luck = self.draw.choice(EVENT_NAMES), self.draw.random()
         self.numbers += 1
-        data = json.dumps({"n": self.numbers})
+        value = self.draw.choice([None, *VALUES, *VALUES])
+        data = json.dumps({"n": self.numbers} | ({} if value is None else {"k": value}))
         if luck < 0.4:
             return ironflow.NewEvent(name, data)
         if luck < 0.75 or not self.keys:
@@ -9470,16 +10236,40 @@ class World:
         return self.let(self.caller, "caller", self.register(new))
 
     def new_function(self, function_id: str) -> ironflow.NewFunction:
-        policy = ironflow.Retry(
-            max_attempts=self.draw.randint(1, 4),
-            initial_delay_ms=self.draw.choice([500, 1_000, 20_000]),
-            max_delay_ms=self.draw.choice([2_000, 300_000]),
-            on_exhausted=self.draw.choice(["fail", "pause"]),
-        )
-        triggers = self.draw.sample(TRIGGERS, self.draw.randint(1, 2))
-        config = json.dumps({"triggers": triggers})
-        return ironflow.NewFunction(
-            function_id, config, policy.to_text(), list(map(ironflow.Trigger, triggers)))
+        draw = self.draw
+        triggers: list[dict[str, str]] = [
+            {"event": name} for name in draw.sample(TRIGGERS, draw.randint(1, 2))]
+        if draw.random() < 0.15:
+            triggers.append({"cron": draw.choice([*CRON])} | draw.choice(
+                [{}, {"event": draw.choice(EVENT_NAMES)}]))
+        retry = {
+            "maxAttempts": draw.randint(1, 4),
+            "initialDelayMs": draw.choice([500, 1_000, 20_000]),
+            "maxDelayMs": draw.choice([2_000, 300_000]),
+            "onExhausted": draw.choice(["fail", "pause"])}
+        asks = {name: ask(draw) for name, (odds, ask) in BOUNDS.items() if draw.random() < odds}
+        body = {"id": function_id, "triggers": triggers, "retry": retry, **asks}
+        return ironflow.read_function(ironflow.Fields(body))
+
+    def somebody_pauses(self) -> str:
+        """A function, so that it starts no runs; or lets it go on."""
+        function_id = self.pick(list(self.witness.functions))
+        status = "active" if function_id in self.witness.paused else "paused"
+        return self.let(self.caller, "caller", self.pause(function_id, status))
+
+    def somebody_invokes(self) -> str:
+        self.numbers += 1
+        data = json.dumps({"n": self.numbers, "k": self.draw.choice(VALUES)})
+        name = self.pick(list(self.witness.functions))
+        event = ironflow.NewEvent(name, data, source="invoke")
+        return self.let(self.caller, "caller", self.invoke(event))
+
+    def the_server_misses_a_worker(self) -> str:
+        """It was not heard of for a while."""
+        gone = self.pick([w for w in self.workers if not self.awake(w)
+                          and w.name in self.witness.connected])
+        self.chores.append(self.note(gone.name, False))
+        return f"{gone.name} is missed"
 
     def somebody_cancels(self) -> str:
         life = self.pick(list(self.witness.lives.values())[-20:])
@@ -9513,8 +10303,9 @@ class World:
 
     def new_worker(self, name: str) -> Peer:
         functions = self.draw.sample(list(self.programs), self.draw.randint(2, 4))
-        eager, acks = self.draw.random() < 0.7, self.draw.random() < 0.6
-        return Peer(name, functions, self.draw.randint(1, 3), eager, acks)
+        eager, acks, ours = (self.draw.random() < odds for odds in (0.7, 0.6, 0.7))
+        runtime = "python-3.12" if ours or self.draw.random() < 0.5 else "node-v22"
+        return Peer(name, functions, self.draw.randint(1, 3), eager, acks, ours, runtime)
 
     def some_worker_falls_silent(self) -> str:
         """Stopped with its jobs in hand, of which it knows nothing when it goes on."""
@@ -9595,12 +10386,20 @@ class World:
         """No more trouble, and somebody for every function: now every run must end."""
         helper = Peer("helper", list(self.programs), slots=100)
         self.let(helper, "helper", self.join(helper))
+        for new in self.witness.functions.values():  # no more ticks, or it would never end
+            asks = json.loads(new.config) | {"triggers": [{"event": "order.placed"}]}
+            calm = ironflow.read_function(ironflow.Fields(asks))
+            self.let(self.caller, "caller", self.register(calm))
+        awake = {worker.name for worker in self.workers if self.awake(worker)}
+        for name in sorted(self.witness.connected - awake):
+            self.chores.append(self.note(name, False))
         for _ in range(CALM_ROUNDS):
             for worker in self.free_workers():
                 self.say(self.let(worker, worker.name, self.poll(worker)))
             if self.a_calm_round():
                 continue
-            if all(life.verdict for life in self.witness.lives.values()):
+            over = all(life.verdict for life in self.witness.lives.values())
+            if over and not self.witness.bursts:
                 return self.wake_the_silent()
             must(self.next_at < math.inf, f"stuck: {self.witness.open_runs()}")
             self.now = round(max(self.now, self.next_at), 3)
@@ -9614,7 +10413,7 @@ class World:
             pass
         for offer, call in self.held.items():
             must(self.offers.withdraw(offer), f"{call.label}, and is never answered")
-        self.witness.look(all_of_it=True)
+        self.witness.look(behind=False, all_of_it=True)
 
     def a_calm_round(self) -> bool:
         """Everybody does one thing; whether anybody had anything to do."""
@@ -9628,6 +10427,22 @@ class World:
         return True
 
 
+# What a registration may ask for: how often, and how it looks.
+BOUNDS: dict[str, tuple[float, Callable[[random.Random], Any]]] = {
+    "concurrency": (0.3, lambda draw: {"limit": draw.randint(1, 2)} | draw_key(draw)),
+    "throttle": (0.2, lambda draw: {
+        "limit": draw.randint(1, 2), "periodMs": draw.choice([1500, 8000])} | draw_key(draw)),
+    "debounce": (0.15, lambda draw: {"periodMs": draw.choice([2000, 6000])} | draw_key(draw)
+                 | draw.choice([{}, {"maxWaitMs": 9000}])),
+    "actorKey": (0.2, lambda draw: "k"),
+    "cancelOn": (0.25, lambda draw: [{
+        "event": draw.choice(TRIGGERS[:5]), "match": draw.choice(["k", "k", ""])}]),
+}
+
+def draw_key(draw: random.Random) -> dict[str, str]:
+    return draw.choice([{}, {"key": "k"}, {"key": "data.k"}])
+
+
 # What can happen: how often, as what trouble it counts, and the move. What the server
 # learns to do gets its moves here.
 WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
@@ -9639,6 +10454,9 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (4, "", World.somebody_emits),
     (2, "", World.somebody_registers),
     (1, "", World.somebody_cancels),
+    (1, "", World.somebody_invokes),
+    (0.5, "function was paused, or goes on", World.somebody_pauses),
+    (2, "silent worker was missed", World.the_server_misses_a_worker),
     (2, "worker died", World.some_worker_dies),
     (3, "worker came back under some id", World.some_worker_comes),
     (3, "worker fell silent with jobs in hand", World.some_worker_falls_silent),
@@ -9678,6 +10496,31 @@ TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
     "final report came twice",
     "sleep was yielded again",
     "sleep was over when it was yielded",
+    "wait was yielded again",
+    "wait was in vain",
+    "answer came before the question",
+    "event answered one of two equal waits",
+    "run waited twice for the same at once",
+    "branches asked for several things at once",
+    "invoke was yielded again",
+    "run called a run that called a run",
+    "run called a function that cannot be started",
+    "run that was called did not complete",
+    "run that was called took too long",
+    "run failed, its language knows no failed call",
+    "run was cancelled with the one that waited for it",
+    "run went on when its caller was cancelled",
+    "paused function was invoked",
+    "run was undone",
+    "event cancelled a run",
+    "tick was missed, and came once",
+    "tick of a paused function was left out",
+    "events were put off, and one run came of them",
+    "events came on and on, and could not put it off",
+    "run stood in line, lane",
+    "run stood in line, actor",
+    "run stood in line, gate",
+    "actor's run went where its last one was",
     "event repeated its key",
     "event used the key of another",
     "array was refused as a whole",
@@ -9696,7 +10539,8 @@ def live(seed: int, moves: int = MOVES, kind: type[World] = World) -> World:
             world.live(moves)
         except Broken as broken:
             last = "\n".join(world.trace[-20:])
-            why = f"seed {seed}, after move {len(world.trace) - 1}: {broken}\n{last}"
+            why = (f"seed {seed}, after move {len(world.trace) - 1}: {broken}\n{last}\n"
+                   f"the last batch: {words_of(world.batch)}")
             raise Broken(why) from None
         finally:
             world.file.close()
@@ -9804,14 +10648,13 @@ def test_the_simulator_sees_an_ended_lease_that_spends_an_attempt(
 def test_the_simulator_sees_a_completed_step_that_is_not_sent_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = ironflow.Transaction.done_steps
+    real = ironflow.Queries.steps
 
-    def done_steps(
-        tx: ironflow.Transaction, run_id: str, failures: bool
-    ) -> list[ironflow.Step]:
-        return real(tx, run_id, failures)[1:]
+    def steps(tx: ironflow.Queries, run_id: str, which: str = "all") -> list[ironflow.Step]:
+        found = real(tx, run_id, which)
+        return found[1:] if which in ("done", "told") else found
 
-    monkeypatch.setattr(ironflow.Transaction, "done_steps", done_steps)
+    monkeypatch.setattr(ironflow.Transaction, "steps", steps)
     caught("ran .* again, job .* had completed it")
 
 
@@ -9874,7 +10717,7 @@ def an_execution() -> ironflow_client.Execution:
                   "timestamp": "2026-01-01T00:00:00.123456789Z"},
         "completed_steps": [], "execution_seq": 1, "lease_token": "t",
     }
-    return ironflow_client.Execution(ironflow_client.Job.from_json(job), send=None)  # type: ignore[arg-type]
+    return ironflow_client.Execution(ironflow_client.Job(job), send=None, publish=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -9988,7 +10831,7 @@ def test_a_server_url_that_is_none_is_refused(url: str) -> None:
 def test_a_server_url_may_have_a_path_or_an_ipv6_host(
     url: str, host: str, port: int, base: str
 ) -> None:
-    address = ironflow_client.Address.of(url, None)
+    address = ironflow_client.Address(url, None)
     assert (address.host, address.port, address.base) == (host, port, base)
 
 
@@ -10083,7 +10926,7 @@ def test_a_client_keeps_its_connection(proxy: Proxy) -> None:
 
 
 def test_a_connection_that_the_server_closed_is_replaced(server: RunningServer) -> None:
-    address = ironflow_client.Address.of(server.url, None)
+    address = ironflow_client.Address(server.url, None)
     connection = ironflow_client.Connection(address)
     assert connection.request("GET", "/health", None, 10).status == 200
     server.kill()
