@@ -6489,7 +6489,6 @@ THROTTLE = {"limit": 4, "periodMs": 3_600_000}
     pytest.param({"concurrency": {"limit": 1, "key": "k"}}, id="lanes"),
     pytest.param({"actorKey": "k"}, id="actors"),
     pytest.param({"throttle": {"limit": 1, "periodMs": 3_600_000, "key": "k"}}, id="gates"),
-    pytest.param({"concurrency": {"limit": 5}, "actorKey": "k"}, id="one lane, actors"),
     pytest.param({"concurrency": {"limit": 1, "key": "k"}, "throttle": THROTTLE},
                  id="lanes, one gate"),
     pytest.param({"actorKey": "k", "throttle": THROTTLE}, id="actors, one gate"),
@@ -6511,6 +6510,30 @@ def test_a_concurrency_that_makes_no_sense_is_refused(
     shared: RunningServer, concurrency: Any
 ) -> None:
     assert code(register(shared, concurrency=concurrency)) == INVALID
+
+
+@pytest.mark.parametrize("other", [
+    {"actorKey": "k"}, {"throttle": {"limit": 1, "periodMs": 3_600_000, "key": "k"}},
+])
+def test_who_waits_for_one_bound_takes_no_place_in_another(stage: Stage, other: Any) -> None:
+    """Two at once, and a user with many runs may have one of them only."""
+    stage.register(concurrency={"limit": 2}, **other)
+    for n, k in enumerate("aaaabb"):
+        stage.says(data={"n": n, "k": k})
+    jobs = stage.jobs()
+    assert numbers(jobs) == [0, 4]
+    stage.tell(jobs[1])
+    assert numbers(stage.jobs()) == ([5] if "actorKey" in other else [])
+
+
+def test_a_place_that_is_left_goes_to_the_next_whom_it_helps(stage: Stage) -> None:
+    stage.register(concurrency={"limit": 2}, actorKey="k")
+    for n, k in enumerate("aabbc"):
+        stage.says(data={"n": n, "k": k})
+    first = stage.jobs()
+    assert numbers(first) == [0, 2]
+    stage.tell(first[1], "yielded", **wait(first[1], "never"))
+    assert numbers(stage.jobs()) == [3]  # b again: who sleeps or waits is not at work
 
 
 # --- Actors ----------------------------------------------------------------------------
