@@ -6637,6 +6637,33 @@ def test_a_worker_with_a_free_hand_is_not_passed_over_for_bound_actors(bench: Be
     assert [[job["actor_id"] for job in jobs] for jobs in found] == [["a"], ["c"]]
 
 
+def test_an_actor_moves_soon_after_its_worker_hung_up(bench: Bench) -> None:
+    """A worker that restarts comes back under another name; nobody waits 90 s for the old."""
+    one, two = two_workers(bench)
+    server = bench.server
+    server.emit(bench.name, {"user": "a"})
+    (job,) = server.poll(one, wait=0)
+    assert server.tell(job, "completed", one)[0] == 200
+    with held_poll(server, one):
+        pass  # its process ends
+    server.emit(bench.name, {"user": "a"})
+    (job,) = server.poll(two)
+    assert job["actor_id"] == "a"
+
+
+def test_an_actor_moves_when_the_lease_of_its_worker_ends(stage: Stage) -> None:
+    stage.limits = ironflow.Limits(lease_s=60.0)
+    stage.file.close()
+    stage.open()
+    stage.join("other", "f")
+    stage.register("f", "e", actorKey="user")
+    stage.says("e", {"user": "a"})
+    stage.job()
+    assert stage.jobs(worker_id="other") == []
+    stage.go(60)
+    assert len(stage.jobs(worker_id="other")) == 1
+
+
 def test_an_actor_that_becomes_free_goes_to_who_waits(bench: Bench) -> None:
     one, two = two_workers(bench)
     server = bench.server
@@ -7470,6 +7497,17 @@ def test_two_ticks_never_share_a_run(stage: Stage) -> None:
     stage.go(180)
     jobs = stage.jobs()
     assert len({job["run_id"] for job in jobs}) == len({job["event"]["id"] for job in jobs}) == 3
+
+
+def test_functions_with_one_schedule_and_event_share_its_ticks(stage: Stage) -> None:
+    trigger = {"cron": "* * * * *", "event": "minute"}
+    for function_id in ("f", "g"):
+        stage.register(function_id, triggers=[trigger])
+    stage.join("w", "f", "g")
+    stage.go(60)
+    jobs = stage.jobs()
+    assert sorted(job["function_id"] for job in jobs) == ["f", "g"]
+    assert len({job["event"]["id"] for job in jobs}) == 1
 
 
 def test_an_idle_schedule_writes_nothing_between_ticks(stage: Stage) -> None:
