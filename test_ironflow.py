@@ -9131,8 +9131,10 @@ class Witness:
         elif call.kind == "join":
             self.joined(call.args[0])
         elif call.kind == "note":
-            self.connected ^= {call.args[0]}
-            self.leave_actors(call.args[0])
+            name, connected = call.args
+            if connected != (name in self.connected):
+                self.connected ^= {name}
+                self.leave_actors(name)
         elif call.kind == "leave":
             self.leave_actors(call.args[0])
         else:
