@@ -2257,7 +2257,7 @@ class Offer:
     slots: int
     answer: Callable[[list[Job] | IronflowError], None]
     acked: bool = False
-    told: str = "done"  # which steps: JS and Go would read a failed call as a success
+    which: str = "done"  # steps: JS and Go would read a failed call as a success
     functions: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     error: IronflowError | None = None
@@ -2305,7 +2305,7 @@ class Offers:
                 continue
             offer.functions = json.loads(worker.function_ids)
             if '"runtime":"python-' in worker.version:
-                offer.told = "told"
+                offer.which = "told"
             for function_id in offer.functions:
                 self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
@@ -2375,7 +2375,7 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(
-            held, event, tx.steps(run.run_id, offer.told),
+            held, event, tx.steps(run.run_id, offer.which),
             tx.next_sequence(run.run_id), secrets[run.function_id]))
     return some and others
 
@@ -2497,7 +2497,7 @@ def settle(tx: Transaction, run: Run, said: Report, limits: Limits, now: float) 
 # keeps its deadline, and one that is over makes the run due at once.
 
 PENDING = ("sleeping", "waiting")
-SLICE = 1_000  # events looked at in one statement
+SLICE = 50  # events looked at in one statement: each may be a mebibyte
 MIN_DEBOUNCE_S = 1.0
 
 def begin_step(tx: Transaction, run: Run, wish: Yield, limits: Limits,
@@ -2675,19 +2675,23 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
         if run.status == "waiting":
             retry = run.settled_as == "failed"
             become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
+    emitted: set[tuple[str, str]] = set()
     for timer in tx.overdue_timers(now):
-        strike(tx, timer, now)
+        strike(tx, timer, emitted, now)
     for function_id, kind, value in tx.free_gates(now):
         hand_on(tx, function_id, [(kind, value)])
     return tx.next_instant()
 
-def strike(tx: Transaction, timer: Timer, now: float) -> None:
-    """A tick emits its event, once for all that were missed; a debounce starts its run.
-    """
+def strike(tx: Transaction, timer: Timer, emitted: set[tuple[str, str]], now: float
+           ) -> None:
+    """A debounce starts its run; a tick emits its event, once for all that were missed
+    and for all functions that have the same trigger."""
     function = tx.find(Function, function_id=timer.function_id)
     if timer.kind == "tick":
         tx.save(replace(timer, due_at=next_tick(timer.key, now)))
-        if function is not None and function.status == "active":
+        tick = (timer.key, timer.event)
+        if function and function.status == "active" and tick not in emitted:
+            emitted.add(tick)
             data = dumps({"scheduled_at": to_rfc3339(timer.due_at)})
             accept_event(tx, NewEvent(timer.event, data, source="cron"), now)
         return
@@ -3432,8 +3436,8 @@ class Transaction(Queries):
         return self._rows(Run, f"""
             run WHERE function_id = :id AND status = 'waiting_for_capacity'
                AND held IS NOT 1 AND (actor_id IS NULL OR NOT EXISTS (
-                 SELECT 1 FROM {self.BOUND} AND instr(:workers, '"' || worker_id || '"')
-                     = 0))
+                 SELECT 1 FROM {self.BOUND} AND worker_id NOT IN (
+                   SELECT value FROM json_each(:workers))))
              ORDER BY due_at, run_id LIMIT :limit""",
             id=function_id, workers=dumps(workers), limit=limit)
 
@@ -3524,7 +3528,8 @@ class Transaction(Queries):
         for sql in ("""UPDATE place SET state = 'line'
                         WHERE state = 'in' AND run_id IN (
                          SELECT run_id FROM run WHERE function_id = :id
-                            AND status = 'waiting_for_capacity' AND held = 0)""",
+                            AND status = 'waiting_for_capacity' AND held = 0
+                            AND lease_token IS NULL)""",  # else its holder may be back
                     """UPDATE run SET held = 1 WHERE run_id IN (
                          SELECT run_id FROM place WHERE function_id = :id
                             AND state = 'line')"""):
@@ -3544,8 +3549,9 @@ class Transaction(Queries):
             for event, test in self._db.execute(sql).fetchall():
                 self._heard.setdefault(event, set()).add(test)
             self._wild = {event for event in self._heard if is_wild(event)}
-        fit = [name, *(wild for wild in self._wild if matches(wild, name))]
-        return [(each, test) for each in fit for test in self._heard.get(each, ())]
+        fit = [name, *sorted(wild for wild in self._wild if matches(wild, name))]
+        return [(each, test) for each in fit
+                for test in sorted(self._heard.get(each, ()))]
 
     def insert_wait(self, run_id: str, step_id: str | None, event: str, test: str,
                     value: str, taken: int | None = None) -> None:
@@ -4412,7 +4418,7 @@ def read_yield(body: Fields) -> Yield:
     elif kind == "invoke_function":
         timeout_s = (body.whole("invokeTimeoutMs") or DEFAULT_WAIT_MS) / 1000
     if kind in YIELDS[1:] and not check_trigger(target):
-        raise InvalidInput(f"yield: a {kind} names its event or its function")
+        raise InvalidInput(f"yield: {kind} names its event or its function")
     shown = about.all.get("payload") if kind == "wait_for_event" else body.get("input")
     return Yield(
         kind, step_id, body.text("stepName") or step_name(step_id), until or 0.0,
