@@ -2677,7 +2677,9 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
             become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
     emitted: set[tuple[str, str]] = set()
     for timer in tx.overdue_timers(now):
-        strike(tx, timer, emitted, now)
+        key = {"function_id": timer.function_id, "key": timer.key, "event": timer.event}
+        if tx.find(Timer, kind=timer.kind, **key) == timer:  # no tick has moved it since
+            strike(tx, timer, emitted, now)
     for function_id, kind, value in tx.free_gates(now):
         hand_on(tx, function_id, [(kind, value)])
     return tx.next_instant()
