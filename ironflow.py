@@ -2677,7 +2677,9 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
             become(tx, run, queued(run, now) if retry else wait_on(tx, run, now), now)
     emitted: set[tuple[str, str]] = set()
     for timer in tx.overdue_timers(now):
-        strike(tx, timer, emitted, now)
+        key = {"function_id": timer.function_id, "key": timer.key, "event": timer.event}
+        if tx.find(Timer, kind=timer.kind, **key) == timer:  # no tick has moved it since
+            strike(tx, timer, emitted, now)
     for function_id, kind, value in tx.free_gates(now):
         hand_on(tx, function_id, [(kind, value)])
     return tx.next_instant()
@@ -3528,7 +3530,8 @@ class Transaction(Queries):
         for sql in ("""UPDATE place SET state = 'line'
                         WHERE state = 'in' AND run_id IN (
                          SELECT run_id FROM run WHERE function_id = :id
-                            AND status = 'waiting_for_capacity' AND held = 0)""",
+                            AND status = 'waiting_for_capacity' AND held = 0
+                            AND lease_token IS NULL)""",  # else its holder may be back
                     """UPDATE run SET held = 1 WHERE run_id IN (
                          SELECT run_id FROM place WHERE function_id = :id
                             AND state = 'line')"""):
@@ -3548,8 +3551,9 @@ class Transaction(Queries):
             for event, test in self._db.execute(sql).fetchall():
                 self._heard.setdefault(event, set()).add(test)
             self._wild = {event for event in self._heard if is_wild(event)}
-        fit = [name, *(wild for wild in self._wild if matches(wild, name))]
-        return [(each, test) for each in fit for test in self._heard.get(each, ())]
+        fit = [name, *sorted(wild for wild in self._wild if matches(wild, name))]
+        return [(each, test) for each in fit
+                for test in sorted(self._heard.get(each, ()))]
 
     def insert_wait(self, run_id: str, step_id: str | None, event: str, test: str,
                     value: str, taken: int | None = None) -> None:
