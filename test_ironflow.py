@@ -8786,13 +8786,13 @@ def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
 # Nobody cuts the power here, so the file may lie in memory with `synchronous` off; for
 # kills of the real process see the kill tests.
 
-SEEDS, MOVES = 60, 250  # lives in a test run, and moves of bad weather in each
+SEEDS, MOVES = 60, 180  # lives in a test run, and moves of bad weather in each
 CALM_ROUNDS = 3_000  # how long it may take after that until every run is over
 LIMITS = ironflow.Limits(lease_s=20.0, lost_leases=3, step_bytes=2_000)
 START = 1_767_225_600.0  # the first of January 2026
 EVENT_NAMES = ("order.placed", "order.paid", "stock.low", "stock.item.gone")
 TRIGGERS = (*EVENT_NAMES, "order.*", "stock.>", "*.low", "order.>")
-ANSWER = "answer.given"  # what runs wait for most often
+ANSWERS = ("answer.given", "answer.late")  # what runs wait for most often
 VALUES: tuple[Any, ...] = ("a", 7, "7")  # of `k` in an event's data, if it is there
 CRON = {"*/5 * * * *": 300, "7 * * * *": 3600}  # with the seconds between two ticks
 
@@ -8899,7 +8899,7 @@ def draw_program(draw: random.Random, below: Sequence[str]) -> Program:
         )
 
     def draw_wait(name: str) -> Wait:
-        event = draw.choice([*EVENT_NAMES, "order.*", "answer.*", *[ANSWER] * 6])
+        event = draw.choice([*EVENT_NAMES, "order.*", "answer.*", *ANSWERS * 4])
         match, value = draw.choice([
             ("", None), ("", None), ("", None), ("k", None), ("data.k", "7"),
             ('$.k == "a"', None), ("data.n % 2 == 0", None)])
@@ -8915,7 +8915,11 @@ def draw_program(draw: random.Random, below: Sequence[str]) -> Program:
             branches[1].append(replace(twin, name=next(names)))
         if draw.random() < 0.5:
             one = part()
-            branches[1].insert(0, replace(one, undo=False) if isinstance(one, Do) else one)
+            one = replace(one, undo=False) if isinstance(one, Do) else one
+            branches[1].insert(draw.randint(0, len(branches[1])), one)
+        elif draw.random() < 0.5:  # one fails when the other waits
+            branches[0].insert(0, draw_wait(next(names)))
+            branches[1][:0] = [Sleep(next(names), 0.5), Do(next(names), fails=1)]
         inside = Branches("z", tuple(tuple(branch) for branch in branches))
         parts.insert(draw.randint(0, len(parts)), inside)
     return tuple(parts)
@@ -9606,6 +9610,8 @@ class Witness:
                         asked.answer = event
                         self.seen["event answered a wait"] += 1
                         self.seen["event answered while its run was at work"] += life.held
+                        retries = life.status == "waiting" and not self.yielded(life)
+                        self.seen["event answered before its run tried again"] += retries
                         self.owed.append((life, asked))
             for name, match in life.ended_by:
                 value = text_of(life.event.data, "k")
@@ -10521,7 +10527,7 @@ class World:
         return self.let(worker, worker.name, self.beat(worker))
 
     def somebody_emits(self) -> str:
-        many = self.draw.randint(2, 4) if self.draw.random() < 0.3 else 1
+        many = self.draw.randint(2, 3) if self.draw.random() < 0.25 else 1
         events = [self.new_event() for _ in range(many)]
         return self.let(self.caller, "caller", self.emit(events))
 
@@ -10541,7 +10547,8 @@ class World:
         return ironflow.NewEvent(name, data, idempotency_key=key)
 
     def somebody_answers(self) -> str:
-        event = replace(self.new_event(), name=ANSWER, idempotency_key=None)
+        name = ANSWERS[0] if self.hostile else self.draw.choice(ANSWERS)
+        event = replace(self.new_event(), name=name, idempotency_key=None)
         return self.let(self.caller, "caller", self.emit([event]))
 
     def somebody_registers(self) -> str:
@@ -10553,9 +10560,9 @@ class World:
         draw = self.draw
         triggers: list[dict[str, str]] = [
             {"event": name} for name in draw.sample(TRIGGERS, draw.randint(1, 2))]
-        if draw.random() < 0.2:
+        if draw.random() < 0.25:
             triggers.append({"cron": draw.choice([*CRON])} | draw.choice(
-                [{}, {"event": "order.paid"}]))
+                [{}, {"event": "order.paid"}, {"event": "order.paid"}]))
         retry = {
             "maxAttempts": draw.randint(1, 4),
             "initialDelayMs": draw.choice([500, 1_000, 20_000]),
@@ -10708,18 +10715,17 @@ class World:
         awake = {worker.name for worker in self.workers if self.awake(worker)}
         for name in sorted(self.witness.connected - awake):
             self.chores.append(self.note(name, False))
-        answers = 16  # that come now and then
+        answers = 14  # that come now and then
         for _ in range(CALM_ROUNDS):
             for worker in self.free_workers():
                 self.say(self.let(worker, worker.name, self.poll(worker)))
-            if answers and self.draw.random() < 0.05:
+            busy = self.a_calm_round()
+            if answers and self.draw.random() < (0.03 if busy else 0.8):
                 answers -= 1
                 self.say(self.somebody_answers())
-            if self.a_calm_round():
+                busy = True
+            if busy:
                 continue
-            if answers:
-                answers -= 1
-                self.say(self.somebody_answers())
             for function_id in sorted({key[0] for key in self.witness.ticks}):
                 self.say(self.stop_ticks(function_id))  # or it would never end
             over = all(life.verdict for life in self.witness.lives.values())
@@ -10765,7 +10771,7 @@ BOUNDS: dict[str, tuple[float, Callable[[random.Random], Any]]] = {
                  | draw.choice([{}, {"maxWaitMs": 9000}])),
     "actorKey": (0.2, lambda draw: "k"),
     "cancelOn": (0.2, lambda draw: [{
-        "event": draw.choice([*EVENT_NAMES, ANSWER]), "match": draw.choice(["k", "k", ""])}]),
+        "event": draw.choice([*EVENT_NAMES, *ANSWERS]), "match": draw.choice(["k", "k", ""])}]),
 }
 
 def draw_key(draw: random.Random) -> dict[str, str]:
@@ -10781,7 +10787,7 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (5, "", World.some_worker_beats),
     (5, "", World.time_passes),
     (4, "", World.somebody_emits),
-    (4, "", World.somebody_answers),
+    (2, "", World.somebody_answers),
     (2, "", World.somebody_registers),
     (1, "", World.somebody_cancels),
     (1, "", World.somebody_invokes),
@@ -10830,6 +10836,7 @@ TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
     "wait was in vain",
     "event answered a wait",
     "event answered while its run was at work",
+    "event answered before its run tried again",
     "answer came before the question",
     "event answered one of two equal waits",
     "run waited twice for the same at once",
