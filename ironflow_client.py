@@ -1501,8 +1501,8 @@ class Execution:
                                f"the output of {function.id!r}")
         except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as why:
             task = asyncio.current_task() if function.is_async else None
-            if task is not None and task.cancelling():
-                raise                       # not the handler's own end: no undo
+            if task and task.cancelling() and isinstance(why, asyncio.CancelledError):
+                raise                       # this process ends: undo nothing
             if not (self.lost or self.fate or step._blocks or error):
                 cause = why.__cause__ if isinstance(why, StepError) else why
                 log.warning("%s failed: %s", self.name, why, exc_info=cause)
