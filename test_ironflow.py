@@ -8191,8 +8191,11 @@ def killed(folder: Path, kills: int) -> str:
 def kill_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="test_ironflow.py kill")
     parser.add_argument("--kills", type=int, default=KILLS)
-    with tempfile.TemporaryDirectory() as folder:
-        print(killed(Path(folder), parser.parse_args(argv).kills))
+    kills: int = parser.parse_args(argv).kills
+    with tempfile.TemporaryDirectory() as load, tempfile.TemporaryDirectory() as stage:
+        print(killed(Path(load), kills - kills // 4))
+        seed = random.randrange(10**6)
+        print(same_in_any_weather(Path(stage), range(seed, seed + kills // 4), kills // 4))
     return 0
 
 
@@ -8278,6 +8281,238 @@ def test_a_worker_killed_between_two_steps_is_resumed_by_another(
     assert (run["output"], run["attempt"]) == ("done", 1)
     lines = [line for line in ledger.read_text().splitlines() if line != "between"]
     assert lines == [f"{name} ran" for name in STEPS]
+
+
+# --- Random programs ------------------------------------------------------------------
+# A program is a list of what a handler does, as JSON: it travels in the event that starts
+# its run. The same programs are played twice, by our client's workers: once in peace, and
+# once while server and workers are killed. What became of each run has to be the same.
+
+PLAYER = """
+import inspect, sys
+from ironflow_client import InvokeError, NonRetryableError, Worker, function
+def at_once(coroutine):
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+def player(ctx, run):
+    data, attempt = ctx.event.data, ctx.run.attempt
+    def body(name, fails=0):
+        if attempt <= fails:
+            raise RuntimeError(name)
+        return f"{name} of {data['n']}"
+    async def got(value):
+        return await value if inspect.isawaitable(value) else value
+    async def play(step, program):
+        return [await part(step, *each) for each in program]
+    async def part(step, kind, name, *more):
+        if kind == "do":
+            return await got(step.run(name, lambda: body(name, *more)))
+        if kind == "undo":
+            return step.compensate(name, lambda: body("no " + name))
+        if kind == "sleep":
+            return await got(step.sleep(name, *more))
+        if kind == "wait":
+            match = {"path": "n", "test": f"n == {data['n']}", "value": "$.data.n"}[more[0]]
+            value = data["n"] if more[0] == "value" else None
+            return (await got(step.wait_for_event(
+                name, event="answer." + name, match=match, match_value=value))).data["is"]
+        if kind == "call":
+            try:
+                return await got(step.invoke(more[0], data | {"program": more[1]}, timeout="1h"))
+            except InvokeError:
+                return f"{name} failed"
+        if kind == "start":
+            await got(step.invoke_async(more[0], data | {"program": more[1]}))
+        if kind == "branches":
+            branches = [lambda step, each=each: run(play(step, each)) for each in more[0]]
+            return await got(step.parallel(name, branches, concurrency=more[1]))
+        if kind == "map":
+            return await got(step.map(
+                name, more[0], lambda item, step, index: run(play(step, more[1]))))
+        if kind == "fail":
+            raise NonRetryableError(name)
+    return run(play(ctx.step, data["program"]))
+retry = {"initial_delay": "10ms"}
+@function(id="async", triggers=[{"event": "play.async"}], retry=retry)
+async def plays(ctx):
+    return await player(ctx, lambda coroutine: coroutine)
+@function(id="plain", triggers=[{"event": "play.plain"}], retry=retry)
+def plays_plainly(ctx):
+    return player(ctx, at_once)
+Worker([plays, plays_plainly], sys.argv[1], heartbeat_interval=0.2, max_concurrent_jobs=20).run()
+"""
+
+
+def draw_parts(draw: random.Random, numbers: Iterator[int], depth: int) -> list[Any]:
+    """What happens inside a branch, a called function, or (at depth 0) at the top.
+
+    A step that fails does so in its run's first attempt, and a run fails for good only
+    at its end, so that the end does not depend on which branch comes first.
+    """
+    kinds = {"do": 5, "undo": 2, "sleep": 3, "wait": 3}
+    if depth < 2:
+        kinds |= {"call": 2, "start": 1, "branches": 3, "map": 1}
+    parts: list[Any] = []
+    for _ in range(draw.randint(1, 3)):
+        name, kind = f"s{next(numbers)}", draw.choices([*kinds], [*kinds.values()])[0]
+        if kind == "undo":
+            parts.append(["do", name])
+        parts.append([kind, name, *draw_more(kind, draw, numbers, depth)])
+    return parts
+
+
+def draw_more(
+    kind: str, draw: random.Random, numbers: Iterator[int], depth: int
+) -> list[Any]:
+    """What a part has besides its kind and its name."""
+    inner = partial(draw_parts, draw, numbers, depth + 1)
+    function_id = draw.choice(["async", "plain"])
+    if kind == "do":
+        return [int(draw.random() < 0.1)]  # attempts that fail
+    if kind == "sleep":
+        return [f"{draw.randint(0, 100)}ms"]
+    if kind == "wait":
+        return [draw.choice(["path", "test", "value"])]
+    if kind == "call":
+        return [function_id, inner() + [["fail", "child"]] * (draw.random() < 0.25)]
+    if kind == "start":
+        return [function_id, inner()]
+    if kind == "branches":
+        branches = [inner() for _ in range(draw.randint(2, 3))]
+        return [branches, draw.choice([None, None, 1, 2])]
+    return [[*range(draw.randint(0, 3))], inner()] if kind == "map" else []
+
+
+def draw_story(seed: int) -> dict[str, Any]:
+    """The event that starts a program."""
+    draw = random.Random(seed)
+    program = draw_parts(draw, count(), 0) + draw_parts(draw, count(100), 0)
+    program += [["fail", "end"]] if draw.random() < 0.3 else []
+    return {"name": draw.choice(["play.async", "play.plain"]),
+            "data": {"n": seed, "program": program}, "idempotency_key": f"program {seed}"}
+
+
+def what_became(server: RunningServer) -> dict[str, Any]:
+    """What became of each run, without what two tellings differ in: ids, times, order."""
+    found, names = dict[str, Any](), dict[str, str]()
+    for run_id, parent_id, parent_step, *end, n in server.rows(
+        """
+        SELECT run_id, parent_run_id, parent_step_id, status, attempt, output,
+               json_extract(error, '$.message'), json_extract(data, '$.n')
+          FROM run JOIN journal ON seq = event_seq ORDER BY run_id
+        """
+    ):
+        inside = parent_step.removeprefix(parent_id) if parent_id else ""
+        names[run_id] = name = f"program {n}" if not parent_id else names[parent_id] + inside
+        assert name not in found, f"{name} was started twice"
+        steps, undone = {}, []
+        for step_id, kind, status, output in server.rows(
+            "SELECT step_id, type, status, output FROM step WHERE run_id = ? ORDER BY sequence",
+            run_id,
+        ):
+            gave = json.loads(output or "null")
+            if isinstance(gave, dict):  # an event, a run that was started, an error
+                gave = gave.get("data", gave.get("message"))
+            steps[step_id.removeprefix(run_id)] = (kind, status, gave)
+            undone += [step_id.removeprefix(run_id)] if kind == "compensate" else []
+        found[name] = (*end, steps, undone)
+    return found
+
+
+@dataclass
+class Troupe:
+    """Programs that are being played: by two workers, and by somebody who answers."""
+
+    server: RunningServer
+    draw: random.Random
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    answered: set[str] = field(default_factory=set)  # steps
+
+    def __enter__(self) -> Troupe:
+        self.workers = [self.worker() for _ in range(2)]
+        eventually(lambda: self.server.yes("GET", "/api/v1/functions")["count"] == 2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.wait(DEADLINE_S)
+
+    def worker(self) -> subprocess.Popen[bytes]:
+        env = self.server.env | {"PYTHONPATH": str(HERE)}
+        command = [sys.executable, "-c", PLAYER, self.server.url]
+        return subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+
+    def play(self, seeds: Sequence[int]) -> None:
+        """Start the programs; some answers are there before anybody asks."""
+        self.server.yes("POST", "/api/v1/events", [draw_story(seed) for seed in seeds])
+        for event in map(draw_story, seeds):
+            for kind, name, *_ in event["data"]["program"]:
+                if kind == "wait" and self.draw.random() < 0.5:
+                    self.answer(name, event["data"]["n"], f"early {name}")
+
+    def answer(self, name: str, n: int, key: str) -> None:
+        self.server.emit(f"answer.{name}", {"n": n, "is": f"yes {name}"},
+                         idempotency_key=f"{key} {n}")
+
+    def over(self) -> bool:
+        """Whether every run is over; answers those that wait."""
+        for step_id, name, n in self.server.rows(
+            """
+            SELECT step_id, step.name, json_extract(data, '$.n') FROM step JOIN run
+             USING (run_id) JOIN journal ON seq = event_seq
+             WHERE step.status = 'waiting' AND step.type = 'wait_for_event'
+            """
+        ):
+            if step_id not in self.answered:
+                self.answer(name, n, step_id)
+                self.answered.add(step_id)
+        live = "SELECT 1 FROM run WHERE status NOT IN ('completed', 'failed') LIMIT 1"
+        return not self.server.rows(live)
+
+    def kill_somebody(self) -> None:
+        """The server, a worker, or both, at once; and then they come back."""
+        whom = self.draw.choice(["server", "worker", "both"])
+        if whom != "server":
+            worker = self.workers.pop(0)
+            worker.kill()
+            worker.wait(DEADLINE_S)
+            self.workers.append(self.worker())
+        if whom != "worker":
+            self.server.kill()
+            self.server.start()
+
+
+def same_in_any_weather(folder: Path, seeds: Sequence[int], kills: int) -> str:
+    """Play programs in peace and with kills, and compare; what was played, in figures."""
+    ends = []
+    for weather in ("peace", "kills"):
+        (folder / weather).mkdir()
+        with serve(folder / weather, *KILL_FLAGS) as server:
+            with Troupe(server, random.Random(seeds[0])) as stage:
+                stage.play(seeds)
+                for _ in range(kills if weather == "kills" else 0):
+                    time.sleep(stage.draw.uniform(0, 0.4))  # a drawn moment
+                    stage.over()
+                    stage.kill_somebody()
+                eventually(stage.over)
+            ends.append(what_became(server))
+    peace, kills_between = ends
+    assert kills_between.keys() == peace.keys()
+    for name in peace:
+        (seed, *_) = re.findall("[0-9]+", name)
+        assert kills_between[name] == peace[name], f"{name} of {draw_story(int(seed))}"
+    steps = Counter(kind for *_, steps, _ in peace.values() for kind, *_ in steps.values())
+    failed = sum(end[0] == "failed" for end in peace.values())
+    return (f"{len(seeds)} programs with {kills} kills of server and workers: {len(peace)} runs, "
+            f"{failed} of them failed; steps: {dict(steps)}; the same as without")
+
+
+def test_a_random_program_gives_the_same_in_any_weather(tmp_path: Path) -> None:
+    print(same_in_any_weather(tmp_path, range(10), kills=3))
+
 
 
 # ======================================================================================
@@ -8552,7 +8787,7 @@ def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
 # kills of the real process see the kill tests.
 
 SEEDS, MOVES = 60, 250  # lives in a test run, and moves of bad weather in each
-CALM_ROUNDS = 1_000  # how long it may take after that until every run is over
+CALM_ROUNDS = 3_000  # how long it may take after that until every run is over
 LIMITS = ironflow.Limits(lease_s=20.0, lost_leases=3, step_bytes=2_000)
 START = 1_767_225_600.0  # the first of January 2026
 EVENT_NAMES = ("order.placed", "order.paid", "stock.low", "stock.item.gone")
@@ -8896,8 +9131,10 @@ class Witness:
         elif call.kind == "join":
             self.joined(call.args[0])
         elif call.kind == "note":
-            self.connected ^= {call.args[0]}
-            self.leave_actors(call.args[0])
+            name, connected = call.args
+            if connected != (name in self.connected):
+                self.connected ^= {name}
+                self.leave_actors(name)
         elif call.kind == "leave":
             self.leave_actors(call.args[0])
         else:
