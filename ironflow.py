@@ -5025,7 +5025,8 @@ def copy_journal(asked: argparse.Namespace) -> None:
 
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 COLOURS = {"completed": 32, "failed": 31, "cancelled": 33, "paused": 33, "running": 36}
-RESULTS = ("output", "output_value", "error", "sleep_until")
+RESULTS = ("output", "output_value", "error", "sleep_until", "wait_event_name",
+           "child_run_id")
 TIMES = "timestamp|.*_(at|heartbeat)"
 
 def tell(sentence: str) -> None:

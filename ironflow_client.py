@@ -1500,6 +1500,9 @@ class Execution:
             output = json_copy(await called(function, ctx),
                                f"the output of {function.id!r}")
         except (Exception, BaseExceptionGroup, asyncio.CancelledError, _Unwind) as why:
+            task = asyncio.current_task() if function.is_async else None
+            if task and task.cancelling() and isinstance(why, asyncio.CancelledError):
+                raise                       # this process ends: undo nothing
             if not (self.lost or self.fate or step._blocks or error):
                 cause = why.__cause__ if isinstance(why, StepError) else why
                 log.warning("%s failed: %s", self.name, why, exc_info=cause)
