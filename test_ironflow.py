@@ -8917,9 +8917,12 @@ def draw_program(draw: random.Random, below: Sequence[str]) -> Program:
             one = part()
             one = replace(one, undo=False) if isinstance(one, Do) else one
             branches[1].insert(draw.randint(0, len(branches[1])), one)
-        elif draw.random() < 0.5:  # one fails when the other waits
-            branches[0].insert(0, draw_wait(next(names)))
-            branches[1][:0] = [Sleep(next(names), 0.5), Do(next(names), fails=1)]
+        elif draw.random() < 0.5:  # one goes on, or fails, while the other waits
+            fails = draw.choice([0, 1])
+            branches[0].insert(0, draw_wait(next(names)) if fails or not below else Invoke(
+                next(names), draw.choice(below), "invoke_function", 3.0, catches=True))
+            branches[1] = [Sleep(next(names), 0.5 * fails), Do(next(names), fails),
+                           Do(next(names))]
         inside = Branches("z", tuple(tuple(branch) for branch in branches))
         parts.insert(draw.randint(0, len(parts)), inside)
     return tuple(parts)
@@ -9718,6 +9721,7 @@ class Witness:
             self.seen["wait was in vain"] += verb == "timed_out"
         else:
             self.call_ended(life, asked, verb, late)
+            self.seen["call failed while its run was at work"] += verb == "failed" and life.held
         asked.state, asked.ended_in = verb, life.fence
         life.news, life.woken_seq = True, seq
 
@@ -9768,7 +9772,8 @@ class Witness:
             self.starts[gate] = {run_id: until for run_id, until in starts.items()
                                  if until > self.now}
         for burst in self.bursts.values():
-            must(burst.due_at > self.now, f"there was silence, and no run started: {burst}")
+            in_time = burst.due_at > self.now or burst.last.at == self.now  # a tick's
+            must(in_time, f"there was silence, and no run started: {burst}")
         for life in self.live():
             if life.status == "waiting" and self.yielded(life):
                 late = [asked.wish.name for asked in life.asked.values()
@@ -10715,12 +10720,12 @@ class World:
         awake = {worker.name for worker in self.workers if self.awake(worker)}
         for name in sorted(self.witness.connected - awake):
             self.chores.append(self.note(name, False))
-        answers = 14  # that come now and then
+        answers = 18  # that come now and then
         for _ in range(CALM_ROUNDS):
             for worker in self.free_workers():
                 self.say(self.let(worker, worker.name, self.poll(worker)))
             busy = self.a_calm_round()
-            if answers and self.draw.random() < (0.03 if busy else 0.8):
+            if answers and self.draw.random() < (0.1 if busy else 0.8):
                 answers -= 1
                 self.say(self.somebody_answers())
                 busy = True
@@ -10846,6 +10851,7 @@ TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
     "run called a function that cannot be started",
     "run that was called did not complete",
     "run that was called took too long",
+    "call failed while its run was at work",
     "run failed, its language knows no failed call",
     "run was cancelled with the one that waited for it",
     "run went on when its caller was cancelled",
