@@ -1957,10 +1957,9 @@ def accept_event(tx: Transaction, event: NewEvent, now: float, *,
         named = tx.find(Function, function_id=event.name) if or_named else None
         if not functions and named is not None and named.status == "active":
             functions = [named]
-        for function in functions:
-            debounce(tx, function, kept, now)
-    return Accepted(kept.event_id, [start_run(tx, f, kept, now) for f in functions
-                                    if called or "debounce" not in f.asks])
+    run_ids = [start_run(tx, function, kept, now) for function in functions
+               if called or not debounce(tx, function, kept, now)]
+    return Accepted(kept.event_id, run_ids)
 
 def triggered(tx: Transaction, event: NewEvent) -> list[Function]:
     """Active functions with a trigger that the event passes, in the order of ids."""
@@ -2027,14 +2026,14 @@ def what_it_is(event: NewEvent) -> str:
 def start_run(tx: Transaction, function: Function, event: Event, now: float,
               parent: tuple[str, str] | None = None) -> str:
     """A run of one function for one event, due at once or in line; its id."""
-    run_id, asks = tx.ids.new("run", now), function.asks
-    places = {kind: value_at(asks[name].get("key"), event.data) or ""
-              for kind, name in PLACES.items() if name in asks}
-    if actor_id := value_at(asks.get("actorKey"), event.data):
-        places["actor"] = actor_id
-    tx.insert_run(run_id, function, event, now, parent, actor_id, places)
-    tx.append("run", "created", run_id,
-              {"status": "waiting_for_capacity", "attempt": 1}, now)
+    run_id, asks, places = tx.ids.new("run", now), function.asks, dict[str, str]()
+    for kind, name in PLACES.items():
+        if name in asks:
+            places[kind] = value_at(asks[name].get("key"), event.data) or ""
+    if "actorKey" in asks and (actor := value_at(asks["actorKey"], event.data)):
+        places["actor"] = actor
+    tx.insert_run(run_id, function, event, now, parent, places)
+    tx.append("run", "created", run_id, CREATED, now)
     if places:
         admit(tx, run_id, function.function_id)
     for each in asks.get("cancelOn", ()):
@@ -2044,6 +2043,7 @@ def start_run(tx: Transaction, function: Function, event: Event, now: float,
     return run_id
 
 PLACES = {"lane": "concurrency", "gate": "throttle"}
+CREATED = '{"status":"waiting_for_capacity","attempt":1}'
 
 def admit(tx: Transaction, run_id: str, function_id: str) -> set[str]:
     """Give a run its places, if there is one in each of its bounds; else: what is full.
@@ -2084,10 +2084,13 @@ def change_places(tx: Transaction, old: Run, new: Run, now: float) -> None:
     elif new.status not in ("running", "waiting_for_capacity"):
         hand_on(tx, new.function_id, tx.move(new.run_id, "in", "off", now))
 
-def debounce(tx: Transaction, function: Function, event: Event, now: float) -> None:
-    """Put off the function's one run until there is silence; this is its event now."""
+def debounce(tx: Transaction, function: Function, event: Event, now: float) -> bool:
+    """Put off the function's one run until there is silence; this is its event now.
+
+    False if the function does not ask for that.
+    """
     if (quiet := function.asks.get("debounce")) is None:
-        return
+        return False
     key = value_at(quiet.get("key"), event.data) or ""
     old = tx.find(Timer, kind="debounce", function_id=function.function_id, key=key)
     first_at = (old and old.first_at) or now
@@ -2095,6 +2098,7 @@ def debounce(tx: Transaction, function: Function, event: Event, now: float) -> N
                  first_at + quiet.get("maxWaitMs", math.inf) / 1000)
     tx.save(Timer("debounce", function.function_id, key, "", due_at, event.seq,
                   first_at))
+    return True
 
 def hear(tx: Transaction, event: Event, now: float) -> None:
     """Wake the runs that wait for such an event; cancel those that it ends.
@@ -3312,10 +3316,12 @@ class Transaction(Queries):
     def set_meta(self, name: str, value: str) -> None:
         self._db.execute("INSERT INTO meta VALUES (?, ?)", (name, value))
 
-    def append(self, kind: str, verb: str, subject: str, change: dict[str, Any],
-               now: float, step: str | None = None) -> None:
-        """Say in the journal what became of a run, step, function or worker."""
-        self._add_row(now, kind, verb, subject, step, dumps(change))
+    def append(self, kind: str, verb: str, subject: str, change: Any, now: float,
+               step: str | None = None) -> None:
+        """Say in the journal what became of a run, step, function or worker; `change`
+        is an object, or JSON already."""
+        text = change if isinstance(change, str) else dumps(change)
+        self._add_row(now, kind, verb, subject, step, text)
 
     def append_event(self, event: NewEvent, event_id: str | None,
                      now: float) -> Event:
@@ -3402,13 +3408,12 @@ class Transaction(Queries):
         return super().run_ids_of(event_seq)
 
     def insert_run(self, run_id: str, function: Function, event: Event, now: float,
-                   parent: tuple[str, str] | None, actor_id: str | None,
-                   places: dict[str, str]) -> None:
+                   parent: tuple[str, str] | None, places: dict[str, str]) -> None:
         self.touched.add(function.function_id)
         self._new_runs[run_id] = (
             run_id, function.function_id, function.version, event.seq, event.event_id,
             event.name, function.retry, "waiting_for_capacity", now, now, now,
-            *(parent or (None, None)), actor_id, 1 if places else None)
+            *(parent or (None, None)), places.get("actor"), 1 if places else None)
         for kind, value in places.items():
             self._db.execute("INSERT INTO place VALUES (?, ?, ?, ?, 'line', ?)",
                              (run_id, kind, function.function_id, value, now))
@@ -3551,6 +3556,8 @@ class Transaction(Queries):
             for event, test in self._db.execute(sql).fetchall():
                 self._heard.setdefault(event, set()).add(test)
             self._wild = {event for event in self._heard if is_wild(event)}
+        if not self._heard:
+            return []
         fit = [name, *sorted(wild for wild in self._wild if matches(wild, name))]
         return [(each, test) for each in fit
                 for test in sorted(self._heard.get(each, ()))]
