@@ -8690,6 +8690,7 @@ def test_a_disk_that_fails_stops_the_server_and_loses_nothing(
         assert [event_id for (event_id,) in found] == [event["id"] for event in kept]
 
 
+@pytest.mark.slow
 def test_the_log_stays_bounded_and_who_is_in_the_way_is_said(tmp_path: Path) -> None:
     """Large events all the time, and readers that read all of them; then one that is not
     ours reads on and on."""
