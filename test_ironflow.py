@@ -9412,7 +9412,7 @@ class Witness:
                 self.seen["sleep was over when it was yielded"] += late
                 continue
             self.seen[f"{wish.kind.partition('_')[0]} was yielded again"] += 1
-            if asked.state == "failed" and asked.ended_in < said.fence:
+            if asked.state == "failed" and asked.ended_in < said.fence and not life.news:
                 self.seen["run failed, its language knows no failed call"] += 1
                 return self.ended(life, said, "failed", fated=False)
             life.news |= asked.state != "waiting"
