@@ -3822,8 +3822,8 @@ def connect(path: Path, cache_mb: int, read_only: bool = False) -> sqlite3.Conne
     uri = f"{path.as_uri()}?mode={'ro' if read_only else 'rwc'}"
     db: sqlite3.Connection | None = None
     try:
-        db = sqlite3.connect(uri, FOREIGN_LOCK_S, isolation_level=None, uri=True,
-                             check_same_thread=False, cached_statements=256)
+        db = sqlite3.connect(uri, timeout=FOREIGN_LOCK_S, isolation_level=None,
+                             uri=True, check_same_thread=False, cached_statements=256)
         db.execute(f"PRAGMA cache_size = {-cache_mb * KIB}")
         return db
     except sqlite3.Error as error:
