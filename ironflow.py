@@ -2682,7 +2682,7 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     emitted: set[tuple[str, str]] = set()
     for timer in tx.overdue_timers(now):
         key = {"function_id": timer.function_id, "key": timer.key, "event": timer.event}
-        if tx.find(Timer, kind=timer.kind, **key) == timer:  # no tick has moved it since
+        if tx.find(Timer, kind=timer.kind, **key) == timer:  # not moved by a tick
             strike(tx, timer, emitted, now)
     for function_id, kind, value in tx.free_gates(now):
         hand_on(tx, function_id, [(kind, value)])
