@@ -912,7 +912,8 @@ def holds(expression: str, event: NewEvent) -> bool:
     except InvalidInput as error:  # the extra was there when this was registered
         log.warning("%s", error)
     except BaseException as error:  # a panic of the library is not an Exception
-        log.debug("%s: %r", expression, error)
+        level = logging.DEBUG if isinstance(error, Exception) else logging.ERROR
+        log.log(level, "%s: %r", expression, error)
     return False
 
 def observed(test: str, event: NewEvent) -> str | None:
@@ -4168,14 +4169,20 @@ class PullDesk:
             if self.offers.withdraw(offer):
                 return []
             return await asyncio.shield(waiting)  # taken: its commit is under way
-        except BaseException:
+        except BaseException as error:
             if not self.offers.withdraw(offer):
                 await self.give_back(await waiting, sent=False)
-            seen = self.seen.get(worker_id)  # a restart, perhaps: its actors can move
-            await asyncio.wait({self.closing}, timeout=GONE_AFTER_S)
-            if self.seen.get(worker_id) == seen and not self.closing.done():
-                await self.journal.write(leave_actors, worker_id)
+            if isinstance(error, asyncio.CancelledError):  # the client hung up
+                await self.see_whether_it_left(worker_id)
             raise
+
+    async def see_whether_it_left(self, worker_id: str) -> None:
+        """A worker that restarts has another id: let the actors of the old one move."""
+        seen = self.seen.get(worker_id)
+        await asyncio.wait({self.closing}, timeout=GONE_AFTER_S)
+        if self.seen.get(worker_id) == seen and not self.closing.done():
+            with contextlib.suppress(DiskFull, Unavailable):  # then after 90 s
+                await self.journal.write(leave_actors, worker_id)
 
     async def spare_a_slot(self, worker_id: str, slots: int) -> int:
         """How many jobs to give a worker of JS or Go that has `slots` free.
