@@ -1384,13 +1384,13 @@ class Execution:
                  stand_ins: Mapping[str, Work] | None = None) -> None:
         self.job, self.stand_ins, self.publish = job, stand_ins or {}, publish
         self.name = f"run {job.run.id} attempt {job.run.attempt}"
-        self.lost = False
+        self.lost = self._settling = False
         self.fate: dict[str, Any] | None = None
         self.cancel: Callable[[], None] = lambda: None  # how to wake an async handler
         self.rows: list[str] = []           # of ended steps, not sent yet
         self._sequence = job.sequence_base  # of the first of them
         self._send, self._checkpoint_s, self._timed = send, checkpoint_s, False
-        self._lock = threading.Lock()
+        self._lock, self._timer = threading.Lock(), threading.Lock()
         self._uses: Counter[str] = Counter()
         self.groups: set[str] = set()       # under way
         self._in_air: list[Future[Reply]] = []
@@ -1459,12 +1459,16 @@ class Execution:
             await host.wait(self.flush())
         elif not self._timed:
             self._timed = True
-            later = threading.Timer(self._checkpoint_s,
-                                    lambda: self.rows and self.flush())
+            later = threading.Timer(self._checkpoint_s, self._flush_in_time)
             later.daemon = True
             later.start()
         if self.lost or self.fate:
             raise _Unwind
+
+    def _flush_in_time(self) -> None:
+        with self._timer:                   # `settle` waits for it: rows before the end
+            if self.rows and not self._settling:
+                self.flush()
 
     async def play(self, functions: Mapping[str, Function],
                    threads: asyncio.Semaphore) -> None:
@@ -1490,8 +1494,7 @@ class Execution:
         await self.settle(end)
 
     async def _live(self, function: Function, step: Step) -> dict[str, Any]:
-        """Call the handler, and if that fails for good, the undos; returns the report.
-        Raises _Unwind when there is nothing to report."""
+        """The report of the handler, or of its undos. Raises _Unwind if it has none."""
         run, output, error = self.job.run, None, self.failure
         RUN_ID.set(run.id)
         ctx = Context(self.job.event, run, step, RunLogger(log, {"run": self.name}),
@@ -1555,6 +1558,8 @@ class Execution:
         """Report the end, once all steps have ended; returns when the server has it.
         What it refuses to keep (413: a large output) fails the run with its words."""
         await asyncio.wrap_future(self.hush())
+        with self._timer:
+            self._settling = True
         if len(self.rows) > portion(self.rows):
             self.flush()
         for progress in self._in_air:       # after the report it would be refused
