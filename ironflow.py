@@ -1059,9 +1059,9 @@ def next_tick(expression: str, after: float) -> float:
 # HTTP: read, ask, answer. A handler turns JSON into the words of chapter 2, asks the
 # journal, and turns what it hears into JSON; the wire's spellings live here and in
 # chapters 10 and 11 alone. What every request has in common (who may ask, how errors
-# look, CORS) is in `Api.gate`, once. Below it is aiohttp's low-level server, which hands
-# us every request; a table of doors replaces its router, and saves a sixth of the time.
-# Facts of the wire: the public SDKs, Python 0.53 and JS 0.29.
+# look, CORS) is in `Api.gate`, once. Below it is aiohttp's low-level server, which
+# hands us every request; a table of doors replaces its router and saves a sixth of the
+# time. Facts of the wire: the public SDKs, Python 0.53 and JS 0.29.
 
 CONNECT = "/ironflow.v1."
 PUBLIC_PATHS = frozenset({
@@ -2510,15 +2510,17 @@ def shown(url: str) -> str:
     return url.partition("?")[0]
 
 def where_to_push(tx: Transaction, function: Function | None) -> str:
-    """The endpoint that takes a function's runs now, if they do not go to a worker."""
+    """The endpoint that may take runs of a function now: no worker carries it, and the
+    breaker is not open."""
     if function is None or not function.endpoint or tx.carries(function.function_id):
         return ""
-    return function.endpoint
+    endpoint = tx.find(Endpoint, url=function.endpoint)
+    return "" if endpoint and endpoint.open_until else function.endpoint
 
 def slot_at(tx: Transaction, offers: Offers, url: str, function_id: str, now: float
             ) -> Offer | None:
-    """Room for a run at an endpoint: none while its breaker is open, one to see whether
-    it is there again; should that not be heard of, one more after the same time."""
+    """Room for a run at an endpoint. Of one that is half open, for one run; should that
+    not be heard of, for one more after the same time."""
     endpoint = tx.find(Endpoint, url=url) or Endpoint(url)
     offer = None if endpoint.open_until else offers.slot(url, function_id)
     if offer is not None and endpoint.open_s:
@@ -2532,43 +2534,37 @@ def push_ended(tx: Transaction, job: Job, said: Report, reached: bool, limits: L
     `said` is the endpoint's outcome; or if that was not `reached`, why. It spends no
     attempt while the breaker is open. A run that ended meanwhile is left alone.
     """
-    was_open = note_endpoint(tx, job, said, reached, now)
+    assert job.function is not None
+    endpoint = tx.find(Endpoint, url=job.function.endpoint)
+    if reached and endpoint is not None:
+        tx.delete_endpoint(endpoint.url)
+        if endpoint.open_s:
+            say_of_endpoint(tx, "closed", endpoint.url, {}, now)
+    elif not reached and tx.functions_at(job.function.endpoint):
+        old = endpoint or Endpoint(job.function.endpoint)
+        breaker = job.function.asks.get("circuitBreaker", {})
+        new = struck(old, breaker, job.run.updated_at, now)
+        tx.save(new)
+        if new.since != old.since:
+            say_of_endpoint(tx, "opened", new.url, {
+                "failures": new.failures, "error": said.error["message"],
+                "openUntil": to_rfc3339(now + new.open_s)}, now)
     run = tx.find(Run, run_id=job.run.run_id)
     if run is None or (run.fence, run.status) != (job.run.fence, "running"):
         return
-    if reached or not was_open:
+    if reached or endpoint is None or not endpoint.open_s:
         report(tx, run.job_id, said, limits, now)
     else:
         error = {name: said.error[name] for name in ("message", "code")}
         become(tx, run, queued(replace(unleased(run), error=dumps(error)), now), now)
 
-def note_endpoint(tx: Transaction, job: Job, said: Report, reached: bool, now: float
-                  ) -> bool:
-    """Open or close the breaker of the endpoint that a job went to, and say so for all
-    of its functions; whether it was open."""
-    assert job.function is not None
-    url = job.function.endpoint
-    old = tx.find(Endpoint, url=url) or Endpoint(url)
-    functions = tx.functions_at(url)
-    change: dict[str, Any] = {"endpointUrl": shown(url)}
-    verb = ""
-    if reached:
-        if old.failures:
-            tx.delete_endpoint(url)
-        if old.open_s:
-            verb = "breaker_closed"
-            tx.touched.update(functions)
-    elif functions:
-        breaker = job.function.asks.get("circuitBreaker", {})
-        new = struck(old, breaker, job.run.updated_at, now)
-        tx.save(new)
-        if new.since != old.since:
-            verb = "breaker_opened"
-            change |= {"failures": new.failures, "error": said.error["message"],
-                       "openUntil": to_rfc3339(now + new.open_s)}
-    for function_id in functions if verb else ():
-        tx.append("function", verb, function_id, {"id": function_id} | change, now)
-    return old.open_s > 0
+def say_of_endpoint(tx: Transaction, what: str, url: str, change: dict[str, Any],
+                    now: float) -> None:
+    """Its breaker opened or closed: the functions behind it are told."""
+    for function_id in tx.functions_at(url):
+        tx.touched.add(function_id)
+        about = {"id": function_id, "endpointUrl": shown(url)} | change
+        tx.append("function", f"breaker_{what}", function_id, about, now)
 
 def resume_pushes(tx: Transaction, limits: Limits, now: float) -> float:
     """At start: what was under way when this server died goes out again."""
@@ -3560,8 +3556,10 @@ class Transaction(Queries):
 
     def save_function(self, function: Function) -> None:
         self._triggered.clear()
-        self._pushed = None
-        self.touched.add(function.function_id)  # its runs may have somewhere to go now
+        self.endpoints_of_functions().pop(function.function_id, None)
+        if function.endpoint:
+            self.endpoints_of_functions()[function.function_id] = function.endpoint
+            self.touched.add(function.function_id)  # its runs have somewhere to go now
         self.save(function)
 
     def set_triggers(self, function_id: str, triggers: Iterable[Trigger]) -> None:
@@ -3592,7 +3590,7 @@ class Transaction(Queries):
 
     def delete_function(self, function_id: str) -> None:
         self._triggered.clear()
-        self._pushed = None
+        self.endpoints_of_functions().pop(function_id, None)
         self.set_triggers(function_id, ())
         for table in ("timer", "actor", "function"):
             self._db.execute(f"DELETE FROM {table} WHERE function_id = ?",
@@ -4767,21 +4765,21 @@ class Reach:
         try:
             parts = URL(url, encoded=True)
             fine = re.fullmatch(r"https?://[!-~]{1,2000}", url) and parts.port
+            host = parts.raw_host or ""
         except ValueError:
-            fine = None
-        if not fine or "@" in parts.authority or "#" in url or "\\" in url or (
-                not parts.host):
+            fine = host = None
+        if not fine or not host or "@" in parts.authority or re.search(r"[#\\]", url):
             raise InvalidInput(
                 f"{url[:80]!r} is no URL to post to: send one such as "
                 "https://example.com/ironflow, up to 2,000 characters of ASCII, without"
                 " a user, a password or a fragment")
         try:
-            addresses = [str(ipaddress.ip_address(parts.host))]
+            addresses = [str(ipaddress.ip_address(host))]
         except ValueError:
             addresses = [] if self.networks else [""]
         for address in addresses:
-            if not self.permits(parts.host, address):
-                raise InvalidInput(f"{parts.host[:80]} is where this server must not "
+            if not self.permits(host, address):
+                raise InvalidInput(f"{host[:80]} is where this server must not "
                                    f"post to: {self.why(address)}")
 
     def permits(self, host: str, address: str) -> bool:
@@ -4789,7 +4787,8 @@ class Reach:
         ip = ipaddress.ip_address(address) if address else None
         if ip is not None and any(map(is_off_limits, forms_of(ip))):
             return False
-        named = any(fnmatchcase(host.lower(), pattern) for pattern in self.hosts)
+        name = host.lower().rstrip(".")
+        named = any(fnmatchcase(name, pattern) for pattern in self.hosts)
         return named or not (self.hosts or self.networks) or any(
             form in network for network in self.networks for form in forms_of(ip))
 
@@ -4998,8 +4997,10 @@ class PushDesk:
         limit_s = job.function.asks["timeoutMs"] / 1000 or self._timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                body = await asyncio.to_thread(push_body, job) if (
-                    len(job.event.data) > PARSED_IN_THREAD) else push_body(job)
+                large = size_of(job.event) + sum(
+                    len(step.output or "") for step in job.steps) > PARSED_IN_THREAD
+                body = await asyncio.to_thread(push_body, job) if large else (
+                    push_body(job))
                 status, headers, answer = await self._post(url, body, {
                     "Content-Type": "application/json", "Accept-Encoding": "identity",
                     "X-Ironflow-Run-ID": run.run_id,
