@@ -4590,7 +4590,7 @@ def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
         raise wrong
     log.warning("the report on %s cannot be kept: %s", job_id, wrong.message)
     return Report("failed", fence, None, error={
-        "message": f"the worker's report cannot be kept: {wrong.message}",
+        "message": f"the report cannot be kept: {wrong.message}",
         "code": "INVALID_REPORT"})
 
 def status_in(body: bytes, wrong: IronflowError) -> Any:
@@ -4728,14 +4728,14 @@ class PushFailed(Exception):
     """A request that brought no outcome: a code, what happened, when to try again."""
 
     def __init__(self, code: str, message: str, after_ms: float | None = None) -> None:
-        super().__init__(f"ENDPOINT_{code}" if code.isalpha() else code, message)
+        super().__init__(code, message)
         self.after_ms = after_ms
 
+ENDPOINT = re.compile(r"(?=[!-~]{1,2048}$)https?://[^/?#@\\]+([/?][^#\\]*)?")
 # Link-local addresses are where clouds answer with the machine's own credentials; so
 # are these, which are not link-local. Multicast and 0.0.0.0 are nobody's.
 METADATA = {"fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True, slots=True)
 class Reach:
@@ -4764,49 +4764,43 @@ class Reach:
         its addresses are judged when there is a connection to be made."""
         try:
             parts = URL(url, encoded=True)
-            fine = re.fullmatch(r"https?://[!-~]{1,2000}", url) and parts.port
-            host = parts.raw_host or ""
+            host = parts.raw_host if parts.port else None
         except ValueError:
-            fine = host = None
-        if not fine or not host or "@" in parts.authority or re.search(r"[#\\]", url):
+            host = None
+        if not host or not ENDPOINT.fullmatch(url):
             raise InvalidInput(
                 f"{url[:80]!r} is no URL to post to: send one such as "
-                "https://example.com/ironflow, up to 2,000 characters of ASCII, without"
+                "https://example.com/ironflow, up to 2,048 characters of ASCII, without"
                 " a user, a password or a fragment")
-        try:
-            addresses = [str(ipaddress.ip_address(host))]
-        except ValueError:
-            addresses = [] if self.networks else [""]
-        for address in addresses:
-            if not self.permits(host, address):
-                raise InvalidInput(f"{host[:80]} is where this server must not "
-                                   f"post to: {self.why(address)}")
+        address = ""
+        with contextlib.suppress(ValueError):
+            address = str(ipaddress.ip_address(host))
+        if not self.permits(host, address):
+            raise InvalidInput(off_limits(host))
 
     def permits(self, host: str, address: str) -> bool:
         """Whether a connection may be made to a host's address ("": not known yet)."""
-        ip = ipaddress.ip_address(address) if address else None
-        if ip is not None and any(map(is_off_limits, forms_of(ip))):
+        forms, name = forms_of(address), host.lower().rstrip(".")
+        if any(ip.is_link_local or ip.is_multicast or ip.is_unspecified
+               or str(ip) in METADATA for ip in forms):
             return False
-        name = host.lower().rstrip(".")
-        named = any(fnmatchcase(name, pattern) for pattern in self.hosts)
-        return named or not (self.hosts or self.networks) or any(
-            form in network for network in self.networks for form in forms_of(ip))
+        if any(fnmatchcase(name, pattern) for pattern in self.hosts):
+            return True
+        if not self.networks:
+            return not self.hosts
+        return not forms or any(ip in each for ip in forms for each in self.networks)
 
-    def why(self, address: str) -> str:
-        if self.permits("", address) or not (self.hosts or self.networks):
-            return "link-local and metadata addresses are off limits"
-        return "add it to --push-allow, if it should"
-
-def forms_of(ip: Address | None) -> list[Address]:
+def forms_of(address: str) -> list[Any]:
     """An address, and the IPv4 address that it carries in one of three ways."""
+    ip = ipaddress.ip_address(address) if address else None
     if not isinstance(ip, ipaddress.IPv6Address):
         return [ip] if ip else []
     nat64 = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None
     return [form for form in (ip, ip.ipv4_mapped, ip.sixtofour, nat64) if form]
 
-def is_off_limits(ip: Address) -> bool:
-    return (ip.is_link_local or ip.is_multicast or ip.is_unspecified
-            or str(ip) in METADATA)
+def off_limits(where: str) -> str:
+    return (f"{where[:80]} is off limits: link-local and metadata addresses are, and "
+            "what --push-allow leaves out, if it is given")
 
 class Resolver(AbstractResolver):
     """The addresses of a name, those that may be reached. In threads of its own: a name
@@ -4826,9 +4820,8 @@ class Resolver(AbstractResolver):
                 for kind, _, proto, _, where in found
                 if self._reach.permits(host, where[0])]
         if not fine:
-            address = found[0][4][0]
-            raise PushFailed("REFUSED", f"{host} has the address {address}, where this "
-                             f"server must not post to: {self._reach.why(address)}")
+            address = found[0][4][0] if found else "no address"
+            raise PushFailed("ENDPOINT_REFUSED", off_limits(f"{host} ({address})"))
         return fine
 
     async def close(self) -> None:
@@ -4873,11 +4866,11 @@ class Poster:
                         return reply.status, reply.headers, await self._read(reply)
                     url = next_hop(url, reply.status, reply.headers.get("Location", ""))
             except InvalidInput as error:
-                raise PushFailed("REFUSED", error.message) from None
+                raise PushFailed("ENDPOINT_REFUSED", error.message) from None
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise PushFailed("UNREACHABLE", in_words(error)) from error
-        raise PushFailed("REDIRECT", f"it was redirected more than {REDIRECTS} times: "
-                                     "register the last address")
+                raise PushFailed("ENDPOINT_UNREACHABLE", in_words(error)) from error
+        raise PushFailed("ENDPOINT_REDIRECT", (
+            f"it was redirected more than {REDIRECTS} times: register its address"))
 
     async def _send(self, url: str, body: bytes, headers: Mapping[str, str]
                     ) -> aiohttp.ClientResponse:
@@ -4895,8 +4888,9 @@ class Poster:
     async def _read(self, reply: aiohttp.ClientResponse) -> bytes:
         """Its body, within the limits; of an error only the beginning."""
         if (coding := reply.headers.get("Content-Encoding", "identity")) != "identity":
-            raise PushFailed("ANSWER", f"its answer comes as {coding[:40]!r}, which was"
-                             " not asked for: send it as it is")
+            raise PushFailed("ENDPOINT_ANSWER", (
+                f"its answer comes as {coding[:40]!r}, which was not asked for: send "
+                "it as it is"))
         parts, size = list[bytes](), 0
         try:
             async for part in reply.content.iter_any():
@@ -4905,12 +4899,13 @@ class Poster:
                 if reply.status != 200 and size > KEPT_OF_ERRORS:
                     break
                 if size > self._limit:
-                    raise PushFailed("LARGE", (
+                    raise PushFailed("ENDPOINT_TOO_LARGE", (
                         f"its answer is larger than the limit of {self._limit} bytes: "
                         "send less, or start the server with a larger "
                         "--max-body-bytes"))
                 if self._in_flight > BODIES_IN_FLIGHT:
-                    raise PushFailed("LARGE", "too many large answers came at once")
+                    raise PushFailed("ENDPOINT_TOO_LARGE",
+                                     "too many large answers came at once")
         finally:
             self._in_flight -= size
         return b"".join(parts)
@@ -4919,13 +4914,13 @@ def next_hop(url: str, status: int, location: str) -> str:
     """Where a redirect leads. Raises PushFailed for one that is not followed."""
     target = urljoin(url, location)
     if status not in (307, 308) or not location:
-        raise PushFailed("REDIRECT", (
+        raise PushFailed("ENDPOINT_REDIRECT", (
             f"it answered {status} with the location {location[:200]!r}: only 307 and "
             "308 keep method and body; register that address"))
     if url.startswith("https:") and not target.startswith("https:"):
-        raise PushFailed("REDIRECT", f"it redirects to {shown(target)}, which is not "
-                                     "encrypted: register the https address that it "
-                                     "means, often only with another slash at its end")
+        raise PushFailed("ENDPOINT_REDIRECT", (
+            f"it redirects to {shown(target)}, which is not encrypted: register the "
+            "https address that it means, often only with another slash at its end"))
     return target
 
 def in_words(error: Exception) -> str:
@@ -5011,14 +5006,14 @@ class PushDesk:
                 raise status_failure(status, headers, answer)
             return await read_outcome(answer, run), True, len(answer)
         except TimeoutError:
-            why = PushFailed("TIMEOUT", f"no whole answer within {limit_s:g} s: answer "
-                             "sooner, or register a longer timeoutMs (without one, "
-                             "--push-timeout counts)")
+            why = PushFailed("ENDPOINT_TIMEOUT", (
+                f"no whole answer within {limit_s:g} s: answer sooner, or register a "
+                "longer timeoutMs (without one, --push-timeout counts)"))
         except PushFailed as failed:
             why = failed
         except Exception:
             log.exception("push of %s to %s", run.run_id, shown(url))
-            why = PushFailed("FAILED", "internal error: see the server's log")
+            why = PushFailed("ENDPOINT_FAILED", "internal error: see the server's log")
         code, message = why.args
         told = {"code": code, "message": f"POST {shown(url)}: {message}",
                  "retryable": True, "retry_after_ms": why.after_ms}
@@ -5075,17 +5070,21 @@ def rewritten(value: Any) -> Json:
     return dumps(value)
 
 async def read_outcome(answer: bytes, run: Run) -> Report:
-    """How an endpoint says that an execution ended. Raises PushFailed."""
+    """How an endpoint says that an execution ended; one that cannot be kept fails the
+    run, as a worker's would. Raises PushFailed."""
     try:
         value = (parse_json(answer) if len(answer) <= PARSED_IN_THREAD
                  else await asyncio.to_thread(parse_json, answer))
         said = read_report(Fields(value, "answer"))
-    except InvalidInput as error:
-        said, why = None, error.message
-    if said is None or said.status in ("ack", "progress"):
-        found = f" ({why})" if said is None else ""
-        raise PushFailed("ANSWER", f"its answer is no outcome{found}: answer 200 with "
-                         "an object whose status is completed, yielded or failed")
+        if said.status in ("ack", "progress"):
+            raise InvalidInput(f"answer.status is {said.status!r}")
+    except InvalidInput as wrong:
+        try:
+            said = last_word(run.job_id, status_in(answer, wrong), wrong)
+        except InvalidInput:
+            raise PushFailed("ENDPOINT_ANSWER", (
+                f"its answer is no outcome ({wrong.message}): answer 200 with an object"
+                " whose status is completed, yielded or failed")) from None
     return replace(said, fence=run.fence, lease_token=run.lease_token)
 
 def status_failure(status: int, headers: Mapping[str, str], answer: bytes
