@@ -4808,7 +4808,7 @@ class Resolver(AbstractResolver):
 
     def __init__(self, reach: Reach, getaddrinfo: Callable[..., Any]) -> None:
         self._reach, self._getaddrinfo = reach, getaddrinfo
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="ironflow resolver")
+        self._pool = ThreadPoolExecutor(8, thread_name_prefix="ironflow resolver")
 
     async def resolve(self, host: str, port: int = 0,
                       family: socket.AddressFamily = socket.AF_UNSPEC) -> list[Any]:
@@ -5631,7 +5631,7 @@ async def serve_until_stopped(server: Server) -> int:
 COLUMNS = {
     "runs": "id status function_id event_name created_at",
     "events": "id name timestamp source data",
-    "functions": "id status workers triggers updated_at",
+    "functions": "id status execution_mode workers triggers updated_at",
     "workers": "id hostname active_jobs max_concurrent last_heartbeat function_ids",
     "steps": "name status attempt started_at duration_ms result",
     "results": "run_id function_id status duration_ms result",

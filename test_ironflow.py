@@ -13776,8 +13776,8 @@ created    {at}
 processed  true
 """,
     "function list": """
-ID         STATUS  WORKERS  TRIGGERS      UPDATED
-shop/pack  active  1        order.placed  {at}
+ID         STATUS  EXECUTION MODE  WORKERS  TRIGGERS      UPDATED
+shop/pack  active  pull            1        order.placed  {at}
 """,
     "function get shop/pack": """
 id              shop/pack
