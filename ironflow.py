@@ -1716,6 +1716,10 @@ def read_bounds(body: Fields) -> dict[str, Any]:
                    for each in f"{needed} {more}".split()}
         if not all(map(numbers.get, needed.split())):
             raise InvalidInput(f"{name}: send {needed.replace(' ', ' and ')}, from 1")
+        for least, most in ("periodMs", "maxWaitMs"), (
+                "openDurationMs", "maxOpenDurationMs"):
+            if 0 < numbers.get(most, 0) < numbers[least]:
+                raise InvalidInput(f"{name}: {most} is less than {least}: send more")
         members = numbers | {"key": read_path(said, "key")}
         found[name] = {each: value for each, value in members.items() if value}
     cancel_on = [{"event": check_trigger(item.text("event")),

@@ -6925,6 +6925,8 @@ def test_a_call_that_would_wait_for_a_debounced_function_is_refused(bench: Bench
     ("throttle", {"limit": 1, "periodMs": "soon"}), ("throttle", 7),
     ("throttle", {"limit": 1, "periodMs": 1, "key": 7}),
     ("debounce", {"periodMs": -1}), ("debounce", {"periodMs": 1, "maxWaitMs": -1}),
+    ("debounce", {"periodMs": 5000, "maxWaitMs": 4999}),
+    ("circuitBreaker", {"openDurationMs": 5000, "maxOpenDurationMs": 4999}),
     ("debounce", {"key": "a"}), ("debounce", 7), ("actorKey", 7), ("actorKey", ["a"]),
 ])
 def test_limits_that_make_no_sense_are_refused(
