@@ -8762,8 +8762,8 @@ def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
 # The simulator
 # ======================================================================================
 # Years of bad weather in seconds: the real rules and the real journal file, but a clock
-# that is a number, ids that come from a seed, and workers that are generators. All in
-# one thread, so that the same seed gives the same life, move by move.
+# that is a number, ids that come from a seed, workers and endpoints that are generators.
+# All in one thread, so that the same seed gives the same life, move by move.
 #
 # `World` is the server, its clients, the network between them, and the weather: a table
 # of moves from which the seed draws. `Witness` looks on. It believes what was answered,
@@ -8787,6 +8787,9 @@ TRIGGERS = (*EVENT_NAMES, "order.*", "stock.>", "*.low", "order.>")
 ANSWERS = ("answer.given", "answer.late")  # what runs wait for most often
 VALUES: tuple[Any, ...] = ("a", 7, "7")  # of `k` in an event's data, if it is there
 CRON = {"*/5 * * * *": 300, "7 * * * *": 3600}  # with the seconds between two ticks
+CROWD = 12  # runs that are asked for at once
+URLS = ("http://one.example/run", "https://two.example/?key=7", "http://three.example")
+PUSH_TIMEOUT_S = 600.0  # of a request, if its function does not say
 
 class Broken(AssertionError):
     """A promise that did not hold."""
@@ -8973,6 +8976,8 @@ class Life:
     leased_until: float = 0.0  # at least: nobody may take it away sooner
     lost: int = 0  # leases in a row that ended without a new step
     worker: str = ""  # that was handed it last
+    url: str = ""  # of the endpoint that was, if it was none
+    struck: set[int] = field(default_factory=set)  # attempts that did not reach one
     queued_at: float = 0.0
     started_at: float | None = None
     news: bool = False  # something ended that it asked for, since it was handed out
@@ -8986,6 +8991,11 @@ class Life:
     @property
     def number(self) -> int:
         return int(self.event.data.get("n", 0))
+
+    @property
+    def marker(self) -> str:
+        """The step that says: this run is being undone, and why."""
+        return f"{self.run_id}:compensate::0"
 
     def repeats(self, said: ironflow.Report) -> str:
         """Whether it says what was accepted as an end already.
@@ -9055,14 +9065,23 @@ class Burst:
     latest: float = math.inf
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A request to an endpoint, with what its function asked for as a breaker."""
+
+    url: str
+    at: float
+    breaker: dict[str, int]
+
+
 class Witness:
     """Knows what was promised; reads the file with a connection of its own."""
 
     def __init__(
-        self, path: Path, programs: dict[str, Program], seen: Counter[str]
+        self, path: Path, programs: dict[str, Program], slots: int, seen: Counter[str]
     ) -> None:
         self.db = sqlite3.connect(path, isolation_level=None)
-        self.programs, self.seen = programs, seen
+        self.programs, self.slots, self.seen = programs, slots, seen
         self.now = START
         self.functions: dict[str, ironflow.NewFunction] = {}
         self.asks: dict[str, dict[str, Any]] = {}  # of their runs, by function
@@ -9078,6 +9097,9 @@ class Witness:
         self.actors: dict[tuple[str, str], str] = {}  # the worker of each
         self.connected: set[str] = set()  # workers, as far as the server knows
         self.able: dict[str, str] = {}  # of each worker: its functions, and its language
+        self.sent: dict[str, Sent] = {}  # to endpoints, by job
+        self.requests: dict[str, str] = {}  # under way, by run: the URL
+        self.failing: dict[str, ironflow.Endpoint] = {}  # by URL
         self.rows: list[tuple[Any, ...]] = []  # of the journal, all that were ever seen
         self.bodies: Counter[str] = Counter()  # how often each step was run
         self.recorded: set[str] = set()  # steps whose row says: completed
@@ -9091,7 +9113,9 @@ class Witness:
         self.let_go: set[str] = set()  # runs whose holder reported an end
         self.vanished: set[str] = set()  # runs whose holder did, before its ack
         self.doomed: dict[str, str] = {}  # runs that have to end now, and why
+        self.due_again: set[Life] = set()  # those whose request died with the server
         self.owed: list[tuple[Life, Asked]] = []  # answers to waits
+        self.breakers: list[tuple[str, dict[str, Any]]] = []  # rows of functions
 
     # What was answered, in the order of the batch
 
@@ -9123,6 +9147,11 @@ class Witness:
         elif call.kind == "report":
             run_id, _ = ironflow.run_and_fence(call.args[0])
             self.reported(self.life(run_id), call.args[1], wish)
+        elif call.kind == "outcome":
+            must(wish.error is None, f"{call.label}: {wish.error}")
+            self.push_ended(*call.args[:3])
+        elif call.kind == "start":
+            self.started()
         elif call.kind == "give back":
             self.given_back(self.life(call.args[0]), call.args[1], call.args[2])
         elif call.kind == "beat":
@@ -9144,19 +9173,22 @@ class Witness:
         """The rows of one call were read: whatever it had to bring has come."""
         must(not self.new_events, "an acknowledged event is not in the journal")
         must(self.new_functions == 0, "a change of a function is not in the journal")
+        must(not self.breakers, f"the journal does not say: {self.breakers}")
         for life, asked in self.owed:
             late = f"{life}: {asked.answer} answers {asked.wish.name}, which waits on"
             must(asked.state != "waiting" or life.verdict == "cancelled", late)
         for run_id, why in self.doomed.items():
             life = self.lives[run_id]
             must(life.status in ironflow.TERMINAL, f"{life} goes on, though {why}")
+        for life in self.due_again:
+            must(life.status != "running", f"{life} is not sent again: its request is lost")
         for life in map(self.life, self.moved):
             idle = life.status == "waiting" and self.yielded(life) and life.news
             must(not idle, f"{life} waits, but something that it asked for is over")
         if self.turns:
             self.nobody_overslept()
         self.moved, self.let_go, self.vanished = set(), set(), set()
-        self.doomed, self.owed = {}, []
+        self.doomed, self.due_again, self.owed = {}, set(), []
 
     def life(self, run_id: str) -> Life:
         self.touched.add(run_id)
@@ -9226,6 +9258,7 @@ class Witness:
         self.new_functions += new != old
         if new != old:
             self.lined_up.add(new.function_id)
+            self.forget_endpoints()
         self.seen["function was changed"] += old is not None and old != new
         self.seen["function was registered again, unchanged"] += old == new
         ticks = {(new.function_id, each.cron, each.event) for each in new.triggers if each.cron}
@@ -9273,12 +9306,17 @@ class Witness:
     def leave_actors(self, worker_id: str) -> None:
         self.actors = {actor: name for actor, name in self.actors.items() if name != worker_id}
 
-    def started(self, now: float) -> None:
-        """While it was away it could hear of nobody: every lease starts anew."""
+    def started(self) -> None:
+        """While it was away it could hear of nobody: every lease starts anew, and what
+        was under way to an endpoint has to go out again."""
         for life in self.lives.values():
-            length_s = LIMITS.lease_s if life.acked else LIMITS.reservation_s
-            if life.status == "running":
-                life.leased_until = max(life.leased_until, now + length_s)
+            if life.status == "running" and life.url:
+                life.held = False
+                self.let_go.add(life.run_id)
+                self.due_again.add(life)
+                self.seen["request was under way when the server died"] += 1
+            elif life.status == "running":
+                self.leased(life, LIMITS.lease_s if life.acked else LIMITS.reservation_s)
 
     def clock_was_set(self, step_s: float) -> None:
         """A lease is a length of time, and no shorter for that."""
@@ -9288,19 +9326,30 @@ class Witness:
     def leased(self, life: Life, seconds: float) -> None:
         life.leased_until = max(life.leased_until, self.now + seconds)
 
-    def handed_out(self, job: ironflow.Job, acked: bool) -> None:
-        """A job went out to a worker: from here on no older one counts."""
+    def handed_out(self, job: ironflow.Job, offer: ironflow.Offer) -> None:
+        """A job went out, to a worker or an endpoint: from here on no older one counts."""
         life = self.life(job.run.run_id)
         must(life.verdict is None, f"{life} is {life.verdict}, but was handed out")
         must(job.run.fence > life.fence, f"{life} went out twice as {job.run.fence}")
+        must(job.run.attempt == life.attempt, f"{life} went out as {job.run.attempt}")
         got = json.loads(job.event.data)
         must(got == life.event.data, f"{life} got {got}, not {life.event.data}")
-        life.fence, life.held, life.acked, life.news = job.run.fence, True, acked, False
-        length_s = LIMITS.lease_s if acked else LIMITS.reservation_s
-        life.leased_until = self.now + length_s
+        life.fence, life.held, life.acked = job.run.fence, True, offer.acked
+        life.news = False
+        self.seen["run went from a worker to an endpoint"] += bool(
+            offer.url and not life.url and life.started_at)
+        self.seen["run went from an endpoint to a worker"] += bool(life.url and not offer.url)
+        life.url = offer.url
+        length_s = LIMITS.lease_s if offer.acked else LIMITS.reservation_s
+        life.leased_until = math.inf if life.url else self.now + length_s
         self.check_replay(life, job)
         if life.started_at is None:
             self.started_first(life)
+        if life.url:
+            self.pushed(life, job)
+            return
+        asked = life.function_id in offer.functions
+        must(asked, f"{life} went to {offer.worker_id}, who does {offer.functions}")
         if "actor" in life.bounds:
             worker, actor = str(job.run.worker_id), (life.function_id, life.bounds["actor"])
             bound_to = self.actors.get(actor)
@@ -9315,9 +9364,16 @@ class Witness:
         due = {step_id for step_id, asked in life.asked.items() if asked.state in states}
         sent = {step.step_id for step in job.steps if step.step_id in life.asked}
         must(sent == due, f"{life} was sent {sent} of what it asked for, due are {due}")
+        told = {step.step_id for step in job.steps}
+        must(not life.url or told >= life.done.keys(), f"{life} was told {told} of {life.done}")
 
     def knows_failures(self, job: ironflow.Job) -> bool:
-        return "python" in self.able[str(job.run.worker_id)]
+        worker = str(job.run.worker_id)
+        return worker not in self.able or "python" in self.able[worker]
+
+    def functions_of(self, worker_id: str) -> list[str]:
+        found: list[str] = json.loads(self.able[worker_id].partition("]")[0] + "]")
+        return found
 
     def started_first(self, life: Life) -> None:
         """Its place in a throttle is taken for a period from now on."""
@@ -9410,6 +9466,106 @@ class Witness:
         self.ended(life, said, None)
         return None
 
+    # Endpoints, and their breakers
+
+    def endpoint_of(self, function_id: str) -> str:
+        """Where its runs are pushed to, if no worker that is connected does it."""
+        asks = self.asks[function_id] if function_id in self.functions else {}
+        pushed = asks.get("preferredMode") == "EXECUTION_MODE_PUSH"
+        done = any(function_id in self.functions_of(name) for name in self.connected)
+        return "" if done or not pushed else str(asks.get("endpointUrl", ""))
+
+    def functions_at(self, url: str) -> list[str]:
+        return [function_id for function_id in self.functions
+                if self.asks[function_id].get("endpointUrl") == url
+                and self.asks[function_id]["preferredMode"] == "EXECUTION_MODE_PUSH"]
+
+    def forget_endpoints(self) -> None:
+        for url in [url for url in self.failing if not self.functions_at(url)]:
+            self.seen["endpoint was forgotten while its breaker was open"] += bool(
+                self.failing.pop(url).open_s)
+
+    def slot_for(self, url: str) -> bool:
+        """Whether it may have another request: the last tenth is for others."""
+        free = self.slots - len(self.requests)
+        mine = [*self.requests.values()].count(url)
+        self.seen["endpoint was refused the last slot"] += free > 0 and mine > 9 * free
+        return free > 0 and mine <= 9 * free
+
+    def pushed(self, life: Life, job: ironflow.Job) -> None:
+        url = self.endpoint_of(life.function_id)
+        must(life.url == url, f"{life} went to {life.url!r}, not to {url!r}")
+        must(life.run_id not in self.requests, f"two requests of {life} are under way")
+        must(self.slot_for(url), f"{life} has no slot: {self.requests}")
+        target = self.failing.get(url)
+        if target is not None and target.open_s:
+            must(target.open_until is None, f"{life} was pushed, its breaker being open")
+            self.failing[url] = replace(target, open_until=self.now + target.open_s)
+        self.requests[life.run_id] = url
+        breaker = self.asks[life.function_id].get("circuitBreaker", {})
+        self.sent[job.run.job_id] = Sent(url, self.now, breaker)
+
+    def push_ended(self, job: ironflow.Job, said: ironflow.Report, reached: bool) -> None:
+        """An endpoint's outcome; or how a request failed. That spends an attempt, but not
+        while the breaker is open."""
+        life, sent = self.life(job.run.run_id), self.sent[job.run.job_id]
+        target = self.failing.get(sent.url, ironflow.Endpoint(sent.url))
+        if reached:
+            self.heard_from(target)
+        elif self.functions_at(sent.url):
+            self.failing[sent.url] = self.failed_to_reach(target, sent, said)
+        if not life.held or life.fence != job.run.fence:
+            self.seen["endpoint answered too late, or twice"] += reached
+            self.seen["request failed when its run was over"] += not reached
+        elif reached:
+            self.believe(life, said)
+        elif target.open_s:
+            self.seen["request failed while the breaker was open"] += 1
+            life.held = False
+            self.let_go.add(life.run_id)
+        else:
+            self.seen["request failed, and spent an attempt"] += 1
+            life.struck.add(life.attempt)
+            self.ended(life, said, self.failed(life, said.error))
+
+    def heard_from(self, target: ironflow.Endpoint) -> None:
+        self.failing.pop(target.url, None)
+        if target.open_s:
+            self.seen["breaker closed"] += 1
+            self.owe_rows("breaker_closed", target.url, {})
+
+    def failed_to_reach(
+        self, target: ironflow.Endpoint, sent: Sent, said: ironflow.Report
+    ) -> ironflow.Endpoint:
+        """What becomes of a breaker. Requests of before it opened change nothing."""
+        asks = {"failureThreshold": 5, "openDurationMs": 60_000, "maxOpenDurationMs": 600_000}
+        asks |= sent.breaker
+        if target.open_s and sent.at <= target.since:
+            self.seen["request of before the breaker opened failed"] += 1
+            return target
+        target = replace(target, failures=target.failures + 1)
+        if not target.open_s and target.failures < asks["failureThreshold"]:
+            return target
+        self.seen["breaker stayed open for longer" if target.open_s else "breaker opened"] += 1
+        longest_s = asks["maxOpenDurationMs"] / 1000
+        open_s = min(2 * target.open_s or asks["openDurationMs"] / 1000, longest_s)
+        self.seen["breaker was open for the longest time"] += 0 < target.open_s >= longest_s
+        until = self.now + open_s
+        self.owe_rows("breaker_opened", sent.url, {
+            "failures": target.failures, "openUntil": ironflow.to_rfc3339(until),
+            "error": said.error["message"]})
+        return replace(target, open_s=open_s, open_until=until, since=self.now)
+
+    def owe_rows(self, verb: str, url: str, about: dict[str, Any]) -> None:
+        self.breakers += [
+            (verb, {"id": function_id, "endpointUrl": url.partition("?")[0], **about})
+            for function_id in self.functions_at(url)]
+
+    def check_endpoints(self) -> None:
+        kept = {row[0]: ironflow.Endpoint(*row) for row in self.all(
+            "SELECT url, failures, open_s, open_until, since FROM endpoint")}
+        must(kept == self.failing, f"of endpoints the file has {kept}, due are {self.failing}")
+
     def ended(
         self, life: Life, said: ironflow.Report, verdict: str | None, fated: bool = True
     ) -> None:
@@ -9424,25 +9580,29 @@ class Witness:
 
         Crashes, lost workers and lost messages spend no attempt, so a run ends like
         this in any weather, unless it was cancelled, lost every worker, or waited in
-        vain. Only what became of the runs that it calls is not its own affair.
+        vain. Only what became of the runs that it calls is not its own affair, nor in
+        which attempts its endpoint was out of reach.
         """
-        attempt = 1
+        policy, struck = life.policy, life.struck
+        spent = exhausted(policy), policy.max_attempts
+        if struck and life.marker in life.done:
+            return spent if life.attempt in struck else ("failed", life.attempt)
+        tries = (n for n in range(1, policy.max_attempts + 1) if n not in struck)
+        attempt = next(tries, 0)
         for part, step_id in steps_of(self.programs[life.function_id], life.run_id):
             if isinstance(part, Invoke) and not part.catches:
                 asked = life.asked.get(step_id)
-                if asked is not None and asked.state == "failed":
+                if asked is not None and asked.state == "failed" and attempt:
                     return "failed", attempt
             if not isinstance(part, Do):
                 continue
-            while attempt <= part.fails:
+            while 0 < attempt <= part.fails:
                 if not part.retryable:
                     return "failed", attempt
-                if attempt == life.policy.max_attempts:
-                    return exhausted(life.policy), attempt
-                attempt += 1
-            if part.too_large:
+                attempt = next(tries, 0)
+            if attempt and part.too_large:
                 return "failed", attempt
-        return "completed", attempt
+        return ("completed", attempt) if attempt else spent
 
     def ran(self, job: ironflow.Job, step_id: str) -> int:
         """A worker runs a step's body, for the n-th time. Never one that is done, and
@@ -9452,7 +9612,7 @@ class Witness:
         done with it. All others were sent the result.
         """
         life = self.lives[job.run.run_id]
-        marker = life.done.get(f"{life.run_id}:compensate::0")
+        marker = life.done.get(life.marker)
         undoing = marker is not None and job.run.fence >= marker[0]
         must(not undoing or ":compensate:" in step_id, f"{life} is being undone, but {step_id}")
         if step_id in life.done:
@@ -9478,6 +9638,7 @@ class Witness:
         for run_id in sorted(self.lives if all_of_it else self.touched):
             self.check(self.life(run_id))
         self.check_places(behind)
+        self.check_endpoints()
         self.touched = set()
 
     def all(self, sql: str, *params: Any) -> list[Any]:
@@ -9501,6 +9662,10 @@ class Witness:
             heard = Heard(seq, at, name, json.loads(data), event_id, source)
             self.heard[seq] = heard
             self.happened(heard, subject)
+        elif kind == "function" and name.startswith("breaker_"):
+            row = name, json.loads(data)
+            must(row in self.breakers, f"{subject} {row}, due are {self.breakers}")
+            self.breakers.remove(row)
         elif kind == "function":
             self.new_functions -= 1
         elif kind == "worker":
@@ -9766,6 +9931,9 @@ class Witness:
         for burst in self.bursts.values():
             in_time = burst.due_at > self.now or burst.last.at == self.now  # a tick's
             must(in_time, f"there was silence, and no run started: {burst}")
+        for url, target in self.failing.items():
+            if (target.open_until or math.inf) <= self.now:
+                self.failing[url] = replace(target, open_until=None)
         for life in self.live():
             if life.status == "waiting" and self.yielded(life):
                 late = [asked.wish.name for asked in life.asked.values()
@@ -9919,7 +10087,7 @@ class Witness:
 
 @dataclass(eq=False)
 class Peer:
-    """A process out there: a worker, or a caller that has no functions."""
+    """A process out there: a worker, an endpoint, or a caller without functions."""
 
     name: str
     functions: Sequence[str] = ()
@@ -9928,6 +10096,8 @@ class Peer:
     acks: bool = True  # a job before it starts; others take the poll's answer for that
     ours: bool = True  # tells of all that its branches wait for; others of one at a time
     runtime: str = "python-3.12"
+    url: str = ""  # of an endpoint
+    down_until: float = 0.0
     alive: bool = True
     silent_until: float = 0.0
     polling: bool = False
@@ -9945,6 +10115,16 @@ class Call:
     args: tuple[Any, ...] = ()
     slots: int = 0  # of a poll
     script: Script | None = None  # who listens for the answer
+
+
+@dataclass(eq=False)
+class Post:
+    """A request to an endpoint, until the server has an answer, or gives up."""
+
+    job: ironflow.Job
+    peer: Peer
+    deadline: float
+    script: Script | None = None  # of the endpoint, if the request came there
 
 
 @dataclass(slots=True, eq=False)
@@ -9988,14 +10168,10 @@ class Execution:
     worker: Peer
     job: ironflow.Job
     done: dict[str, ironflow.Step]
+    undoing: str  # the step that says: this run is being undone, and why
     tail: list[ironflow.ReportedStep] = field(default_factory=list)  # finished, not reported
     blocks: list[ironflow.Yield] = field(default_factory=list)  # what its branches wait for
     undos: list[Do] = field(default_factory=list)
-
-    @property
-    def undoing(self) -> str:
-        """The step that says: this run is being undone, and why."""
-        return f"{self.job.run.run_id}:compensate::0"
 
 
 class Impossible(Exception):
@@ -10056,8 +10232,13 @@ class World:
         names = [f"f{i}" for i in range(1, 6)]
         self.programs = {name: draw_program(self.draw, names[i + 1:])
                          for i, name in enumerate(names)}
+        self.pushed = [name for name in names if self.draw.random() < 0.4]  # as a rule
+        self.endpoints = {url: Peer(f"e{i}", url=url, eager=False, acks=False,
+                                    ours=self.draw.random() < 0.7)
+                          for i, url in enumerate(URLS, 1)}
+        self.slots = self.draw.choice([1, 2, 3, CROWD - 1])
         self.path = folder / "journal.db"
-        self.witness = Witness(self.path, self.programs, self.seen)
+        self.witness = Witness(self.path, self.programs, self.slots, self.seen)
         self.open()
 
     def chance(self, odds: float) -> bool:
@@ -10072,23 +10253,24 @@ class World:
 
     def open(self) -> None:
         """Start: what was in memory is gone, every lease that is held starts anew."""
-        self.offers = ironflow.Offers(LIMITS)
+        self.offers = ironflow.Offers(LIMITS, push=self.push)
         ids = ironflow.Ids(self.ids.getrandbits)
         self.file = ironflow.JournalFile(
             self.path, ids, now=self.now, offers=self.offers
         )
         self.file._db.execute("PRAGMA synchronous = OFF")
         self.held: dict[ironflow.Offer, Call] = {}  # polls
+        self.posts: dict[str, Post] = {}  # by job
         self.chores: list[Call] = []
         self.reading: list[Call] = []  # reports that the server reads about
         self.looks: dict[Call, ironflow.Report] = {}  # what it read
         self.clock_set = False
-        keep = ironflow.Wish(ironflow.keep_leases, (LIMITS,))
-        self.file.execute([keep], self.now)
-        self.file.commit()
-        self.next_at: float = keep.result
+        self.starting = True  # until `resume_pushes` is written ...
+        self.full = self.chance(0.2)  # ... for which there is no room at first
+        self.seen["disk was full at the start"] += self.full
+        self.next_at = math.inf
+        self.witness.requests.clear()
         self.witness.look(behind=True, all_of_it=True)
-        self.witness.started(self.now)
 
     def crash(self, batch: Batch, away_s: float = 0.0) -> None:
         """Whoever waits for an answer waits in vain; what was committed is there."""
@@ -10108,7 +10290,7 @@ class World:
             if call.kind == "poll":
                 self.hold(call)
             if call in self.looks:
-                wish.args = (call.args[0], self.looks.pop(call), LIMITS)
+                wish.args = (call.args[0], self.looks.pop(call), *call.args[2:])
         self.file.execute([wish for _, wish in batch], self.now)
         self.while_writing(batch)
         return batch
@@ -10120,17 +10302,19 @@ class World:
         filled = self.offers.committed()
         for offer in filled:
             for job in offer.jobs:
-                self.witness.handed_out(job, offer.acked)
+                self.witness.handed_out(job, offer)
         return filled
 
     def a_batch(self, *more: Call) -> str:
-        if not (self.wire or self.slow or self.chores or self.reading
-                or self.next_at <= self.now):
+        if not (self.wire or self.slow or self.chores or self.reading or self.starting
+                or self.next_instant() <= self.now):
             raise Impossible
         batch = self.write(*more)
-        self.reply(batch, self.commit(batch))
+        filled = self.commit(batch)
         self.witness.look(behind=self.next_at <= self.now)
         self.look_at_offers()
+        self.look_at_slots()
+        self.reply(batch, filled)
         return f"commit: {words_of(batch)}"
 
     def a_batch_with_a_mistake(self) -> str:
@@ -10144,7 +10328,9 @@ class World:
         self.next_at = min(self.next_at, self.now + 1.0)
         for call, wish in batch:
             wish.error = ironflow.DiskFull("no room")
-            if call.kind != "poll":
+            if call.kind == "outcome":
+                self.reading.append(call)  # it is kept until there is room
+            elif call.kind != "poll":
                 self.answer(call, wish)
         return f"the disk is full: {words_of(batch)}"
 
@@ -10167,8 +10353,17 @@ class World:
         slow, self.slow = self.slow, []
         for call in slow:
             (self.slow if self.chance(0.9) else calls).append(call)
+        calls = [call for call in calls if self.is_wanted(call)]
+        for post in [post for post in self.posts.values() if post.deadline <= self.now]:
+            self.seen["request to an endpoint took too long"] += 1
+            self.give_up(post, "TIMEOUT")
         calls = self.looked_back(calls) + self.chores
         self.chores = []
+        if self.starting:
+            start = Call("start", "start", ironflow.resume_pushes, (LIMITS,))
+            full, self.full = self.full, self.chance(0.3)
+            return [*self.heard_of(calls), *calls] if full else [
+                start, *self.heard_of(calls), *calls]
         due = self.next_at <= self.now
         if due:  # before what the others say, or after it
             turn = Call("turn", "turn the clock", ironflow.turn_clock, (LIMITS,))
@@ -10183,11 +10378,12 @@ class World:
         other batches may be written meanwhile."""
         ready, self.reading = self.reading, []
         for call in calls:
-            reads = call.kind == "report" and any(
+            reads = call.kind in ("report", "outcome") and any(
                 wish.kind == "wait_for_event" for wish in call.args[1].yields)
             if reads:
-                job_id, said, _ = call.args
-                run_id, _ = ironflow.run_and_fence(job_id)
+                job, said, *_ = call.args
+                run_id = ironflow.run_and_fence(job)[0] if isinstance(job, str) else (
+                    job.run.run_id)
                 queries = ironflow.Queries(self.witness.db)
                 self.looks[call] = ironflow.look_back(queries, run_id, said)
             (self.reading if reads and self.chance(0.5) else ready).append(call)
@@ -10213,21 +10409,30 @@ class World:
         """It is on disk: what was answered has to be true from here on."""
         self.witness.now = self.now
         for call, wish in batch:
-            if call.kind in ("turn", "keep"):
+            if call.kind in ("turn", "keep", "start"):
                 self.next_at = wish.result
-            if call.kind == "keep":
+            if call.kind == "start":  # from now on requests may go out
+                self.starting, self.offers.push_slots = False, self.slots
+                self.offers.look_anew = True
+                self.chores.append(Call("look", "slots are free", nothing))
+            if call.kind in ("keep", "start"):
                 self.clock_set = False  # if the disk refused it, it is tried again
             if not isinstance(wish.error, ironflow.IronflowError | None):
                 must(call.kind == "clumsy", f"{call.label}: {wish.error!r}")
         self.witness.follow(batch)
         self.next_at = min(self.next_at, self.file.tx.alarm)  # as `Timekeeper` reckons
 
+    def next_instant(self) -> float:
+        """When the server has something to do by itself."""
+        return min([self.next_at, *(post.deadline for post in self.posts.values())])
+
     def look_at_offers(self) -> None:
         """None may stand while a run waits for it."""
         ready = self.witness.ready_runs()
         for offer, call in self.held.items():
             both = {function for function, worker in ready if function in offer.functions
-                    and worker in (None, offer.worker_id)}
+                    and worker in (None, offer.worker_id)
+                    and not self.witness.endpoint_of(function)}
             idle = offer.state == "open" and both
             must(not idle, f"{call.label}, and there are runs of {both} that wait")
 
@@ -10237,6 +10442,11 @@ class World:
                 self.answer(call, wish)
         for offer in filled:
             offer.answer(offer.error or offer.jobs)
+        for run_id in self.file.tx.ended:
+            for post in [p for p in self.posts.values() if p.job.run.run_id == run_id]:
+                self.seen["request was dropped, its run being cancelled"] += 1
+                self.is_over(post)
+                self.chores.append(Call("look", "a slot is free", nothing))
 
     def answer(self, call: Call, wish: ironflow.Wish | None) -> bool:
         """Tell whoever still listens; None: nothing came back. Whether it was heard."""
@@ -10281,6 +10491,70 @@ class World:
         else:
             self.seen["poll ended too late, its jobs were on the way"] += 1
 
+    # Requests to endpoints
+
+    def look_at_slots(self) -> None:
+        """None may be free while a run waits for it."""
+        if self.starting or self.chores:  # there will be another batch at once
+            return
+        for function_id in sorted({function for function, _ in self.witness.ready_runs()}):
+            url = self.witness.endpoint_of(function_id)
+            target = self.witness.failing.get(url)
+            idle = url and not (target and target.open_until) and self.witness.slot_for(url)
+            must(not idle, f"runs of {function_id} lie about: {url} could have them")
+
+    def push(self, jobs: Any) -> None:
+        """A slot was filled: here the request goes out."""
+        for job in jobs:
+            peer, asks = self.endpoints[job.function.endpoint], job.function.asks
+            timeout_s = asks["timeoutMs"] / 1000 or PUSH_TIMEOUT_S
+            self.posts[job.run.job_id] = post = Post(job, peer, self.now + timeout_s)
+            if peer.down_until > self.now:
+                self.give_up(post, "UNREACHABLE")
+                continue
+            peer.jobs[job.run.job_id], peer.doing[job.run.job_id] = job, "in a step"
+            self.let(peer, peer.name, self.carry_on(peer, job))
+            post.script = self.scripts[-1]
+
+    def is_over(self, post: Post) -> None:
+        """The request is over, as far as the server is concerned."""
+        del self.posts[post.job.run.job_id], self.witness.requests[post.job.run.run_id]
+        self.offers.freed(post.peer.url)
+
+    def give_up(self, post: Post, why: str, after_ms: float | None = None) -> None:
+        """No outcome; the endpoint may go on all the same, or not."""
+        run, text = post.job.run, f"POST {post.peer.name}: {why.lower()}"
+        error = {"code": f"ENDPOINT_{why}", "message": text, "retryable": True,
+                 "retry_after_ms": after_ms}
+        said = ironflow.Report("failed", run.fence, run.lease_token, error=error)
+        self.chores.append(self.outcome(post.job, said, reached=False))
+        self.is_over(post)
+        if self.chance(0.5):
+            self.never_answer(post)
+
+    def never_answer(self, post: Post) -> None:
+        """It is not worked on any more, and nobody says so."""
+        if post.script is not None and post.script in self.scripts:
+            self.scripts.remove(post.script)
+            post.script.call = None
+
+    def outcome(self, job: ironflow.Job, said: ironflow.Report, reached: bool) -> Call:
+        label = f"{self.name(job)} {said.status if reached else said.error['code']}"
+        return Call("outcome", label, ironflow.push_ended, (job, said, reached, LIMITS))
+
+    def is_wanted(self, call: Call) -> bool:
+        """An answer ends its request. Nobody may wait for it any more, or it came before;
+        some of those are given to the rule all the same: it has to know them."""
+        if call.kind != "outcome":
+            return True
+        post = self.posts.get(call.args[0].run.job_id)
+        if post is not None:
+            self.is_over(post)
+        elif self.starting or not self.chance(0.5):
+            self.answer(call, None)
+            return False
+        return True
+
     # The clients: what they do, as scripts
 
     def name(self, job: ironflow.Job) -> str:
@@ -10319,13 +10593,13 @@ class World:
 
     def register(self, new: ironflow.NewFunction) -> Moves[None]:
         asks = {name: value for name, value in json.loads(new.config).items()
-                if name in ("triggers", *BOUNDS)}
+                if name in ("triggers", *BOUNDS, *REACHED)}
         label = f"{new.function_id} asks {asks}"
         yield from insist(Call("register", label, ironflow.register_function, (new,)))
 
-    def invoke(self, event: ironflow.NewEvent) -> Moves[None]:
-        label = f"invoke {event.name} {event.data}"
-        yield Call("invoke", label, ironflow.accept_event, (event,))
+    def invoke(self, event: ironflow.NewEvent, times: int = 1) -> Moves[None]:
+        label = f"invoke {event.name} {event.data}, {times} times"
+        yield Call("invoke", label, ironflow.accept_events, ([event] * times,))
 
     def pause(self, function_id: str, status: str) -> Moves[None]:
         args = (function_id, status)
@@ -10369,7 +10643,8 @@ class World:
 
     def work(self, worker: Peer, job: ironflow.Job) -> Moves[None]:
         """Steps whose result came with the job are not run again."""
-        hand = Execution(worker, job, {step.step_id: step for step in job.steps})
+        marker = self.witness.lives[job.run.run_id].marker
+        hand = Execution(worker, job, {step.step_id: step for step in job.steps}, marker)
         program = self.programs[job.run.function_id]
         with contextlib.suppress(Dropped):
             if worker.acks:
@@ -10485,13 +10760,19 @@ class World:
     def tell(self, hand: Execution, status: Any, **more: Any) -> Moves[None]:
         """Report until there is an answer, with the steps that were not told yet.
 
-        Raises Dropped if the job is not this worker's any more.
+        Raises Dropped if the job is not this worker's any more. An endpoint tells all of
+        it at once, with its outcome, and does not hear what becomes of that.
         """
         run = hand.job.run
+        if status == "progress" and hand.worker.url:
+            return
         if status != "ack":
             hand.worker.doing[run.job_id] = "while it waited for an answer"
         steps, hand.tail = hand.tail, []
         said = ironflow.Report(status, run.fence, str(run.lease_token), steps, **more)
+        if hand.worker.url:
+            yield self.outcome(hand.job, said, reached=True)
+            return
         label, args = f"{self.name(hand.job)} {status}", (run.job_id, said, LIMITS)
         wish = yield from insist(Call("report", label, ironflow.report, args))
         if wish.error is not None:
@@ -10566,8 +10847,18 @@ class World:
             "maxDelayMs": draw.choice([2_000, 300_000]),
             "onExhausted": draw.choice(["fail", "pause"])}
         asks = {name: ask(draw) for name, (odds, ask) in BOUNDS.items() if draw.random() < odds}
+        if draw.random() < (0.85 if function_id in self.pushed else 0.08):
+            asks |= {name: ask(draw) for name, ask in REACHED.items()}
         body = {"id": function_id, "triggers": triggers, "retry": retry, **asks}
         return ironflow.read_function(ironflow.Fields(body))
+
+    def a_crowd_comes(self) -> str:
+        """To an endpoint that must not have every slot."""
+        self.pick([CROWD] if self.slots == CROWD - 1 else [])
+        name = self.pick([name for name in self.witness.functions
+                          if self.witness.endpoint_of(name)])
+        event = ironflow.NewEvent(name, '{"n":0}', source="invoke")
+        return self.let(self.caller, "caller", self.invoke(event, CROWD))
 
     def somebody_pauses(self) -> str:
         """A function, so that it starts no runs; or lets it go on."""
@@ -10625,7 +10916,8 @@ class World:
         return self.let(worker, worker.name, self.join(worker))
 
     def new_worker(self, name: str) -> Peer:
-        functions = self.draw.sample(list(self.programs), self.draw.randint(2, 4))
+        able = [f for f in self.programs if f not in self.pushed or self.draw.random() < 0.15]
+        functions = self.draw.sample(able, min(len(able), self.draw.randint(2, 4)))
         eager, acks, ours = (self.draw.random() < odds for odds in (0.7, 0.6, 0.7))
         runtime = "python-3.12" if ours or self.draw.random() < 0.5 else "node-v22"
         return Peer(name, functions, self.draw.randint(1, 3), eager, acks, ours, runtime)
@@ -10638,6 +10930,33 @@ class World:
         worker.silent_until = self.now + seconds
         return f"{worker.name} is silent for {seconds} s"
 
+    def an_endpoint_is_down(self) -> str:
+        """Nobody can reach it for a while; what is under way may break as well."""
+        peer = self.pick([p for p in self.endpoints.values() if p.down_until <= self.now])
+        seconds = self.draw.choice([2.0, 30.0, 200.0, 2000.0])
+        peer.down_until = self.now + seconds
+        for post in [p for p in self.posts.values() if p.peer is peer and self.chance(0.6)]:
+            self.give_up(post, "UNREACHABLE")
+        return f"{peer.name} is down for {seconds} s"
+
+    def an_endpoint_answers_wrongly(self) -> str:
+        """Not with an outcome."""
+        post = self.pick(list(self.posts.values()))
+        self.give_up(post, self.draw.choice(["STATUS", "ANSWER", "TOO_LARGE"]),
+                     self.draw.choice([None, None, 2_500.0]))
+        return f"{post.peer.name} answers {self.name(post.job)} wrongly"
+
+    def an_endpoint_never_answers(self) -> str:
+        post = self.pick([p for p in self.posts.values() if p.script in self.scripts])
+        self.never_answer(post)
+        return f"{post.peer.name} never answers {self.name(post.job)}"
+
+    def an_endpoint_is_slow(self) -> str:
+        peer = self.pick([p for p in self.endpoints.values() if p.jobs and self.awake(p)])
+        seconds = self.draw.choice([3.0, 10.0, 100.0, 1000.0])
+        peer.silent_until = self.now + seconds
+        return f"{peer.name} is silent for {seconds} s"
+
     def lose(self) -> Call:
         """A request whose client gives up, and sends another if it insists."""
         call = self.pick(self.wire)
@@ -10646,7 +10965,11 @@ class World:
         return call
 
     def a_request_is_lost(self) -> str:
-        return f"lost on its way: {self.lose().label}"
+        call = self.lose()
+        post = self.posts.get(call.args[0].run.job_id) if call.kind == "outcome" else None
+        if post is not None and self.chance(0.5):
+            self.give_up(post, "UNREACHABLE")  # its connection broke
+        return f"lost on its way: {call.label}"
 
     def a_request_comes_late(self) -> str:
         self.slow.append(self.lose())
@@ -10662,7 +10985,7 @@ class World:
         return f"the server is away for {hours} h"
 
     def time_passes(self) -> str:
-        soon = min(max(self.next_at - self.now, 0.0), LIMITS.lease_s)
+        soon = min(max(self.next_instant() - self.now, 0.0), LIMITS.lease_s)
         seconds = self.draw.choice([1.0, 5.0, 20.0, 1.1 * LIMITS.lease_s, soon])
         self.now = round(self.now + seconds, 3)
         return f"{seconds:.3f} s pass"
@@ -10674,6 +10997,8 @@ class World:
         seconds = self.draw.choice([-7200.0, -100.0, 45.0, 7200.0])
         self.now = round(self.now + seconds, 3)
         self.witness.clock_was_set(seconds)
+        for post in self.posts.values():
+            post.deadline += seconds
         return f"the clock is set by {seconds:+} s"
 
     # A life, from the first move to the last
@@ -10707,7 +11032,12 @@ class World:
 
     def clear_up(self) -> None:
         """No more trouble, and somebody for every function: now every run must end."""
-        helper = Peer("helper", list(self.programs), slots=100)
+        for peer in self.endpoints.values():
+            peer.down_until = peer.silent_until = 0.0
+        for _ in range(3):  # registrations may be on their way
+            self.a_calm_round()
+        functions = [name for name in self.programs if not self.witness.endpoint_of(name)]
+        helper = Peer("helper", functions, slots=100)
         self.let(helper, "helper", self.join(helper))
         awake = {worker.name for worker in self.workers if self.awake(worker)}
         for name in sorted(self.witness.connected - awake):
@@ -10728,8 +11058,9 @@ class World:
             over = all(life.verdict for life in self.witness.lives.values())
             if over and not self.witness.bursts:
                 return self.wake_the_silent()
-            must(self.next_at < math.inf, f"stuck: {self.witness.open_runs()}")
-            self.now = round(max(self.now, self.next_at), 3)
+            instant = self.next_instant()
+            must(instant < math.inf, f"stuck: {self.witness.open_runs()}")
+            self.now = round(max(self.now, instant), 3)
         raise Broken(f"stuck: {self.witness.open_runs()}")
 
     def stop_ticks(self, function_id: str) -> str:
@@ -10745,6 +11076,8 @@ class World:
             pass
         for offer, call in self.held.items():
             must(self.offers.withdraw(offer), f"{call.label}, and is never answered")
+        free = self.offers.free_slots()
+        must(free == self.slots and not self.posts, f"{free} of {self.slots} slots are left")
         self.witness.look(behind=False, all_of_it=True)
 
     def a_calm_round(self) -> bool:
@@ -10771,6 +11104,16 @@ BOUNDS: dict[str, tuple[float, Callable[[random.Random], Any]]] = {
         "event": draw.choice([*EVENT_NAMES, *ANSWERS]), "match": draw.choice(["k", "k", ""])}]),
 }
 
+# How an endpoint is reached, if there is one.
+REACHED: dict[str, Callable[[random.Random], Any]] = {
+    "endpointUrl": lambda draw: draw.choice(URLS),
+    "preferredMode": lambda draw: draw.choice(["", "push", "push", "push", "pull"]),
+    "timeoutMs": lambda draw: draw.choice([0, 4_000, 30_000]),
+    "circuitBreaker": lambda draw: draw.choice([{}, {
+        "failureThreshold": draw.randint(1, 3), "openDurationMs": draw.choice([1_500, 20_000]),
+        "maxOpenDurationMs": draw.choice([25_000, 300_000])}])}
+
+
 def draw_key(draw: random.Random) -> dict[str, str]:
     return draw.choice([{}, {"key": "k"}, {"key": "data.k"}])
 
@@ -10788,11 +11131,16 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (2, "", World.somebody_registers),
     (1, "", World.somebody_cancels),
     (1, "", World.somebody_invokes),
+    (0.4, "", World.a_crowd_comes),
     (0.5, "function was paused, or goes on", World.somebody_pauses),
     (2, "silent worker was missed", World.the_server_misses_a_worker),
     (2, "worker died", World.some_worker_dies),
     (3, "worker came back under some id", World.some_worker_comes),
     (3, "worker fell silent with jobs in hand", World.some_worker_falls_silent),
+    (1, "endpoint was down", World.an_endpoint_is_down),
+    (1, "endpoint answered wrongly", World.an_endpoint_answers_wrongly),
+    (0.5, "endpoint never answered", World.an_endpoint_never_answers),
+    (0.5, "endpoint was slow", World.an_endpoint_is_slow),
     (2, "request was lost", World.a_request_is_lost),
     (3, "request came twice", World.a_request_comes_twice),
     (2, "request came when its client had given up", World.a_request_comes_late),
@@ -10859,6 +11207,23 @@ TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
     "run stood in line, actor",
     "run stood in line, gate",
     "actor's run went where its last one was",
+    "run went from a worker to an endpoint",
+    "run went from an endpoint to a worker",
+    "endpoint answered too late, or twice",
+    "endpoint was refused the last slot",
+    "endpoint was forgotten while its breaker was open",
+    "request to an endpoint took too long",
+    "request was dropped, its run being cancelled",
+    "request was under way when the server died",
+    "request failed, and spent an attempt",
+    "request failed while the breaker was open",
+    "request failed when its run was over",
+    "request of before the breaker opened failed",
+    "breaker opened",
+    "breaker stayed open for longer",
+    "breaker was open for the longest time",
+    "breaker closed",
+    "disk was full at the start",
     "event repeated its key",
     "event used the key of another",
     "array was refused as a whole",
