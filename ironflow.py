@@ -2361,7 +2361,7 @@ class Offers:
         self._fresh: list[Offer] = []  # made since the last batch
         self._taken: list[Offer] = []  # by the batch that is not committed yet
         self._standing: dict[str, list[Offer]] = {}
-        self.look_anew = True  # at all that is due: a batch was void, a file changed
+        self.look_anew = False  # at all that is due: a batch was void, a file changed
 
     def add(self, offer: Offer) -> None:
         with self._lock:
@@ -2380,6 +2380,9 @@ class Offers:
                 offer.state = "taken"
                 self._taken.append(offer)
             return offer.state == "taken"
+
+    def open_slots(self, count: int) -> None:
+        self.push_slots, self.look_anew = count, True
 
     def free_slots(self) -> int:
         return max(0, self.push_slots - self._pushing.total())
@@ -2531,14 +2534,16 @@ def slot_at(tx: Transaction, offers: Offers, url: str, function_id: str, now: fl
         tx.save(replace(endpoint, open_until=now + endpoint.open_s))
     return offer
 
-def push_ended(tx: Transaction, job: Job, said: Report, reached: bool, limits: Limits,
-               now: float) -> None:
+def push_ended(tx: Transaction, job: Job, said: Report | None, reached: bool,
+               limits: Limits, now: float) -> None:
     """What came of a push, for its run and for the breaker of its endpoint.
 
-    `said` is the endpoint's outcome; or if that was not `reached`, why. It spends no
-    attempt while the breaker is open. A run that ended meanwhile is left alone.
+    `said` is the endpoint's outcome; or if that was not `reached`, why: that spends no
+    attempt while the breaker is open. A run that ended meanwhile is left alone; without
+    a word (nobody wants it any more) there is but a free slot.
     """
-    assert job.function is not None
+    if said is None or job.function is None:
+        return
     endpoint = tx.find(Endpoint, url=job.function.endpoint)
     if reached and endpoint is not None:
         tx.delete_endpoint(endpoint.url)
@@ -2571,10 +2576,10 @@ def say_of_endpoint(tx: Transaction, what: str, url: str, change: dict[str, Any]
         tx.append("function", f"breaker_{what}", function_id, about, now)
 
 def resume_pushes(tx: Transaction, limits: Limits, now: float) -> float:
-    """At start: what was under way when this server died goes out again."""
+    """At start, before the first slot: what was under way when this server died."""
     for run in tx.pushed_runs():
         become(tx, run, queued(unleased(run), now), now)
-    return keep_leases(tx, limits, now)
+    return tx.next_instant()
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -4980,10 +4985,12 @@ class PushDesk:
         finally:
             await end_task(asking)
             self._offers.freed(job.function.endpoint if job.function else "")
-        while not asking.cancelled():
-            said, reached, size = asking.result()
+        said, reached, size = ((None, False, 0) if asking.cancelled()
+                               else asking.result())
+        while True:
             try:
-                said = await looked_back(self._journal, job.run.run_id, said)
+                if said is not None:
+                    said = await looked_back(self._journal, job.run.run_id, said)
                 return await self._journal.write(push_ended, job, said, reached,
                                                  self._limits, size=size)
             except (DiskFull, Unavailable):  # the log has it already
@@ -5184,8 +5191,8 @@ def private_text(path: Path) -> str:
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
 
-    def __init__(self, desk: PullDesk) -> None:
-        self._desk, self._clock = desk, desk.clock
+    def __init__(self, desk: PullDesk, push_slots: int) -> None:
+        self._desk, self._clock, self._push_slots = desk, desk.clock, push_slots
         self._next_at = math.inf
         self._rung = asyncio.Event()
 
@@ -5200,6 +5207,8 @@ class Timekeeper:
         clock, secrets = self._clock, self._desk.offers.secrets
         readings = secrets.readings
         await self._turn(resume_pushes)
+        self._desk.offers.open_slots(self._push_slots)
+        await self._turn(keep_leases)
         wall, steady = clock.wall(), clock.steady()
         while True:
             self._rung.clear()
@@ -5287,7 +5296,7 @@ class Server:
             for sock in sockets:
                 stack.callback(sock.close)
             offers = Offers(self.limits, Secrets(self.secrets_file),
-                            self.push_concurrency, lambda got: pushes.begin(got))
+                            push=lambda jobs: pushes.begin(jobs))
             self.failed: Future = asyncio.get_running_loop().create_future()
             journal = Journal(
                 Path(self.db), clock=self.clock, ids=self.ids, offers=offers,
@@ -5304,7 +5313,7 @@ class Server:
             stack.push_async_callback(pushes.close)
             for worker in await journal.read(Queries.connected_workers):
                 desk.remember(worker.worker_id)
-            timekeeper = Timekeeper(desk)
+            timekeeper = Timekeeper(desk, self.push_concurrency)
             for loop in timekeeper.keep(), sweep(journal, self.retain_s):
                 task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)
