@@ -245,7 +245,7 @@ class Function:
     @property
     def endpoint(self) -> str:
         """Where its runs are pushed to while no worker carries it; empty: nowhere."""
-        pushed = self.asks["preferredMode"].endswith("PUSH")
+        pushed = "PUSH" in self.asks.get("preferredMode", "")
         return str(self.asks.get("endpointUrl", "")) if pushed else ""
 
 @lru_cache(maxsize=512)
