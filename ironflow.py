@@ -2387,21 +2387,25 @@ class Offers:
     def free_slots(self) -> int:
         return max(0, self.push_slots - self._pushing.total())
 
-    def slot(self, url: str, function_id: str) -> Offer | None:
+    def slot(self, url: str) -> Offer | None:
         """Room for one more request to an endpoint; else none, until `freed`.
 
         The last tenth is for endpoints that have few: a slow one may not take all.
         """
         with self._lock:
             free = self.free_slots()
-            if not free or self._pushing[url] > 9 * free:
-                self._left.add(function_id)
+            if self._pushing[url] >= 9 * free:
                 return None
             self._pushing[url] += 1
             offer = Offer(shown(url), 1, self._push, acked=True, url=url,
                           which="told", state="taken")
             self._taken.append(offer)
             return offer
+
+    def leave(self, function_id: str) -> None:
+        """Look at it again when there is a free slot."""
+        with self._lock:
+            self._left.add(function_id)
 
     def freed(self, url: str) -> None:
         """A request to an endpoint is over."""
@@ -2484,9 +2488,11 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         secrets, url = offers.secrets.of(names), where_to_push(tx, function)
         asked[function_id] = function, url, secrets
         workers = [offer.worker_id for offer in offers.standing(function_id)]
-        most = offers.free_slots() + 1 if url else room  # one more, to be left in sight
+        most = offers.free_slots() + 1 if url else room
         if len(secrets) == len(names) and (url or workers):  # else they wait for these
             due.append(tx.due_runs(function_id, workers, most))
+            if url and len(due[-1]) == most:
+                offers.leave(function_id)
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
         function, url, secrets = asked[run.function_id]
         bound_to = None if url else tx.worker_of_actor(run)
@@ -2529,8 +2535,11 @@ def slot_at(tx: Transaction, offers: Offers, url: str, function_id: str, now: fl
     """Room for a run at an endpoint. Of one that is half open, for one run; should that
     not be heard of, for one more after the same time."""
     endpoint = tx.find(Endpoint, url=url) or Endpoint(url)
-    offer = None if endpoint.open_until else offers.slot(url, function_id)
-    if offer is not None and endpoint.open_s:
+    if endpoint.open_until:
+        return None
+    if (offer := offers.slot(url)) is None:
+        offers.leave(function_id)
+    elif endpoint.open_s:
         tx.save(replace(endpoint, open_until=now + endpoint.open_s))
     return offer
 
@@ -4741,6 +4750,7 @@ class PushFailed(Exception):
         self.after_ms = after_ms
 
 ENDPOINT = re.compile(r"(?=[!-~]{1,2048}$)https?://[^/?#@\\]+([/?][^#\\]*)?")
+NUMERIC = re.compile(r"(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)$")
 # Link-local addresses are where clouds answer with the machine's own credentials; so
 # are these, which are not link-local. Multicast and 0.0.0.0 are nobody's.
 METADATA = {"fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"}
@@ -4771,19 +4781,19 @@ class Reach:
     def check(self, url: str) -> None:
         """Raises InvalidInput for what is no URL, or may not be posted to; of a name
         its addresses are judged when there is a connection to be made."""
+        address = ""
         try:
             parts = URL(url, encoded=True)
-            host = parts.raw_host if parts.port else None
+            host = parts.raw_host if parts.port and ENDPOINT.fullmatch(url) else None
+            if host and (":" in host or NUMERIC.search(host)):
+                address = str(ipaddress.ip_address(host))  # in no other spelling
         except ValueError:
             host = None
-        if not host or not ENDPOINT.fullmatch(url):
+        if not host:
             raise InvalidInput(
                 f"{url[:80]!r} is no URL to post to: send one such as "
                 "https://example.com/ironflow, up to 2,048 characters of ASCII, without"
                 " a user, a password or a fragment")
-        address = ""
-        with contextlib.suppress(ValueError):
-            address = str(ipaddress.ip_address(host))
         if not self.permits(host, address):
             raise InvalidInput(off_limits(host))
 
@@ -4836,6 +4846,17 @@ class Resolver(AbstractResolver):
     async def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+class Connector(aiohttp.TCPConnector):
+    """The pool of connections; one on which somebody spoke unasked is not used again:
+    that would be taken for the next answer."""
+
+    async def connect(self, *asked: Any, **more: Any) -> Any:
+        while True:
+            line = await super().connect(*asked, **more)
+            if line.protocol is None or not line.protocol.should_close:
+                return line
+            line.close()
+
 class Poster:
     """HTTP to endpoints: one pool of connections, and nothing but what is permitted."""
 
@@ -4853,7 +4874,7 @@ class Poster:
 
         trace.on_connection_create_start.append(note)
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
+            connector=Connector(
                 limit=0, keepalive_timeout=KEEP_S,
                 resolver=Resolver(self._reach, self._getaddrinfo)),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=PUSH_CONNECT_S),
@@ -4939,8 +4960,10 @@ def in_words(error: Exception) -> str:
             error, "certificate_error", error)
         return f"TLS failed ({why}): is its certificate right, is it https at all?"
     if isinstance(error, aiohttp.ClientConnectorError):
-        why = error.os_error.strerror or error.os_error
-        return f"no connection ({why}): is it running, is the address right?"
+        number, why = error.os_error.errno or 0, error.os_error.strerror
+        if number > 0:  # for a name that is not known it is not the system's
+            why = os.strerror(number)
+        return f"no connection ({why or error}): is it running, is the address right?"
     if isinstance(error, aiohttp.ServerTimeoutError):
         return (f"no connection within {PUSH_CONNECT_S:g} s: is it running, does a "
                 "firewall stand between?")
@@ -4959,10 +4982,11 @@ class PushDesk:
         self._clock, self.reach, self._post = clock, reach, post
         self._timeout_s, self.signing_key = timeout_s, signing_key
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     def begin(self, jobs: list[Job]) -> None:
         """Push a job that was leased to a slot."""
-        for job in jobs:
+        for job in jobs if not self._closing else ():  # at the next start
             ended = self._journal.end_of(job.run.run_id)
             task = asyncio.create_task(self._carry(job, ended))
             self._tasks.add(task)
@@ -4970,10 +4994,9 @@ class PushDesk:
 
     async def close(self) -> None:
         """Send no more; what is not answered soon goes out again at the next start."""
-        self._offers.push_slots = 0
-        tasks = set(self._tasks)
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=STOP_S)
+        self._closing = True
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=STOP_S)
             await asyncio.gather(*map(end_task, late))
 
     async def _carry(self, job: Job, ended: Future) -> None:
@@ -5322,6 +5345,7 @@ class Server:
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
             stack.push_async_callback(desk.close)
+            stack.callback(offers.open_slots, 0)
             self._running = stack.pop_all()
         return self
 
