@@ -11549,7 +11549,7 @@ def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
 # Nobody cuts the power here, so the file may lie in memory with `synchronous` off; for
 # kills of the real process see the kill tests.
 
-SEEDS, MOVES = 60, 180  # lives in a test run, and moves of bad weather in each
+SEEDS, MOVES = 60, 200  # lives in a test run, and moves of bad weather in each
 CALM_ROUNDS = 3_000  # how long it may take after that until every run is over
 LIMITS = ironflow.Limits(lease_s=20.0, lost_leases=3, step_bytes=2_000)
 START = 1_767_225_600.0  # the first of January 2026
@@ -11558,7 +11558,7 @@ TRIGGERS = (*EVENT_NAMES, "order.*", "stock.>", "*.low", "order.>")
 ANSWERS = ("answer.given", "answer.late")  # what runs wait for most often
 VALUES: tuple[Any, ...] = ("a", 7, "7")  # of `k` in an event's data, if it is there
 CRON = {"*/5 * * * *": 300, "7 * * * *": 3600}  # with the seconds between two ticks
-CROWD = 12  # runs that are asked for at once
+CROWD = 10  # runs that are asked for at once
 URLS = ("http://one.example/run", "https://two.example/?key=7", "http://three.example")
 PUSH_TIMEOUT_S = 600.0  # of a request, if its function does not say
 
@@ -11838,10 +11838,10 @@ class Burst:
 
 @dataclass(frozen=True)
 class Sent:
-    """A request to an endpoint, with what its function asked for as a breaker."""
+    """A request to an endpoint: how many went before, what its breaker was to be."""
 
     url: str
-    at: float
+    number: int
     breaker: dict[str, int]
 
 
@@ -11871,6 +11871,7 @@ class Witness:
         self.sent: dict[str, Sent] = {}  # to endpoints, by job
         self.requests: dict[str, str] = {}  # under way, by run: the URL
         self.failing: dict[str, ironflow.Endpoint] = {}  # by URL
+        self.opened_after: dict[str, int] = {}  # so many requests, its breaker; by URL
         self.rows: list[tuple[Any, ...]] = []  # of the journal, all that were ever seen
         self.bodies: Counter[str] = Counter()  # how often each step was run
         self.recorded: set[str] = set()  # steps whose row says: completed
@@ -11909,10 +11910,9 @@ class Witness:
         elif call.kind == "register":
             self.registered(call.args[0], wish)
         elif call.kind == "pause":
-            function_id, status = call.args
-            self.new_functions += (status == "paused") != (function_id in self.paused)
-            self.paused = self.paused - {function_id} | {function_id} & {
-                function_id if status == "paused" else ""}
+            self.was_paused(call.args[0], call.args[1], wish)
+        elif call.kind == "delete":
+            self.deleted(call.args[0], wish)
         elif call.kind == "cancel":
             self.cancelled(self.life(call.args[0]), wish)
         elif call.kind == "report":
@@ -11923,6 +11923,8 @@ class Witness:
             self.push_ended(*call.args[:3])
         elif call.kind == "start":
             self.started()
+        elif call.kind == "keep":
+            self.leases_start_anew()
         elif call.kind == "give back":
             self.given_back(self.life(call.args[0]), call.args[1], call.args[2])
         elif call.kind == "beat":
@@ -11976,10 +11978,10 @@ class Witness:
     ) -> None:
         """All of them or none, and none if a key belongs to another event."""
         if events[0].source == "invoke":
-            paused = events[0].name in self.paused
-            must(paused == (error is not None), f"{events[0].name} was invoked: {error}")
-            self.seen["paused function was invoked"] += paused
-            if paused:
+            idle = events[0].name not in self.functions.keys() - self.paused
+            must(idle == (error is not None), f"{events[0].name} was invoked: {error}")
+            self.seen["paused function was invoked"] += events[0].name in self.paused
+            if idle:
                 return
         names = {key: name for key, (name, _) in self.keys.items()}
         conflict = any(
@@ -12039,6 +12041,27 @@ class Witness:
         for key in ticks - self.ticks.keys():
             self.ticks[key] = self.tick_after(key, self.now)
 
+    def was_paused(self, function_id: str, status: str, wish: ironflow.Wish) -> None:
+        """Or goes on."""
+        known = function_id in self.functions
+        must(known == (wish.error is None), f"{function_id} {status}: {wish.error}")
+        if known and (status == "paused") != (function_id in self.paused):
+            self.new_functions += 1
+            self.paused ^= {function_id}
+
+    def deleted(self, function_id: str, wish: ironflow.Wish) -> None:
+        """What it was to start is forgotten; its runs stay, and have no bounds any more."""
+        known = self.functions.pop(function_id, None) is not None
+        must(known == (wish.error is None), f"{function_id} deleted: {wish.error}")
+        self.new_functions += known
+        self.asks.pop(function_id, None)
+        self.paused.discard(function_id)
+        self.lined_up.add(function_id)
+        self.ticks = {key: at for key, at in self.ticks.items() if key[0] != function_id}
+        self.bursts = {key: at for key, at in self.bursts.items() if key[0] != function_id}
+        self.actors = {key: at for key, at in self.actors.items() if key[0] != function_id}
+        self.forget_endpoints()
+
     @staticmethod
     def tick_after(key: tuple[str, str, str], now: float) -> float:
         period_s, minute = CRON[key[1]], 420 if key[1][0] == "7" else 0
@@ -12078,15 +12101,18 @@ class Witness:
         self.actors = {actor: name for actor, name in self.actors.items() if name != worker_id}
 
     def started(self) -> None:
-        """While it was away it could hear of nobody: every lease starts anew, and what
-        was under way to an endpoint has to go out again."""
+        """What was under way to endpoints when the server died has to go out again."""
         for life in self.lives.values():
             if life.status == "running" and life.url:
                 life.held = False
                 self.let_go.add(life.run_id)
                 self.due_again.add(life)
                 self.seen["request was under way when the server died"] += 1
-            elif life.status == "running":
+
+    def leases_start_anew(self) -> None:
+        """It was away and could hear of nobody, or somebody set the clock."""
+        for life in self.lives.values():
+            if life.status == "running":
                 self.leased(life, LIMITS.lease_s if life.acked else LIMITS.reservation_s)
 
     def clock_was_set(self, step_s: float) -> None:
@@ -12150,7 +12176,7 @@ class Witness:
         """Its place in a throttle is taken for a period from now on."""
         life.started_at = self.now
         if "gate" in life.bounds:
-            throttle = self.asks[life.function_id].get("throttle", {})
+            throttle = self.asks.get(life.function_id, {}).get("throttle", {})
             gate = (life.function_id, "gate", life.bounds["gate"])
             until = self.now + throttle.get("periodMs", 0) / 1000
             self.starts.setdefault(gate, {})[life.run_id] = until
@@ -12241,27 +12267,27 @@ class Witness:
 
     def endpoint_of(self, function_id: str) -> str:
         """Where its runs are pushed to, if no worker that is connected does it."""
-        asks = self.asks[function_id] if function_id in self.functions else {}
+        asks = self.asks.get(function_id, {})
         pushed = asks.get("preferredMode") == "EXECUTION_MODE_PUSH"
         done = any(function_id in self.functions_of(name) for name in self.connected)
         return "" if done or not pushed else str(asks.get("endpointUrl", ""))
 
     def functions_at(self, url: str) -> list[str]:
-        return [function_id for function_id in self.functions
-                if self.asks[function_id].get("endpointUrl") == url
-                and self.asks[function_id]["preferredMode"] == "EXECUTION_MODE_PUSH"]
+        return [function_id for function_id, asks in self.asks.items()
+                if asks.get("endpointUrl") == url
+                and asks["preferredMode"] == "EXECUTION_MODE_PUSH"]
 
     def forget_endpoints(self) -> None:
         for url in [url for url in self.failing if not self.functions_at(url)]:
-            self.seen["endpoint was forgotten while its breaker was open"] += bool(
+            self.seen["endpoint was forgotten, its breaker being open"] += bool(
                 self.failing.pop(url).open_s)
 
     def slot_for(self, url: str) -> bool:
         """Whether it may have another request: the last tenth is for others."""
         free = self.slots - len(self.requests)
         mine = [*self.requests.values()].count(url)
-        self.seen["endpoint was refused the last slot"] += free > 0 and mine > 9 * free
-        return free > 0 and mine <= 9 * free
+        self.seen["endpoint was refused the last slot"] += 0 < 9 * free <= mine
+        return mine < 9 * free
 
     def pushed(self, life: Life, job: ironflow.Job) -> None:
         url = self.endpoint_of(life.function_id)
@@ -12274,7 +12300,7 @@ class Witness:
             self.failing[url] = replace(target, open_until=self.now + target.open_s)
         self.requests[life.run_id] = url
         breaker = self.asks[life.function_id].get("circuitBreaker", {})
-        self.sent[job.run.job_id] = Sent(url, self.now, breaker)
+        self.sent[job.run.job_id] = Sent(url, len(self.sent), breaker)
 
     def push_ended(self, job: ironflow.Job, said: ironflow.Report, reached: bool) -> None:
         """An endpoint's outcome; or how a request failed. That spends an attempt, but not
@@ -12311,7 +12337,7 @@ class Witness:
         """What becomes of a breaker. Requests of before it opened change nothing."""
         asks = {"failureThreshold": 5, "openDurationMs": 60_000, "maxOpenDurationMs": 600_000}
         asks |= sent.breaker
-        if target.open_s and sent.at <= target.since:
+        if target.open_s and sent.number < self.opened_after[sent.url]:
             self.seen["request of before the breaker opened failed"] += 1
             return target
         target = replace(target, failures=target.failures + 1)
@@ -12320,8 +12346,9 @@ class Witness:
         self.seen["breaker stayed open for longer" if target.open_s else "breaker opened"] += 1
         longest_s = asks["maxOpenDurationMs"] / 1000
         open_s = min(2 * target.open_s or asks["openDurationMs"] / 1000, longest_s)
-        self.seen["breaker was open for the longest time"] += 0 < target.open_s >= longest_s
+        self.seen["breaker was open for the longest time"] += 2 * target.open_s > longest_s
         until = self.now + open_s
+        self.opened_after[sent.url] = len(self.sent)
         self.owe_rows("breaker_opened", sent.url, {
             "failures": target.failures, "openUntil": ironflow.to_rfc3339(until),
             "error": said.error["message"]})
@@ -12716,7 +12743,7 @@ class Witness:
     # Bounds
 
     def limit(self, function_id: str, kind: str) -> float:
-        asks = self.asks[function_id]
+        asks = self.asks.get(function_id, {})
         if kind == "actor":
             return 1 if "actorKey" in asks else math.inf
         asked = asks.get({"lane": "concurrency", "gate": "throttle"}[kind], {})
@@ -13007,7 +13034,7 @@ class World:
         self.endpoints = {url: Peer(f"e{i}", url=url, eager=False, acks=False,
                                     ours=self.draw.random() < 0.7)
                           for i, url in enumerate(URLS, 1)}
-        self.slots = self.draw.choice([1, 2, 3, CROWD - 1])
+        self.slots = self.draw.choice([1, 2, 3, CROWD])
         self.path = folder / "journal.db"
         self.witness = Witness(self.path, self.programs, self.slots, self.seen)
         self.open()
@@ -13036,6 +13063,7 @@ class World:
         self.reading: list[Call] = []  # reports that the server reads about
         self.looks: dict[Call, ironflow.Report] = {}  # what it read
         self.clock_set = False
+        self.keep = False  # `keep_leases` is to be written next
         self.starting = True  # until `resume_pushes` is written ...
         self.full = self.chance(0.2)  # ... for which there is no room at first
         self.seen["disk was full at the start"] += self.full
@@ -13078,7 +13106,7 @@ class World:
 
     def a_batch(self, *more: Call) -> str:
         if not (self.wire or self.slow or self.chores or self.reading or self.starting
-                or self.next_instant() <= self.now):
+                or self.keep or self.next_instant() <= self.now):
             raise Impossible
         batch = self.write(*more)
         filled = self.commit(batch)
@@ -13099,7 +13127,7 @@ class World:
         self.next_at = min(self.next_at, self.now + 1.0)
         for call, wish in batch:
             wish.error = ironflow.DiskFull("no room")
-            if call.kind == "outcome":
+            if call.kind in ("outcome", "drop"):
                 self.reading.append(call)  # it is kept until there is room
             elif call.kind != "poll":
                 self.answer(call, wish)
@@ -13139,7 +13167,7 @@ class World:
         if due:  # before what the others say, or after it
             turn = Call("turn", "turn the clock", ironflow.turn_clock, (LIMITS,))
             calls.insert(len(calls) if self.chance(0.5) else 0, turn)
-        if self.clock_set and (due or not self.chance(0.5)):
+        if self.keep or (self.clock_set and (due or not self.chance(0.5))):
             keep = Call("keep", "leases start anew", ironflow.keep_leases, (LIMITS,))
             calls.insert(0, keep)
         return [*self.heard_of(calls), *calls]
@@ -13183,11 +13211,10 @@ class World:
             if call.kind in ("turn", "keep", "start"):
                 self.next_at = wish.result
             if call.kind == "start":  # from now on requests may go out
-                self.starting, self.offers.push_slots = False, self.slots
-                self.offers.look_anew = True
-                self.chores.append(Call("look", "slots are free", nothing))
-            if call.kind in ("keep", "start"):
-                self.clock_set = False  # if the disk refused it, it is tried again
+                self.starting, self.keep = False, True
+                self.offers.open_slots(self.slots)
+            if call.kind == "keep":
+                self.keep = self.clock_set = False  # if the disk refused it, it is tried again
             if not isinstance(wish.error, ironflow.IronflowError | None):
                 must(call.kind == "clumsy", f"{call.label}: {wish.error!r}")
         self.witness.follow(batch)
@@ -13217,7 +13244,8 @@ class World:
             for post in [p for p in self.posts.values() if p.job.run.run_id == run_id]:
                 self.seen["request was dropped, its run being cancelled"] += 1
                 self.is_over(post)
-                self.chores.append(Call("look", "a slot is free", nothing))
+                self.chores.append(Call("drop", f"{self.name(post.job)} is dropped",
+                                        ironflow.push_ended, (post.job, None, False, LIMITS)))
 
     def answer(self, call: Call, wish: ironflow.Wish | None) -> bool:
         """Tell whoever still listens; None: nothing came back. Whether it was heard."""
@@ -13266,7 +13294,7 @@ class World:
 
     def look_at_slots(self) -> None:
         """None may be free while a run waits for it."""
-        if self.starting or self.chores:  # there will be another batch at once
+        if self.starting or self.keep:  # there will be another batch at once
             return
         for function_id in sorted({function for function, _ in self.witness.ready_runs()}):
             url = self.witness.endpoint_of(function_id)
@@ -13375,6 +13403,11 @@ class World:
     def pause(self, function_id: str, status: str) -> Moves[None]:
         args = (function_id, status)
         yield from insist(Call("pause", f"{function_id} is {status}", ironflow.set_status, args))
+
+    def delete(self, function_id: str) -> Moves[None]:
+        args = (function_id,)
+        label = f"{function_id} is deleted"
+        yield from insist(Call("delete", label, ironflow.delete_function, args))
 
     def cancel(self, life: Life) -> Moves[None]:
         args = (life.run_id, "nobody wants it")
@@ -13601,8 +13634,9 @@ class World:
         return self.let(self.caller, "caller", self.emit([event]))
 
     def somebody_registers(self) -> str:
-        old = self.draw.choice(list(self.witness.functions.values()))
-        new = old if self.chance(0.3) else self.new_function(old.function_id)
+        function_id = self.draw.choice(list(self.programs))
+        old = self.witness.functions.get(function_id)
+        new = old if old and self.chance(0.3) else self.new_function(function_id)
         return self.let(self.caller, "caller", self.register(new))
 
     def new_function(self, function_id: str) -> ironflow.NewFunction:
@@ -13625,11 +13659,15 @@ class World:
 
     def a_crowd_comes(self) -> str:
         """To an endpoint that must not have every slot."""
-        self.pick([CROWD] if self.slots == CROWD - 1 else [])
+        self.pick([CROWD] if self.slots == CROWD else [])
         name = self.pick([name for name in self.witness.functions
                           if self.witness.endpoint_of(name)])
         event = ironflow.NewEvent(name, '{"n":0}', source="invoke")
         return self.let(self.caller, "caller", self.invoke(event, CROWD))
+
+    def somebody_deletes(self) -> str:
+        function_id = self.pick(list(self.witness.functions))
+        return self.let(self.caller, "caller", self.delete(function_id))
 
     def somebody_pauses(self) -> str:
         """A function, so that it starts no runs; or lets it go on."""
@@ -13655,7 +13693,8 @@ class World:
         lives = self.witness.lives.values()
         callers = [life for life in lives if any(
             asked.child and asked.state == "waiting" for asked in life.asked.values())]
-        life = self.pick(callers or list(lives)[-20:])
+        pushed = [life for life in lives if life.run_id in self.witness.requests]
+        life = self.pick(self.draw.choice([callers, pushed]) or list(lives)[-20:])
         return self.let(self.caller, "caller", self.cancel(life))
 
     def some_worker_dies(self) -> str:
@@ -13880,9 +13919,9 @@ REACHED: dict[str, Callable[[random.Random], Any]] = {
     "endpointUrl": lambda draw: draw.choice(URLS),
     "preferredMode": lambda draw: draw.choice(["", "push", "push", "push", "pull"]),
     "timeoutMs": lambda draw: draw.choice([0, 4_000, 30_000]),
-    "circuitBreaker": lambda draw: draw.choice([{}, {
+    "circuitBreaker": lambda draw: {} if draw.random() < 0.4 else {
         "failureThreshold": draw.randint(1, 3), "openDurationMs": draw.choice([1_500, 20_000]),
-        "maxOpenDurationMs": draw.choice([25_000, 300_000])}])}
+        "maxOpenDurationMs": draw.choice([20_000, 30_000])}}
 
 
 def draw_key(draw: random.Random) -> dict[str, str]:
@@ -13904,11 +13943,12 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (1, "", World.somebody_invokes),
     (0.4, "", World.a_crowd_comes),
     (0.5, "function was paused, or goes on", World.somebody_pauses),
+    (0.5, "function was deleted", World.somebody_deletes),
     (2, "silent worker was missed", World.the_server_misses_a_worker),
     (2, "worker died", World.some_worker_dies),
     (3, "worker came back under some id", World.some_worker_comes),
     (3, "worker fell silent with jobs in hand", World.some_worker_falls_silent),
-    (1, "endpoint was down", World.an_endpoint_is_down),
+    (1.5, "endpoint was down", World.an_endpoint_is_down),
     (1, "endpoint answered wrongly", World.an_endpoint_answers_wrongly),
     (0.5, "endpoint never answered", World.an_endpoint_never_answers),
     (0.5, "endpoint was slow", World.an_endpoint_is_slow),
@@ -13982,7 +14022,7 @@ TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
     "run went from an endpoint to a worker",
     "endpoint answered too late, or twice",
     "endpoint was refused the last slot",
-    "endpoint was forgotten while its breaker was open",
+    "endpoint was forgotten, its breaker being open",
     "request to an endpoint took too long",
     "request was dropped, its run being cancelled",
     "request was under way when the server died",
