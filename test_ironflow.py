@@ -11386,6 +11386,27 @@ def test_a_full_disk_refuses_what_is_written_until_there_is_room(tmp_path: Path)
         assert len(kept) == 41
 
 
+def test_a_poll_that_fails_is_no_sign_that_its_worker_left(tmp_path: Path) -> None:
+    """It is answered at once, and the worker keeps the actors that it had."""
+    with serve(tmp_path, within=small_disk(tmp_path)) as server, ThreadPoolExecutor(1) as caller:
+        assert server.process is not None
+        disk = Path(f"/proc/{server.process.pid}/root{tmp_path}")
+        one, two = Bench(server), Bench(server)
+        one.said(one.job({"user": "a"}, actorKey="user"), "completed")
+        two.server.join(two.name, one.name)
+        (run_id,) = one.server.emit(one.name, {"user": "a"})["run_ids"]
+        eventually(lambda: (disk / "journal.db-wal").stat().st_size == 0)
+        ballast = fill(disk)
+        waits = caller.submit(
+            ask, server, "GET", f"/api/v1/workers/{one.name}/jobs?available=1&wait=25")
+        eventually(lambda: issues(server)[0] == 503)
+        ballast.unlink()
+        status, _, said = waits.result()
+        assert code((status, said)) == FULL
+        assert two.server.poll(two.name, wait=0) == []
+        assert one.next_job()["run_id"] == run_id
+
+
 @contextlib.contextmanager
 def foreign_transaction(server: RunningServer, begin: str) -> Iterator[sqlite3.Connection]:
     """Another program in the middle of a transaction."""
