@@ -245,7 +245,7 @@ class Function:
     @property
     def endpoint(self) -> str:
         """Where its runs are pushed to while no worker carries it; empty: nowhere."""
-        pushed = self.asks["preferredMode"].endswith("PUSH")
+        pushed = "PUSH" in self.asks.get("preferredMode", "")
         return str(self.asks.get("endpointUrl", "")) if pushed else ""
 
 @lru_cache(maxsize=512)
@@ -2361,7 +2361,7 @@ class Offers:
         self._fresh: list[Offer] = []  # made since the last batch
         self._taken: list[Offer] = []  # by the batch that is not committed yet
         self._standing: dict[str, list[Offer]] = {}
-        self.look_anew = True  # at all that is due: a batch was void, a file changed
+        self.look_anew = False  # at all that is due: a batch was void, a file changed
 
     def add(self, offer: Offer) -> None:
         with self._lock:
@@ -2381,24 +2381,31 @@ class Offers:
                 self._taken.append(offer)
             return offer.state == "taken"
 
+    def open_slots(self, count: int) -> None:
+        self.push_slots, self.look_anew = count, True
+
     def free_slots(self) -> int:
         return max(0, self.push_slots - self._pushing.total())
 
-    def slot(self, url: str, function_id: str) -> Offer | None:
+    def slot(self, url: str) -> Offer | None:
         """Room for one more request to an endpoint; else none, until `freed`.
 
         The last tenth is for endpoints that have few: a slow one may not take all.
         """
         with self._lock:
             free = self.free_slots()
-            if not free or self._pushing[url] > 9 * free:
-                self._left.add(function_id)
+            if self._pushing[url] >= 9 * free:
                 return None
             self._pushing[url] += 1
             offer = Offer(shown(url), 1, self._push, acked=True, url=url,
                           which="told", state="taken")
             self._taken.append(offer)
             return offer
+
+    def leave(self, function_id: str) -> None:
+        """Look at it again when there is a free slot."""
+        with self._lock:
+            self._left.add(function_id)
 
     def freed(self, url: str) -> None:
         """A request to an endpoint is over."""
@@ -2481,9 +2488,11 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         secrets, url = offers.secrets.of(names), where_to_push(tx, function)
         asked[function_id] = function, url, secrets
         workers = [offer.worker_id for offer in offers.standing(function_id)]
-        most = offers.free_slots() + 1 if url else room  # one more, to be left in sight
+        most = offers.free_slots() + 1 if url else room
         if len(secrets) == len(names) and (url or workers):  # else they wait for these
             due.append(tx.due_runs(function_id, workers, most))
+            if url and len(due[-1]) == most:
+                offers.leave(function_id)
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
         function, url, secrets = asked[run.function_id]
         bound_to = None if url else tx.worker_of_actor(run)
@@ -2526,19 +2535,24 @@ def slot_at(tx: Transaction, offers: Offers, url: str, function_id: str, now: fl
     """Room for a run at an endpoint. Of one that is half open, for one run; should that
     not be heard of, for one more after the same time."""
     endpoint = tx.find(Endpoint, url=url) or Endpoint(url)
-    offer = None if endpoint.open_until else offers.slot(url, function_id)
-    if offer is not None and endpoint.open_s:
+    if endpoint.open_until:
+        return None
+    if (offer := offers.slot(url)) is None:
+        offers.leave(function_id)
+    elif endpoint.open_s:
         tx.save(replace(endpoint, open_until=now + endpoint.open_s))
     return offer
 
-def push_ended(tx: Transaction, job: Job, said: Report, reached: bool, limits: Limits,
-               now: float) -> None:
+def push_ended(tx: Transaction, job: Job, said: Report | None, reached: bool,
+               limits: Limits, now: float) -> None:
     """What came of a push, for its run and for the breaker of its endpoint.
 
-    `said` is the endpoint's outcome; or if that was not `reached`, why. It spends no
-    attempt while the breaker is open. A run that ended meanwhile is left alone.
+    `said` is the endpoint's outcome; or if that was not `reached`, why: that spends no
+    attempt while the breaker is open. A run that ended meanwhile is left alone; without
+    a word (nobody wants it any more) there is but a free slot.
     """
-    assert job.function is not None
+    if said is None or job.function is None:
+        return
     endpoint = tx.find(Endpoint, url=job.function.endpoint)
     if reached and endpoint is not None:
         tx.delete_endpoint(endpoint.url)
@@ -2571,10 +2585,10 @@ def say_of_endpoint(tx: Transaction, what: str, url: str, change: dict[str, Any]
         tx.append("function", f"breaker_{what}", function_id, about, now)
 
 def resume_pushes(tx: Transaction, limits: Limits, now: float) -> float:
-    """At start: what was under way when this server died goes out again."""
+    """At start, before the first slot: what was under way when this server died."""
     for run in tx.pushed_runs():
         become(tx, run, queued(unleased(run), now), now)
-    return keep_leases(tx, limits, now)
+    return tx.next_instant()
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -4736,6 +4750,7 @@ class PushFailed(Exception):
         self.after_ms = after_ms
 
 ENDPOINT = re.compile(r"(?=[!-~]{1,2048}$)https?://[^/?#@\\]+([/?][^#\\]*)?")
+NUMERIC = re.compile(r"(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)$")
 # Link-local addresses are where clouds answer with the machine's own credentials; so
 # are these, which are not link-local. Multicast and 0.0.0.0 are nobody's.
 METADATA = {"fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"}
@@ -4766,19 +4781,19 @@ class Reach:
     def check(self, url: str) -> None:
         """Raises InvalidInput for what is no URL, or may not be posted to; of a name
         its addresses are judged when there is a connection to be made."""
+        address = ""
         try:
             parts = URL(url, encoded=True)
-            host = parts.raw_host if parts.port else None
+            host = parts.raw_host if parts.port and ENDPOINT.fullmatch(url) else None
+            if host and (":" in host or NUMERIC.search(host)):
+                address = str(ipaddress.ip_address(host))  # in no other spelling
         except ValueError:
             host = None
-        if not host or not ENDPOINT.fullmatch(url):
+        if not host:
             raise InvalidInput(
                 f"{url[:80]!r} is no URL to post to: send one such as "
                 "https://example.com/ironflow, up to 2,048 characters of ASCII, without"
                 " a user, a password or a fragment")
-        address = ""
-        with contextlib.suppress(ValueError):
-            address = str(ipaddress.ip_address(host))
         if not self.permits(host, address):
             raise InvalidInput(off_limits(host))
 
@@ -4831,6 +4846,17 @@ class Resolver(AbstractResolver):
     async def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+class Connector(aiohttp.TCPConnector):
+    """The pool of connections; one on which somebody spoke unasked is not used again:
+    that would be taken for the next answer."""
+
+    async def connect(self, *asked: Any, **more: Any) -> Any:
+        while True:
+            line = await super().connect(*asked, **more)
+            if line.protocol is None or not line.protocol.should_close:
+                return line
+            line.close()
+
 class Poster:
     """HTTP to endpoints: one pool of connections, and nothing but what is permitted."""
 
@@ -4848,7 +4874,7 @@ class Poster:
 
         trace.on_connection_create_start.append(note)
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
+            connector=Connector(
                 limit=0, keepalive_timeout=KEEP_S,
                 resolver=Resolver(self._reach, self._getaddrinfo)),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=PUSH_CONNECT_S),
@@ -4934,8 +4960,10 @@ def in_words(error: Exception) -> str:
             error, "certificate_error", error)
         return f"TLS failed ({why}): is its certificate right, is it https at all?"
     if isinstance(error, aiohttp.ClientConnectorError):
-        why = error.os_error.strerror or error.os_error
-        return f"no connection ({why}): is it running, is the address right?"
+        number, why = error.os_error.errno or 0, error.os_error.strerror
+        if number > 0:  # for a name that is not known it is not the system's
+            why = os.strerror(number)
+        return f"no connection ({why or error}): is it running, is the address right?"
     if isinstance(error, aiohttp.ServerTimeoutError):
         return (f"no connection within {PUSH_CONNECT_S:g} s: is it running, does a "
                 "firewall stand between?")
@@ -4954,10 +4982,11 @@ class PushDesk:
         self._clock, self.reach, self._post = clock, reach, post
         self._timeout_s, self.signing_key = timeout_s, signing_key
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     def begin(self, jobs: list[Job]) -> None:
         """Push a job that was leased to a slot."""
-        for job in jobs:
+        for job in jobs if not self._closing else ():  # at the next start
             ended = self._journal.end_of(job.run.run_id)
             task = asyncio.create_task(self._carry(job, ended))
             self._tasks.add(task)
@@ -4965,10 +4994,9 @@ class PushDesk:
 
     async def close(self) -> None:
         """Send no more; what is not answered soon goes out again at the next start."""
-        self._offers.push_slots = 0
-        tasks = set(self._tasks)
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=STOP_S)
+        self._closing = True
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=STOP_S)
             await asyncio.gather(*map(end_task, late))
 
     async def _carry(self, job: Job, ended: Future) -> None:
@@ -4980,10 +5008,12 @@ class PushDesk:
         finally:
             await end_task(asking)
             self._offers.freed(job.function.endpoint if job.function else "")
-        while not asking.cancelled():
-            said, reached, size = asking.result()
+        said, reached, size = ((None, False, 0) if asking.cancelled()
+                               else asking.result())
+        while True:
             try:
-                said = await looked_back(self._journal, job.run.run_id, said)
+                if said is not None:
+                    said = await looked_back(self._journal, job.run.run_id, said)
                 return await self._journal.write(push_ended, job, said, reached,
                                                  self._limits, size=size)
             except (DiskFull, Unavailable):  # the log has it already
@@ -5184,8 +5214,8 @@ def private_text(path: Path) -> str:
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
 
-    def __init__(self, desk: PullDesk) -> None:
-        self._desk, self._clock = desk, desk.clock
+    def __init__(self, desk: PullDesk, push_slots: int) -> None:
+        self._desk, self._clock, self._push_slots = desk, desk.clock, push_slots
         self._next_at = math.inf
         self._rung = asyncio.Event()
 
@@ -5200,6 +5230,8 @@ class Timekeeper:
         clock, secrets = self._clock, self._desk.offers.secrets
         readings = secrets.readings
         await self._turn(resume_pushes)
+        self._desk.offers.open_slots(self._push_slots)
+        await self._turn(keep_leases)
         wall, steady = clock.wall(), clock.steady()
         while True:
             self._rung.clear()
@@ -5287,7 +5319,7 @@ class Server:
             for sock in sockets:
                 stack.callback(sock.close)
             offers = Offers(self.limits, Secrets(self.secrets_file),
-                            self.push_concurrency, lambda got: pushes.begin(got))
+                            push=lambda jobs: pushes.begin(jobs))
             self.failed: Future = asyncio.get_running_loop().create_future()
             journal = Journal(
                 Path(self.db), clock=self.clock, ids=self.ids, offers=offers,
@@ -5304,7 +5336,7 @@ class Server:
             stack.push_async_callback(pushes.close)
             for worker in await journal.read(Queries.connected_workers):
                 desk.remember(worker.worker_id)
-            timekeeper = Timekeeper(desk)
+            timekeeper = Timekeeper(desk, self.push_concurrency)
             for loop in timekeeper.keep(), sweep(journal, self.retain_s):
                 task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)
@@ -5313,6 +5345,7 @@ class Server:
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
             stack.push_async_callback(desk.close)
+            stack.callback(offers.open_slots, 0)
             self._running = stack.pop_all()
         return self
 
