@@ -6172,6 +6172,29 @@ def test_the_runs_of_a_paused_function_are_still_pushed(pusher: Pusher) -> None:
         assert pusher.end(each)["status"] == "completed"
 
 
+def test_pushes_leave_nothing_behind(tmp_path: Path) -> None:
+    """Neither those that were answered, nor those given up, nor runs that only wait."""
+    def program(server: RunningServer) -> None:
+        with Endpoint() as endpoint:
+            pusher = Pusher(server, endpoint)
+            pusher.end(pusher.start(retry=PATIENT, circuitBreaker={"failureThreshold": 100}))
+            quiet = waits_in_this_process()
+            endpoint.says(*[None, BAD, lambda push: yielded(push, sleep_until(push.body, 1.0)),
+                            lambda push: yielded(push, wait(push.body, "never"))] * 5)
+            sleepers = [pusher.emits() for _ in range(8)]
+            for run_id in sleepers:
+                server.run_becomes(run_id, "waiting")
+            endpoint.says(endpoint.held)
+            for run_id in [pusher.emits() for _ in range(5)]:
+                server.run_becomes(run_id, "running")
+                server.rpc("CancelRun", {"id": run_id})
+            eventually(lambda: waits_in_this_process() <= quiet)
+
+    gc.freeze()  # what is there already need not be looked through again and again
+    inside(tmp_path, {}, program)
+    gc.unfreeze()
+
+
 # --- Crashes and stops -----------------------------------------------------------------
 
 
