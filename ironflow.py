@@ -4749,8 +4749,8 @@ class PushFailed(Exception):
         super().__init__(code, message)
         self.after_ms = after_ms
 
-ENDPOINT = re.compile(r"(?=[!-~]{1,2048}$)https?://[^/?#@\\]+([/?][^#\\]*)?")
-NUMERIC = re.compile(r"(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)$")
+ENDPOINT = re.compile(r"(?=[!-~]{1,2048}$)(?i:https?)://[^/?#@\\]+([/?][^#\\]*)?")
+NUMERIC = re.compile(r"(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)\.?$")
 # Link-local addresses are where clouds answer with the machine's own credentials; so
 # are these, which are not link-local. Multicast and 0.0.0.0 are nobody's.
 METADATA = {"fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"}
@@ -4947,7 +4947,7 @@ def next_hop(url: str, status: int, location: str) -> str:
         raise PushFailed("ENDPOINT_REDIRECT", (
             f"it answered {status} with the location {location[:200]!r}: only 307 and "
             "308 keep method and body; register that address"))
-    if url.startswith("https:") and not target.startswith("https:"):
+    if url.lower().startswith("https:") and not target.lower().startswith("https:"):
         raise PushFailed("ENDPOINT_REDIRECT", (
             f"it redirects to {shown(target)}, which is not encrypted: register the "
             "https address that it means, often only with another slash at its end"))
@@ -5563,7 +5563,8 @@ def arg(what: str = "", read: Callable[[str], Any] = str, default: Any = None,
     def told(text: str) -> Any:
         try:
             return read(text)
-        except (ValueError, OverflowError, OSError, IronflowError) as error:
+        except (ValueError, OverflowError, OSError, IronflowError,
+                StartError) as error:
             flaw = f"{text[:80]}: give {wanted}" if wanted else str(error)
             raise argparse.ArgumentTypeError(flaw.removeprefix("body is ")) from None
 
@@ -5588,12 +5589,9 @@ def push_timeout_s(text: str) -> float:
     return float(within(0.001, 86_400, duration_s)(text))
 
 def signing_key(name: str) -> str:
-    """The key in a file. Raises ValueError: it must not start without one."""
-    try:
-        if key := private_text(Path(name)).strip():
-            return key
-    except StartError as error:
-        raise ValueError(str(error)) from None
+    """The key in a file. Raises as `private_text`: it must not start without one."""
+    if key := private_text(Path(name)).strip():
+        return key
     raise ValueError(f"{name} is empty: write the key into it")
 
 def server_url(text: str) -> SplitResult:
