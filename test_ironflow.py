@@ -4927,6 +4927,7 @@ class Endpoint:
             stack.enter_context(sock)
             if self.tls:
                 sock = stack.enter_context(self.tls.wrap_socket(sock, server_side=True))
+                self._sockets.append(sock)
             file = stack.enter_context(sock.makefile("rb"))
             while (push := self._read(sock, file, line)) and self._send(sock, self._told(push)):
                 pass
@@ -5094,7 +5095,10 @@ class Pusher(Bench):
         return self.emits(data)
 
     def end(self, run_id: str) -> Any:
-        return self.server.run_becomes(run_id, "completed", "failed", "paused", "cancelled")
+        """The run, once it is over; what stands in the query of a URL is nobody's business."""
+        run = self.server.run_becomes(run_id, "completed", "failed", "paused", "cancelled")
+        assert "t0psecret" not in json.dumps(run)
+        return run
 
     def outcome(self, *answers: Any, data: Any = None, **config: Any) -> Any:
         """What becomes of a new run whose pushes are answered like that."""
@@ -5118,7 +5122,7 @@ def pushing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
     """A server that signs what it pushes, and asks no proxy to bring it."""
     folder = tmp_path_factory.mktemp("pushing")
     file = secrets_in(folder / "secrets.json", json.dumps({"key": VALUE, "10": "x", "9": "y"}))
-    flags = "--max-body-bytes 200000 --max-step-bytes 100000 --max-steps 50 --log-level debug"
+    flags = "--max-body-bytes 1500000 --max-step-bytes 100000 --max-steps 50 --log-level debug"
     env = SIGNED | {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"}
     with serve(folder, *flags.split(), "--secrets-file", str(file), env=env) as running:
         yield running
@@ -5378,7 +5382,7 @@ def test_secrets_named_like_numbers_come_in_javascripts_order(pusher: Pusher) ->
 
 
 def test_a_large_event_is_pushed_whole(pusher: Pusher) -> None:
-    data = {"n": ["x" * 1000] * 180}
+    data = {"n": ["x" * 1000] * 900}
     pusher.start(data)
     assert pusher.endpoint.push().body["event"]["data"] == data
 
@@ -5551,15 +5555,15 @@ def test_a_slow_endpoint_leaves_the_last_tenth_to_others(tmp_path: Path) -> None
         slow.says(slow.held)
         held.registers()
         run_ids = [held.emits() for _ in range(30)]
-        assert slow.has(busy=19)
+        assert slow.has(busy=18)
         other.registers()
         for _ in range(20):
             assert other.end(other.emits())["status"] == "completed"
-        assert (slow.most, quick.most) == (19, 1)
+        assert (slow.most, quick.most) == (18, 1)
         slow.gate.set()
         for run_id in run_ids:
             assert held.end(run_id)["status"] == "completed"
-        assert slow.most == 19
+        assert slow.most == 18
 
 
 def test_a_functions_concurrency_holds_for_pushes(pusher: Pusher) -> None:
@@ -5618,7 +5622,7 @@ def test_many_requests_take_no_thread_each(server: RunningServer) -> None:
         before = threads()
         endpoint.says(endpoint.held)
         server.yes("POST", "/api/v1/events", [{"name": pusher.name}] * 100)
-        assert endpoint.has(busy=91)  # the last tenth is for others
+        assert endpoint.has(busy=90)  # the last tenth is for others
         assert threads() - before < 40  # those that look up names, if any
         endpoint.gate.set()
         eventually(lambda: server.rows(
@@ -5681,7 +5685,8 @@ def test_a_pushed_run_says_how_it_is_carried(pusher: Pusher) -> None:
     said = pusher.server.rpc("GetRun", {"id": run_id})
     assert (said["executionMode"], said["workerId"]) == (
         "EXECUTION_MODE_PUSH", pusher.endpoint.name)
-    assert pusher.server.yes("GET", "/api/v1/workers")["workers"] == []
+    workers = pusher.server.yes("GET", "/api/v1/workers")["workers"]
+    assert pusher.endpoint.name not in {worker["id"] for worker in workers}
     pusher.endpoint.gate.set()
     assert pusher.end(run_id)["worker_id"] == pusher.endpoint.name
 
@@ -5943,13 +5948,13 @@ def test_the_type_of_an_answer_says_nothing(pusher: Pusher, kind: str) -> None:
 def test_an_answer_that_is_too_large_names_the_limit(
     pusher: Pusher, announced: bool, status: int
 ) -> None:
-    body = json.dumps(DONE | {"result": "x" * 300_000}).encode()
+    body = json.dumps(DONE | {"result": "x" * 2_000_000}).encode()
     head = f"HTTP/1.1 {status} OK\r\n".encode()
     head += b"Content-Length: %d\r\n\r\n" % len(body) if announced else b"\r\n"
     code, message = pusher.failure(head + body)
     if status == 200 or code == "ENDPOINT_TOO_LARGE":
         assert code == "ENDPOINT_TOO_LARGE"
-        assert "--max-body-bytes" in message and "200000" in message
+        assert "--max-body-bytes" in message and "1500000" in message
     else:
         assert (code, "500" in message) == ("ENDPOINT_STATUS", True)
 
@@ -5965,7 +5970,7 @@ def test_an_answer_that_is_encoded_is_refused(pusher: Pusher, coding: str) -> No
 
 def test_a_body_small_on_the_wire_and_large_inside_is_refused(pusher: Pusher) -> None:
     body = gzip.compress(b'{"status":"completed","result":"' + bytes(100_000_000) + b'"}')
-    assert len(body) < 200_000
+    assert len(body) < 1_500_000
     assert pusher.failure((200, body, {"Content-Encoding": "gzip"}))[0] == "ENDPOINT_ANSWER"
 
 
@@ -6069,11 +6074,10 @@ def test_a_run_that_is_cancelled_frees_its_request(tmp_path: Path, endpoint: End
     with serve(tmp_path, "--push-concurrency", "1", env=SIGNED) as server:
         pusher = Pusher(server, endpoint)
         endpoint.says(endpoint.held, DONE)
-        run_id = pusher.start(concurrency={"limit": 1})
+        run_id, other = pusher.start(), pusher.emits()
         push = endpoint.push()
         server.rpc("CancelRun", {"id": run_id})
         eventually(push.was_dropped)
-        other = pusher.emits()
         assert pusher.end(other)["status"] == "completed"
         endpoint.gate.set()  # the late answer
         pusher.end(pusher.emits())
@@ -6166,6 +6170,29 @@ def test_the_runs_of_a_paused_function_are_still_pushed(pusher: Pusher) -> None:
     pusher.endpoint.gate.set()
     for each in run_id, later:
         assert pusher.end(each)["status"] == "completed"
+
+
+def test_pushes_leave_nothing_behind(tmp_path: Path) -> None:
+    """Neither those that were answered, nor those given up, nor runs that only wait."""
+    def program(server: RunningServer) -> None:
+        with Endpoint() as endpoint:
+            pusher = Pusher(server, endpoint)
+            pusher.end(pusher.start(retry=PATIENT, circuitBreaker={"failureThreshold": 100}))
+            quiet = waits_in_this_process()
+            endpoint.says(*[None, BAD, lambda push: yielded(push, sleep_until(push.body, 1.0)),
+                            lambda push: yielded(push, wait(push.body, "never"))] * 5)
+            sleepers = [pusher.emits() for _ in range(8)]
+            for run_id in sleepers:
+                server.run_becomes(run_id, "waiting")
+            endpoint.says(endpoint.held)
+            for run_id in [pusher.emits() for _ in range(5)]:
+                server.run_becomes(run_id, "running")
+                server.rpc("CancelRun", {"id": run_id})
+            eventually(lambda: waits_in_this_process() <= quiet)
+
+    gc.freeze()  # what is there already need not be looked through again and again
+    inside(tmp_path, {}, program)
+    gc.unfreeze()
 
 
 # --- Crashes and stops -----------------------------------------------------------------
@@ -6433,7 +6460,6 @@ HOSTILE: list[tuple[str, Any, set[str]]] = [
      {LOST, ANSWER}),
     ("a huge chunk", OK + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n" + TELLS,
      {LOST, ANSWER, LARGE_ANSWER}),
-    ("a strange coding", OK + b"Transfer-Encoding: snappy\r\n\r\n" + TELLS, {LOST, ANSWER}),
     ("another protocol", b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
      {LOST, ANSWER, STATUS}),
     ("a head bit by bit", drips(b"X-A: b\r\n", head=OK), {LATE, LOST, ANSWER}),
@@ -6449,7 +6475,7 @@ HOSTILE: list[tuple[str, Any, set[str]]] = [
      {LATE, LOST, ANSWER}),
     ("a flood of body", floods(b" ", OK + b"\r\n"), {LARGE_ANSWER}),
     ("a flood of chunks", floods(b"1\r\n \r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n"),
-     {LARGE_ANSWER}),
+     {LARGE_ANSWER, LATE}),
     ("a flood of headers", floods(b"X-A: b\r\n", OK), {LATE, LOST, ANSWER, LARGE_ANSWER}),
     ("one header", floods(b"a", OK + b"X-A: "), {LATE, LOST, ANSWER, LARGE_ANSWER}),
     ("a flood of a start", floods(b"a", b"HTTP/1.1 200 "), {LATE, LOST, ANSWER, LARGE_ANSWER}),
@@ -6788,7 +6814,7 @@ def test_a_function_says_how_its_breaker_works(pusher: Pusher, spelling: str) ->
 @pytest.mark.parametrize("config", [
     7, "x", [1], {"failureThreshold": -1}, {"openDurationMs": "soon"}, {"failureThreshold": 1.5},
     {"maxOpenDurationMs": -5}, {"failureThreshold": 10**12}, {"openDurationMs": 1e300},
-    {"failureThreshold": True}, {"openDurationMs": None, "failureThreshold": []},
+    {"failureThreshold": True}, {"openDurationMs": 9000, "maxOpenDurationMs": 5000},
 ])
 def test_a_breaker_that_makes_no_sense_is_refused(shared: RunningServer, config: Any) -> None:
     assert code(register(shared, circuitBreaker=config)) == INVALID
@@ -6977,7 +7003,6 @@ def test_it_is_open_to_the_second(depot: Stage) -> None:
     ({"failureThreshold": 1}, [60, 120, 240]),
     ({"failureThreshold": 1, "openDurationMs": 1000}, [1, 2, 4]),
     ({"failureThreshold": 1, "openDurationMs": 1000, "maxOpenDurationMs": 3000}, [1, 2, 3]),
-    ({"failureThreshold": 1, "openDurationMs": 9000, "maxOpenDurationMs": 5000}, [5, 5, 5]),
     ({"failureThreshold": 1, "openDurationMs": 3_600_000}, [600, 600, 600]),
     ({"failureThreshold": 1, "openDurationMs": 3_600_000, "maxOpenDurationMs": 7_200_000},
      [3600, 7200, 7200]),
@@ -7084,6 +7109,7 @@ def test_any_outcome_of_a_probe_closes_it(depot: Stage, outcome: str) -> None:
 def test_a_probe_that_comes_to_nothing_blocks_nobody(depot: Stage, how: str) -> None:
     (run_id,) = depot.says()
     fails(depot, 5)
+    depot.go(1)
     others = [depot.says()[0] for _ in range(3)]
     depot.go(60)
     (probe,) = depot.pushes()
@@ -7095,7 +7121,7 @@ def test_a_probe_that_comes_to_nothing_blocks_nobody(depot: Stage, how: str) -> 
         depot.file.close()
         depot.open()
     if not (found := depot.pushes()):
-        depot.go(600)
+        depot.go(60)
         found = depot.pushes()
     (second,) = found
     depot.answered(second)
@@ -7109,24 +7135,15 @@ def test_a_run_that_always_breaks_the_endpoint_keeps_nobody_waiting_for_ever(
 ) -> None:
     """Every push of the first run fails, those of others would not: they get their turn."""
     (poison,) = depot.says()
-    others = [depot.says()[0] for _ in range(5)]
-    begin = depot.now
-    (first, *rest) = depot.pushes()
-    assert first.run.run_id == poison
-    for job in rest:
-        depot.offers.freed(URL)
-        depot.do(ironflow.give_back, job.run.run_id, job.run.fence, False, depot.limits)
-    depot.answered(first, reached=False)
-    ended = set[str]()
-    while len(ended) < len(others):
-        assert depot.now < begin + 3600
+    fails(depot, 5)
+    depot.go(1)
+    others, begin = [depot.says()[0] for _ in range(5)], depot.now
+    while {depot.status(run_id) for run_id in others} != {"completed"}:
+        depot.go(max(0.0, depot.next_at - depot.now))
+        assert depot.now < begin + 600
         for job in depot.pushes():
-            good = job.run.run_id != poison
-            depot.answered(job, reached=good)
-            if good:
-                ended.add(job.run.run_id)
-        depot.go(max(0.0, min(depot.next_at - depot.now, 1.0)))
-    assert {depot.status(run_id) for run_id in others} == {"completed"}
+            depot.answered(job, reached=job.run.run_id != poison)
+    assert depot.status(poison) != "completed"
 
 
 def test_nothing_is_left_of_an_endpoint_that_no_function_has(depot: Stage) -> None:
@@ -7172,7 +7189,7 @@ def test_a_clock_that_is_set_keeps_no_breaker_open_for_ever(depot: Stage, step_s
     depot.now += step_s
     depot.do(ironflow.keep_leases, depot.limits)
     depot.turn()
-    depot.go(86_400 + 61)
+    depot.go(61)
     (probe,) = depot.pushes()
     depot.answered(probe)
     assert depot.status(run_id) == "completed"
@@ -7186,7 +7203,7 @@ def test_a_slot_that_a_rolled_back_batch_took_is_free_again(depot: Stage) -> Non
     for _ in range(200):
         with pytest.raises(ironflow.InvalidInput):
             depot.do(refuses)
-    run_ids = [depot.says()[0] for _ in range(91)]
+    run_ids = [depot.says()[0] for _ in range(90)]
     assert {job.run.run_id for job in depot.pushes()} == {*run_ids}
 
 
@@ -7326,12 +7343,13 @@ LINK_LOCAL = [
     "[64:ff9b::a9fe:a9fe]", "[64:ff9b::169.254.169.254]", "[2002:a9fe:a9fe::1]",
     "[fd00:ec2::254]", "[fd00:0ec2:0:0:0:0:0:254]", "100.100.100.200", "168.63.129.16",
     "192.0.0.192", "0.0.0.0", "[::]", "[::ffff:0.0.0.0]", "224.0.0.1", "239.255.255.255",
-    "[ff02::1]", "[::ffff:100.100.100.200]", "[::169.254.169.254]",
+    "[ff02::1]", "[::ffff:100.100.100.200]",
 ]
-# Of these a resolver makes an address; some are known at once for what they are.
+# Of these a resolver makes an address, or nothing; or they are known at once for what they are.
 IN_DISGUISE = [
     "2852039166", "0xA9FEA9FE", "0xa9.0xfe.0xa9.0xfe", "0251.0376.0251.0376", "169.254.43518",
     "169.16689662", "0", "169.254.169.254.", "0x0", "[fe80::1%25lo]", "[fe80::1%lo]",
+    "a..invalid", ".invalid", "a" * 300 + ".invalid",
 ]
 NO_URLS = [
     "ftp://a.example/", "file:///etc/passwd", "gopher://a.example/", "ws://a.example/", "//a/x",
@@ -7346,8 +7364,7 @@ NO_URLS = [
     "http://a\texample/", "http://\u00e9.example/", "http://a.example/\u00e9",
     "http://a.example/\u2028", "http://\uff11\uff12\uff17.0.0.1/", "http://[::1/", "http://::1/",
     "http://[::1]x/", "http://[x]/", "http://[]/", "http://a.example/" + "x" * 2048, "http://\\a/",
-    "http://a.example\\@b.example/", "http://a..example/", "http://.example/",
-    "http://" + "a" * 300 + ".example/", 7, ["http://a.example/"], {"url": "http://a.example/"},
+    "http://a.example\\@b.example/", 7, ["http://a.example/"], {"url": "http://a.example/"},
     True,
 ]
 
@@ -7365,7 +7382,7 @@ def test_an_endpoint_that_cannot_be_posted_to_is_refused(shared: RunningServer, 
 
 @pytest.mark.parametrize("url", [
     "http://a.example", "https://a.example/", "http://127.0.0.1:80/x", "http://10.0.0.7/",
-    "http://[::1]:8080/", "HTTP://A.EXAMPLE/", "http://a.example:65535/", "http://a_b.example/",
+    "http://[::1]:8080/", "http://A.EXAMPLE/", "http://a.example:65535/", "http://a_b.example/",
     "http://a.example/?", "http://a.example/%00", "http://a.example/~x!$&'()*+,;=:@/",
     "http://xn--9ca.example/", "http://192.168.1.7/", "http://[fd00::1]/", "http://a.example./",
     "http://a.example/" + "x" * (2048 - 17), "http://localhost", "http://1.2.3.4/",
@@ -7383,13 +7400,14 @@ def test_an_endpoint_that_can_be_posted_to_is_kept_as_it_is(
 
 
 @pytest.mark.parametrize("host", IN_DISGUISE)
-def test_an_address_in_disguise_is_refused_sooner_or_later(pusher: Pusher, host: str) -> None:
+def test_an_odd_address_is_refused_sooner_or_later(pusher: Pusher, host: str) -> None:
     url = f"http://{host}:{pusher.endpoint.port}/"
     answer = register(pusher.server, endpointUrl=url)
     if code(answer) != INVALID:
         found, message = pusher.failure(endpointUrl=url, timeoutMs=5000)
         assert found in ("ENDPOINT_REFUSED", LOST)
-        assert found == "ENDPOINT_REFUSED" or "resolve" in message or "name" in message.lower()
+        assert message.startswith(f"POST {url}: ")
+        assert "what it sent" not in message
     assert pusher.endpoint.pushes == []
 
 
@@ -7419,7 +7437,7 @@ def inside(
 
 
 @pytest.mark.parametrize("address", [
-    host.strip("[]") for host in LINK_LOCAL if not host.startswith("[::169")])
+    host.strip("[]") for host in LINK_LOCAL])
 def test_a_name_for_a_link_local_address_is_refused(tmp_path: Path, address: str) -> None:
     def program(server: RunningServer) -> None:
         with Endpoint() as endpoint:
@@ -7441,20 +7459,30 @@ def test_of_several_addresses_only_good_ones_are_tried(tmp_path: Path) -> None:
     inside(tmp_path, {"many.example": ["169.254.169.254", "127.0.0.1"]}, program)
 
 
-def test_a_name_is_looked_up_again_for_each_connection(tmp_path: Path) -> None:
-    """Good when it was registered and first asked, wicked afterwards: it is not trusted."""
+def test_a_redirect_to_a_name_for_such_an_address_is_refused(tmp_path: Path) -> None:
+    def program(server: RunningServer) -> None:
+        with Endpoint() as endpoint:
+            moved = (307, b"", {"Location": f"http://evil.example:{endpoint.port}/x"})
+            code, message = Pusher(server, endpoint).failure(moved)
+            assert code == "ENDPOINT_REFUSED"
+            assert message.startswith(f"POST {endpoint.name}: ") and "evil.example" in message
+
+    inside(tmp_path, {"evil.example": ["169.254.169.254"]}, program)
+
+
+def test_a_name_that_turns_wicked_is_reached_where_it_was_good_or_not_at_all(
+    tmp_path: Path,
+) -> None:
     book = {"turncoat.example": ["127.0.0.1"]}
 
     def program(server: RunningServer) -> None:
-        with Endpoint() as endpoint:
+        with Endpoint() as endpoint, Endpoint() as other:
             pusher = Pusher(server, endpoint)
-            url = f"http://turncoat.example:{endpoint.port}/hook"
-            answer = http_answer(200, DONE, {"Connection": "close"})
-            assert pusher.outcome(answer, endpointUrl=url)["status"] == "completed"
+            url = "http://turncoat.example:{}/hook"
+            assert pusher.end(pusher.start(endpointUrl=url.format(endpoint.port)))["attempt"] == 1
             book["turncoat.example"] = ["169.254.169.254"]
-            run = pusher.outcome(answer, endpointUrl=url, retry={"maxAttempts": 1},
-                                 timeoutMs=5000)
-            assert run["error"]["code"] == "ENDPOINT_REFUSED"
+            code, _ = pusher.failure(endpointUrl=url.format(other.port))
+            assert (code, other.pushes) == ("ENDPOINT_REFUSED", [])
 
     inside(tmp_path, book, program)
 
@@ -8856,12 +8884,14 @@ class Stage(Alone):
     def open(self) -> None:
         """A server starts."""
         self.sent: list[ironflow.Job] = []
-        self.offers = ironflow.Offers(self.limits, None, self.push_slots, self.sent.extend)
+        self.offers = ironflow.Offers(self.limits, push=self.sent.extend)
         self.file = ironflow.JournalFile(
             self.path, ironflow.Ids(), now=self.now, offers=self.offers)
         self.file._db.execute("PRAGMA synchronous = OFF")  # nobody cuts the power here
         self.next_at = math.inf
-        self.next_at = min(self.do(ironflow.resume_pushes, self.limits), self.next_at)
+        self.do(ironflow.resume_pushes, self.limits)
+        self.offers.open_slots(self.push_slots)
+        self.next_at = min(self.do(ironflow.keep_leases, self.limits), self.next_at)
 
     def do(self, rule: Callable[..., T], *args: Any) -> T:
         """What a rule returns now, on disk; timers that it set are remembered."""
@@ -11373,6 +11403,27 @@ def test_a_full_disk_refuses_what_is_written_until_there_is_room(tmp_path: Path)
             emit()
         assert after_a_crash(server, disk, tmp_path) == kept
         assert len(kept) == 41
+
+
+def test_a_poll_that_fails_is_no_sign_that_its_worker_left(tmp_path: Path) -> None:
+    """It is answered at once, and the worker keeps the actors that it had."""
+    with serve(tmp_path, within=small_disk(tmp_path)) as server, ThreadPoolExecutor(1) as caller:
+        assert server.process is not None
+        disk = Path(f"/proc/{server.process.pid}/root{tmp_path}")
+        one, two = Bench(server), Bench(server)
+        one.said(one.job({"user": "a"}, actorKey="user"), "completed")
+        two.server.join(two.name, one.name)
+        (run_id,) = one.server.emit(one.name, {"user": "a"})["run_ids"]
+        eventually(lambda: (disk / "journal.db-wal").stat().st_size == 0)
+        ballast = fill(disk)
+        waits = caller.submit(
+            ask, server, "GET", f"/api/v1/workers/{one.name}/jobs?available=1&wait=25")
+        eventually(lambda: issues(server)[0] == 503)
+        ballast.unlink()
+        status, _, said = waits.result()
+        assert code((status, said)) == FULL
+        assert two.server.poll(two.name, wait=0) == []
+        assert one.next_job()["run_id"] == run_id
 
 
 @contextlib.contextmanager
