@@ -11935,6 +11935,7 @@ class Witness:
         self.moved: set[str] = set()  # runs
         self.let_go: set[str] = set()  # runs whose holder reported an end
         self.vanished: set[str] = set()  # runs whose holder did, before its ack
+        self.past: set[Life] = set()  # those of answers that come too late to count
         self.doomed: dict[str, str] = {}  # runs that have to end now, and why
         self.due_again: set[Life] = set()  # those whose request died with the server
         self.owed: list[tuple[Life, Asked]] = []  # answers to waits
@@ -12012,7 +12013,8 @@ class Witness:
         if self.turns:
             self.nobody_overslept()
         self.moved, self.let_go, self.vanished = set(), set(), set()
-        self.doomed, self.due_again, self.owed = {}, set(), []
+        self.past, self.due_again = set(), set()
+        self.doomed, self.owed = {}, []
 
     def life(self, run_id: str) -> Life:
         self.touched.add(run_id)
@@ -12363,6 +12365,7 @@ class Witness:
         elif self.functions_at(sent.url):
             self.failing[sent.url] = self.failed_to_reach(target, sent, said)
         if not life.held or life.fence != job.run.fence:
+            self.past.add(life)
             self.seen["endpoint answered too late, or twice"] += reached
             self.seen["request failed when its run was over"] += not reached
         elif reached:
@@ -12655,6 +12658,7 @@ class Witness:
 
     def became(self, life: Life, change: dict[str, Any], at: float) -> None:
         """A run changed its status, so says the journal."""
+        must(life not in self.past, f"{life} was answered too late, and that counts: {change}")
         old, new = life.status, change["status"]
         after: dict[Any, Any] = {"": {"waiting_for_capacity"}, **ironflow.NEXT}
         must(new in after[old], f"{life}: {old or 'nothing'} -> {new}")
@@ -13063,6 +13067,8 @@ def words_of(batch: Batch) -> str:
 class World:
     """Everything there is: one server, its file, its clients, and the weather."""
 
+    PUSHED = 0.4  # of the functions, as a rule
+
     def __init__(self, seed: int, folder: Path) -> None:
         self.draw = random.Random(seed)
         self.ids = random.Random(f"ids of {seed}")
@@ -13081,7 +13087,7 @@ class World:
         names = [f"f{i}" for i in range(1, 6)]
         self.programs = {name: draw_program(self.draw, names[i + 1:])
                          for i, name in enumerate(names)}
-        self.pushed = [name for name in names if self.draw.random() < 0.4]  # as a rule
+        self.pushed = [name for name in names if self.draw.random() < self.PUSHED]
         self.endpoints = {url: Peer(f"e{i}", url=url, eager=False, acks=False,
                                     ours=self.draw.random() < 0.7)
                           for i, url in enumerate(URLS, 1)}
@@ -14309,15 +14315,85 @@ def test_the_simulator_sees_a_call_that_outlives_its_cancelled_caller(
 class ForgetfulWorld(World):
     """What is put off is put off for ever when the server starts again."""
 
+    FORGETS = "timer WHERE kind = 'debounce'"
+
     def open(self) -> None:
         if self.witness.rows:
             with contextlib.closing(sqlite3.connect(self.path)) as db, db:
-                db.execute("DELETE FROM timer WHERE kind = 'debounce'")
+                db.execute(f"DELETE FROM {self.FORGETS}")
         super().open()
 
 
 def test_the_simulator_sees_a_debounce_that_forgets_on_restart() -> None:
     caught("there was silence, and no run started", ForgetfulWorld)
+
+
+class PushedWorld(World):
+    """All functions are behind endpoints, as a rule."""
+
+    PUSHED = 1.0
+
+
+class HopefulWorld(PushedWorld, ForgetfulWorld):
+    """Every endpoint is well when the server starts again."""
+
+    FORGETS = "endpoint"
+
+
+def test_the_simulator_sees_a_breaker_that_forgets_on_restart() -> None:
+    caught("of endpoints the file has {}", HopefulWorld)
+
+
+def test_the_simulator_sees_a_probe_that_others_go_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ironflow, "slot_at", lambda tx, offers, url, *_: offers.slot(url))
+    caught("was pushed, its breaker being open", PushedWorld)
+
+
+def test_the_simulator_sees_an_attempt_that_an_open_breaker_spends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.queued
+
+    def queued(run: ironflow.Run, now: float) -> ironflow.Run:
+        unreached = "ENDPOINT_" in (run.error or "") and run.status == "running"
+        return real(replace(run, attempt=run.attempt + unreached), now)
+
+    monkeypatch.setattr(ironflow, "queued", queued)
+    caught("is in attempt 2, though 0 failures were reported", PushedWorld)
+
+
+def test_the_simulator_sees_a_request_that_is_not_sent_again_after_a_crash(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        ironflow, "resume_pushes", lambda tx, limits, now: tx.next_instant())
+    caught("is not sent again: its request is lost", PushedWorld)
+
+
+def test_the_simulator_sees_a_slot_that_is_never_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ironflow.Offers, "freed", lambda offers, url: None)
+    caught("lie about: .* could have them", PushedWorld)
+
+
+def test_the_simulator_sees_a_late_answer_that_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.push_ended
+
+    def push_ended(
+        tx: ironflow.Transaction, job: ironflow.Job, said: ironflow.Report | None, *more: Any
+    ) -> None:
+        if said and (run := tx.find(ironflow.Run, run_id=job.run.run_id)):
+            job = replace(job, run=run)
+            said = replace(said, fence=run.fence, lease_token=run.lease_token)
+        real(tx, job, said, *more)
+
+    monkeypatch.setattr(ironflow, "push_ended", push_ended)
+    caught("was answered too late, and that counts", PushedWorld)
 
 
 # ======================================================================================
