@@ -12406,7 +12406,7 @@ class Witness:
         self.owe_rows("breaker_opened", sent.url, {
             "failures": target.failures, "openUntil": ironflow.to_rfc3339(until),
             "error": said.error["message"]})
-        return replace(target, open_s=open_s, open_until=until, since=self.now)
+        return replace(target, open_s=open_s, open_until=until)
 
     def owe_rows(self, verb: str, url: str, about: dict[str, Any]) -> None:
         self.breakers += [
@@ -12415,7 +12415,7 @@ class Witness:
 
     def check_endpoints(self) -> None:
         kept = {row[0]: ironflow.Endpoint(*row) for row in self.all(
-            "SELECT url, failures, open_s, open_until, since FROM endpoint")}
+            "SELECT url, failures, open_s, open_until FROM endpoint")}
         must(kept == self.failing, f"of endpoints the file has {kept}, due are {self.failing}")
 
     def ended(
