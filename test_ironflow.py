@@ -13353,6 +13353,8 @@ class World:
         """None may be free while a run waits for it."""
         if self.starting or self.keep:  # there will be another batch at once
             return
+        for url, target in self.witness.failing.items():
+            must(self.next_at <= (target.open_until or math.inf), f"nobody wakes for {url}")
         for function_id in sorted({function for function, _ in self.witness.ready_runs()}):
             url = self.witness.endpoint_of(function_id)
             target = self.witness.failing.get(url)
