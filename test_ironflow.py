@@ -4818,6 +4818,7 @@ def test_a_file_of_an_older_ironflow_is_brought_up_to_date(
 SIGNING_KEY = "whsec_sign-and-seal"  # no other text of these tests holds it
 SIGNED = {"IRONFLOW_SIGNING_KEY": SIGNING_KEY}
 DONE = {"status": "completed"}
+ASLEEP = {"type": "sleep", "step_id": "s", "until": "2020-01-01T00:00:00Z"}
 
 
 @dataclass(frozen=True)
@@ -5883,7 +5884,6 @@ def test_an_error_of_any_shape_is_an_error(pusher: Pusher, body: Any) -> None:
     assert " 500" in message and len(message) < 10_000
 
 
-ASLEEP = {"type": "sleep", "step_id": "s", "until": "2020-01-01T00:00:00Z"}
 NO_OUTCOME = [
     b"", b" ", b"<html>ok</html>", b"ok", b"null", b"[]", b'"completed"', b"7", b"true", b"{}",
     {"status": "done"}, {"status": 7}, {"status": None}, {"status": ["completed"]},
@@ -5928,6 +5928,87 @@ def test_an_outcome_that_cannot_be_read_fails_the_run_as_a_workers_would(
     assert run["error"]["code"] == "INVALID_REPORT"
     message = run["error"]["message"]
     assert len(message) < 1000 and message.isprintable()
+
+
+@pytest.mark.parametrize("more", [
+    {"duration_ms": 1e308}, {"duration_ms": 2**63}, {"duration_ms": -1},
+    {"type": "invoke_function", "status": "failed", "error": {"message": "m"}},
+    {"type": "invoke_function", "status": "failed", "error": "m"},
+    {"type": "wait_for_event"}, {"type": "sleep", "status": "failed"}, {"name": "a\0b"},
+    {"compensation_for": "x" * 9999, "type": "compensate"}, {"started_at": "0001-01-01T00:00:00Z"},
+    {"ended_at": "9999-12-31T23:59:59Z"},
+])
+def test_a_strange_step_is_no_reason_to_wait_for_ever(pusher: Pusher, more: Any) -> None:
+    """It fails the run, or the next push goes out as ever."""
+    run = pusher.outcome(
+        lambda push: yielded(push, sleep_until(push.body, 1.0), step(push.body, "a", **more)),
+        DONE)
+    if run["status"] == "failed":
+        assert run["error"]["code"] == "INVALID_REPORT"
+    else:
+        assert (run["attempt"], len(pusher.endpoint.pushes)) == (1, 2)
+
+
+@pytest.mark.parametrize("code", [7, ["E"], {"a": 1}, None, True])
+def test_the_code_of_an_error_is_a_text(pusher: Pusher, code: Any) -> None:
+    run = pusher.outcome({"status": "failed", "error": {"message": "m", "code": code}})
+    assert run["error"]["message"] == "m"
+    assert type(run["error"].get("code", "")) is str
+
+
+ODDITIES: list[Any] = [
+    None, True, 0, -1, 1.5, 1e308, 2**53, 2**63, 2**70, -2**63, "", "\0", "x" * 2000, "\u2028",
+    [], {}, [None], {"": None}, "2020-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "-7d", "1e9d",
+    "99999999999d", "*", ">", "a..b", {"event": "x"}, ["a"],
+]
+
+
+def odd_outcome(draw: random.Random, run_id: str) -> dict[str, Any]:
+    """An outcome with everything in it, some of which is something else."""
+    def step_id(name: str) -> str:
+        return f"{run_id}:{name}:0"
+
+    wishes = [
+        ASLEEP | {"step_id": step_id("nap")},
+        {"type": "wait_for_event", "step_id": step_id("wait"), "event_filter": {
+            "event": "never", "match": "data.a", "match_value": 1, "timeout": "20ms"}},
+        {"type": "invoke_function", "step_id": step_id("call"), "function_id": "nowhere"},
+        {"type": "invoke_function_async", "step_id": step_id("start"), "function_id": "nowhere"}]
+    steps = [{"id": step_id(f"s{n}"), "name": f"s{n}", "duration_ms": 1, "output": n,
+              "type": draw.choice(["invoke", "compensate", "invoke_function"]),
+              "status": draw.choice(["completed", "failed"]), "error": {"message": "m"},
+              "started_at": "2026-01-01T00:00:00Z"} for n in range(2)]
+    said = {"status": draw.choice(["completed", "failed", "yielded", "yielded"]), "result": 1,
+            "error": {"message": "m", "retryable": True, "retry_after_ms": 1}, "steps": steps,
+            "yield": draw.choice(wishes), "yields": draw.sample(wishes, 2)}
+    for _ in range(draw.choice([0, 1, 1, 2])):
+        inner: Any = said
+        while isinstance(inner, dict | list) and inner:
+            place = draw.choice([*inner] if isinstance(inner, dict) else range(len(inner)))
+            if not isinstance(inner[place], dict | list) or draw.random() < 0.2:
+                inner[place] = copy.deepcopy(draw.choice(ODDITIES))
+                break
+            inner = inner[place]
+    return said
+
+
+def test_whatever_an_endpoint_says_its_run_comes_to_an_end(tmp_path: Path) -> None:
+    said: dict[str, list[Any]] = {}
+
+    def answer(push: Push) -> Any:
+        run_id = push.body["run_id"]
+        told = said.setdefault(run_id, [])
+        told.append(DONE if len(told) > 5 else odd_outcome(
+            random.Random(f"{push.body['event']['data']} {len(told)}"), run_id))
+        return told[-1]
+
+    with serve(tmp_path, env=SIGNED) as server, Endpoint() as endpoint:
+        pusher = Pusher(server, endpoint)
+        endpoint.says(answer)
+        pusher.registers(circuitBreaker={"failureThreshold": 10**6}, retry=PATIENT)
+        run_ids = [pusher.emits({"n": n}) for n in range(200)]
+        for run_id in run_ids:
+            assert pusher.end(run_id)["status"] in ("completed", "failed"), said[run_id]
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "text/plain", "image/png", ""])
