@@ -5941,8 +5941,7 @@ def test_an_outcome_that_cannot_be_read_fails_the_run_as_a_workers_would(
 def test_a_strange_step_is_no_reason_to_wait_for_ever(pusher: Pusher, more: Any) -> None:
     """It fails the run, or the next push goes out as ever."""
     run = pusher.outcome(
-        lambda push: yielded(push, sleep_until(push.body, 1.0), step(push.body, "a", **more)),
-        DONE)
+        lambda push: yielded(push, sleep_until(push.body, 1.0), step(push.body, "a") | more), DONE)
     if run["status"] == "failed":
         assert run["error"]["code"] == "INVALID_REPORT"
     else:
