@@ -4968,8 +4968,8 @@ def next_hop(url: str, status: int, location: str) -> str:
     target = urljoin(url, location)
     if status not in (307, 308) or not location:
         raise PushFailed("ENDPOINT_REDIRECT", (
-            f"it answered {status} with the location {shown(location)[:200]!r}: only 307 and "
-            "308 keep method and body; register that address"))
+            f"it answered {status} with the location {shown(location)[:200]!r}: only "
+            "307 and 308 keep method and body; register that address"))
     if url.lower().startswith("https:") and not target.lower().startswith("https:"):
         raise PushFailed("ENDPOINT_REDIRECT", (
             f"it redirects to {shown(target)}, which is not encrypted: register the "
