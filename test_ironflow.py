@@ -23,9 +23,11 @@ import functools
 import gc
 import gzip
 import hashlib
+import hmac
 import http.client
 import http.server
 import inspect
+import io
 import json
 import math
 import os
@@ -50,6 +52,7 @@ import time
 import tomllib
 import urllib.parse
 import urllib.request
+import wsgiref.util
 from collections import Counter
 from collections.abc import (
     AsyncIterator,
@@ -59,13 +62,14 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Self, TypeVar, assert_type, cast
+from wsgiref.validate import validator
 
 import croniter
 import pytest
@@ -7985,6 +7989,619 @@ def test_without_a_file_every_secret_is_unknown(bench: Bench) -> None:
 @pytest.mark.parametrize("secrets", ["key", [7], [""], [None], {"key": "v"}])
 def test_secrets_are_declared_by_name(shared: RunningServer, secrets: Any) -> None:
     assert code(register(shared, secrets=secrets)) == INVALID
+
+
+# ======================================================================================
+# Push handlers
+# ======================================================================================
+# Posts as a server sends them, made by hand, to the three doors of one core.
+
+PUSH_KEY = "a key that both sides know"
+
+
+def a_push(function_id: str = "f", *steps: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The body of a post: `steps` are those that the server knows."""
+    event = {"id": "evt_1", "name": "order.placed", "data": {"n": 7}, "version": 1,
+             "timestamp": "2026-01-31T08:00:00.123Z"}
+    return {"run_id": "run_1", "function_id": function_id, "attempt": 1, "max_attempts": 3,
+            "on_exhausted": "fail", "event": event, "steps": list(steps)} | more
+
+
+def known(name: str, output: Any = None, **more: Any) -> dict[str, Any]:
+    """A step that the server knows of."""
+    return {"id": f"run_1:{name}:0", "name": name, "status": "completed", "output": output} | more
+
+
+def signature(body: bytes, key: str = PUSH_KEY, at: float | None = None) -> str:
+    """The value that suits all three public SDKs."""
+    instant = int(time.time() if at is None else at)
+
+    def sign(what: bytes) -> str:
+        return hmac.new(key.encode(), what, "sha256").hexdigest()
+
+    return f"sha256={sign(body)},t={instant},v1={sign(f'{instant}.'.encode() + body)}"
+
+
+def through_handle(functions: Sequence[Function], request: Any, **options: Any) -> Any:
+    return ironflow_client.handle(functions, **request, **options)
+
+
+def through_asgi(functions: Sequence[Function], request: Any, **options: Any) -> Any:
+    app = ironflow_client.serve(functions, **options)
+    return asyncio.run(asked_of_asgi(app, **request))
+
+
+async def asked_of_asgi(
+    app: Any, method: str, path: str, headers: dict[str, str], body: bytes, chunk: int = 7
+) -> Any:
+    """One request, in pieces; its client stays until it is answered."""
+    pieces = [body[at : at + chunk] for at in range(0, len(body), chunk)] or [b""]
+    answered = asyncio.Event()
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        if not pieces:
+            await answered.wait()
+            return {"type": "http.disconnect"}
+        piece = pieces.pop(0)
+        return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await app({"type": "http", "method": method, "path": path, "headers": lines}, receive, send)
+    start, end = said
+    assert (start["type"], end["type"]) == ("http.response.start", "http.response.body")
+    assert not end.get("more_body")
+    return start["status"], {k.decode(): v.decode() for k, v in start["headers"]}, end["body"]
+
+
+def through_wsgi(functions: Sequence[Function], request: Any, **options: Any) -> Any:
+    """As WSGI asks for: the standard library's validator stands in between."""
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": request["method"], "SCRIPT_NAME": "", "QUERY_STRING": "",
+        "PATH_INFO": request["path"], "CONTENT_LENGTH": str(len(request["body"])),
+        "wsgi.input": io.BytesIO(request["body"])}
+    for name, value in request["headers"].items():
+        environ["HTTP_" + name.upper().replace("-", "_")] = value
+    wsgiref.util.setup_testing_defaults(environ)
+    said: list[Any] = []
+    app: Any = validator(ironflow_client.serve_wsgi(functions, **options))
+    content = app(environ, lambda status, headers, why=None: said.append((status, headers)))
+    (status, headers), body = said[0], b"".join(content)
+    content.close()
+    return int(status.split()[0]), dict(headers), body
+
+
+PUSH_DOORS = pytest.mark.parametrize(
+    "through", [through_handle, through_asgi, through_wsgi],
+    ids=["handle", "asgi", "wsgi"])
+
+
+def post(
+    functions: Sequence[Function], body: Any, through: Any = through_handle,
+    headers: dict[str, str] | None = None, method: str = "POST", **options: Any
+) -> tuple[int, Any]:
+    """Status and JSON of the answer to a request, whose head is looked at as well."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, lines, answer = through(functions, {
+        "method": method, "path": "/any/where", "headers": headers or {}, "body": content,
+    }, **options)
+    head = {name.lower(): value for name, value in lines.items()}
+    assert head["content-type"] == "application/json"
+    assert head["content-length"] == str(len(answer))
+    return status, json.loads(answer)
+
+
+def outcome_of(handler: Function, *steps: Any, **more: Any) -> Any:
+    """What a post becomes, without the times of its steps."""
+    through = more.pop("through", through_handle)
+    status, said = post([handler], a_push("f", *steps, **more), through)
+    assert status == 200, said
+    for row in said["steps"]:
+        assert row.pop("started_at") <= row.pop("ended_at")
+        assert row.pop("duration_ms") >= 0
+    return said
+
+
+EITHER_KIND = pytest.mark.parametrize("kind", ["async", "plain"])
+
+
+@PUSH_DOORS
+@EITHER_KIND
+def test_a_push_runs_what_is_not_known_yet_and_answers_with_it(through: Any, kind: str) -> None:
+    called: list[str] = []
+    handler = both("""
+        async def handler(ctx):
+            first = await ctx.step.run("first", noting(called, "first", 1))
+            second = await ctx.step.run("second", noting(called, "second", (2,)))
+            run = ctx.run
+            return [first, second, ctx.event.data, ctx.event.timestamp.microsecond,
+                    [run.id, run.function_id, run.attempt, run.max_attempts, run.on_exhausted],
+                    ctx.secrets["bank"]]
+        """)(kind, called=called, noting=noting)
+    said = outcome_of(handler, known("first", "old"), through=through, attempt=2,
+                      secrets={"bank": "s3cret"})
+    assert said == {
+        "status": "completed",
+        "result": ["old", [2], {"n": 7}, 123000, ["run_1", "f", 2, 3, "fail"], "s3cret"],
+        "steps": [{"id": "run_1:second:0", "name": "second", "type": "invoke",
+                   "status": "completed", "output": [2]}]}
+    assert called == ["second"]
+
+
+@EITHER_KIND
+def test_a_push_that_waits_answers_with_all_that_it_waits_for(kind: str) -> None:
+    handler = both("""
+        async def handler(ctx):
+            await ctx.step.run("a", lambda: 1)
+            await ctx.step.parallel("g", [
+                lambda step: step.sleep_until("nap", "2030-01-01T00:00:00+01:00"),
+                lambda step: step.wait_for_event("yes", event="approved", match="n"),
+                lambda step: step.invoke("child", {"n": 1}, timeout="1m")])
+            await ctx.step.invoke_async("child")
+        """)(kind)
+    said = outcome_of(handler)
+    assert (said["status"], [row["name"] for row in said["steps"]]) == ("yielded", ["a"])
+    assert [said["yield"], *said["yields"]] == [
+        {"type": "sleep", "step_id": "run_1:g:0:nap:0", "step_name": "nap",
+         "until": "2029-12-31T23:00:00.000000Z"},
+        {"type": "wait_for_event", "step_id": "run_1:g:1:yes:0", "step_name": "yes",
+         "event_filter": {"event": "approved", "match": "n", "timeout": "604800000ms"}},
+        {"type": "invoke_function", "step_id": "run_1:g:2:child:0", "step_name": "child",
+         "function_id": "child", "input": {"n": 1}, "invoke_timeout_ms": 60000}]
+    event = {"id": "evt_2", "name": "approved", "data": 1, "timestamp": "2026-02-01T00:00:00Z"}
+    done = [known("a"), known("g:0:nap"), known("g:1:yes", event), known("g:2:child", [1])]
+    last = outcome_of(handler, *done)
+    assert last["yield"] == {"type": "invoke_function_async", "step_id": "run_1:child:0",
+                             "step_name": "child", "function_id": "child", "input": None}
+    assert (last["yields"], last["steps"]) == ([], [])
+    over = outcome_of(handler, *done, known("child", {"run_id": "run_2"}))
+    assert over == {"status": "completed", "result": None, "steps": []}
+
+
+@PUSH_DOORS
+@EITHER_KIND
+def test_a_push_that_fails_says_whether_to_try_again(through: Any, kind: str) -> None:
+    make = both("""
+        async def handler(ctx):
+            await ctx.step.run("a", lambda: 1)
+            ctx.step.compensate("a", lambda: None)
+            await ctx.step.run("b", fail) if inside else fail()
+        """)
+
+    def told(error: Exception, inside: bool = False, **more: Any) -> Any:
+        def fail() -> None:
+            raise error
+
+        said = outcome_of(make(kind, fail=fail, inside=inside), through=through, **more)
+        assert said["status"] == "failed"
+        return said["error"], [(row["name"], row["status"]) for row in said["steps"]]
+
+    done, undone = ("a", "completed"), [("compensate:", "completed"), ("compensate:a", "completed")]
+    message = {"message": "no", "retryable": True}
+    assert told(OSError("no")) == (message | {"code": "ERROR"}, [done])
+    later = message | {"code": "RETRY_AFTER", "retry_after_ms": 1500}
+    assert told(RetryAfterError("no", 1.5)) == (later, [done])
+    assert told(OSError("no"), inside=True) == (
+        message | {"code": "STEP_FAILED"}, [done, ("b", "failed")])
+    for error, attempt in ((NonRetryableError("no", "ERROR"), 1), (OSError("no"), 3)):
+        assert told(error, attempt=attempt) == (
+            message | {"code": "ERROR", "retryable": attempt == 3}, [done, *undone])
+
+
+@EITHER_KIND
+def test_a_push_brings_what_became_of_children(kind: str) -> None:
+    handler = both("""
+        async def handler(ctx):
+            try:
+                await ctx.step.invoke(ctx.event.data)
+            except InvokeError as error:
+                return [error.code, error.function_id, error.cause, error.run_id]
+        """)(kind)
+
+    def told(status: str, error: Any = None) -> Any:
+        more = {} if error is None else {"error": error}
+        event = a_push()["event"] | {"data": "x"}
+        return outcome_of(handler, known("x", status=status, **more), event=event)["result"]
+
+    child = {"function_id": "c", "child_run_id": "run_c", "cause": "boom"}
+    cancelled = child | {"status": "cancelled"}
+    assert told("failed", json.dumps(child)) == ["INVOKE_FAILED", "c", "boom", "run_c"]
+    assert told("failed", json.dumps(cancelled)) == ["INVOKE_CANCELLED", "c", "boom", "run_c"]
+    assert told("failed", "no JSON") == ["INVOKE_FAILED", "x", "no JSON", None]
+    assert told("timed_out", json.dumps(child)) == ["INVOKE_TIMEOUT", "c", "boom", "run_c"]
+    assert told("timed_out") == ["INVOKE_TIMEOUT", "x", "", None]
+    handler = both("""
+        async def handler(ctx):
+            await ctx.step.invoke("x")
+        """)(kind)
+    error = outcome_of(handler, known("x", status="failed", error=json.dumps(child)))["error"]
+    assert (error["code"], error["retryable"]) == ("INVOKE_FAILED", False)
+
+
+@EITHER_KIND
+def test_a_push_handlers_steps_have_their_timeouts(kind: str) -> None:
+    handler = both("""
+        async def handler(ctx):
+            try:
+                await ctx.step.run("slow", hang)
+            except StepTimeoutError as error:
+                return error.code
+        """, step_timeout="10ms")(kind, hang=partial(asyncio.sleep, 3600))
+    said = outcome_of(handler)
+    assert (said["result"], [row["status"] for row in said["steps"]]) == (
+        "STEP_TIMEOUT", ["failed"])
+
+
+@PUSH_DOORS
+@EITHER_KIND
+def test_a_push_handler_publishes_once(common: RunningServer, through: Any, kind: str) -> None:
+    topic = f"by_push.{through.__name__}.{kind}"
+    handler = both("""
+        async def handler(ctx):
+            return (await ctx.step.publish(topic, {"open": True})).sequence
+        """)(kind, topic=topic)
+    run_id = topic.replace(".", "_")
+    for _ in range(2):
+        status, said = post([handler], a_push(run_id=run_id), through, server_url=common.url)
+        (row,) = said["steps"]
+        assert (status, row["output"]["sequence"]) == (200, said["result"])
+    assert Client(common.url).topic_stats(topic).message_count == 1
+
+
+def test_async_handlers_share_the_apps_loop_and_plain_ones_do_not_hold_it() -> None:
+    free = threading.Event()
+
+    @function(id="plain")
+    def plain_one(ctx: Any) -> bool:
+        return free.wait(DEADLINE_S)
+
+    @function(id="async")
+    async def async_one(ctx: Any) -> int:
+        free.set()
+        return id(asyncio.get_running_loop())
+
+    app = ironflow_client.serve([plain_one, async_one])
+
+    async def ask(function_id: str) -> Any:
+        body = json.dumps(a_push(function_id)).encode()
+        return json.loads((await asked_of_asgi(app, "POST", "/", {}, body))[2])["result"]
+
+    async def both_at_once() -> Any:
+        said = await asyncio.gather(ask("plain"), ask("async"))
+        return [*said, id(asyncio.get_running_loop())]
+
+    waited, theirs, ours = asyncio.run(both_at_once())
+    assert waited is True and theirs == ours
+
+
+def test_handle_may_be_called_where_a_loop_runs() -> None:
+    async def inside() -> Any:
+        return outcome_of(asynchronous([]), known("first", 1), known("a while"))
+
+    assert asyncio.run(inside())["result"] == [1, {"n": 2}, {"n": 7}]
+
+
+def ended_by(status: int, code: str, answer: tuple[int, Any]) -> str:
+    """The sentence of a refusal."""
+    assert answer[0] == status and set(answer[1]) == {"error"}, answer
+    assert set(answer[1]["error"]) == {"code", "message"}
+    assert answer[1]["error"]["code"] == code
+    message: str = answer[1]["error"]["message"]
+    return message
+
+
+@function(id="f")
+async def never_called(ctx: Any) -> None:
+    raise AssertionError("it was called")
+
+
+NO_RUNS: list[tuple[Any, str]] = [
+    ([], "not an object"), (7, "not an object"), ({}, "run_id"),
+    (a_push(run_id=""), "run_id"), (a_push(run_id=7), "run_id"), (a_push(""), "function_id"),
+    (a_push(attempt=True), "attempt"), (a_push(attempt=0), "attempt"),
+    (a_push(attempt="1"), "attempt"), (a_push(event=None), "event"), (a_push(event={}), "event"),
+    (a_push(event={"id": "e", "name": "n", "timestamp": "2026-01-31T08:00:00Z"}), "data"),
+    (a_push(event=a_push()["event"] | {"timestamp": "yesterday"}), "timestamp"),
+    (a_push(steps={}), "steps"), (a_push(steps=None), "steps"), (a_push("f", known("a") | {
+        "status": None}), "replace"),
+    (a_push(steps=[{"name": "a", "status": "completed"}]), "id"),
+    (a_push(steps=["a"]), "str"), (a_push(secrets=["a"]), "sequence"),
+]
+
+
+@pytest.mark.parametrize(("body", "words"), NO_RUNS)
+def test_what_is_no_run_is_refused_with_what_is_wrong(body: Any, words: str) -> None:
+    assert words in ended_by(400, "VALIDATION_ERROR", post([never_called], body))
+
+
+@PUSH_DOORS
+def test_other_requests_are_refused_with_a_sentence(through: Any) -> None:
+    def refused(status: int, code: str, body: Any, **more: Any) -> str:
+        return ended_by(status, code, post([never_called], body, through, **more))
+
+    for method in ("GET", "HEAD", "PUT", "OPTIONS"):
+        assert method in refused(405, "METHOD_NOT_ALLOWED", b"", method=method)
+    for body in (b"", b"{", b"\xff{}", json.dumps(a_push()).encode()[:-1]):
+        assert "JSON" in refused(400, "INVALID_JSON", body)
+    assert "'g'" in refused(404, "FUNCTION_NOT_FOUND", a_push("g"))
+    unsigned = refused(401, "SIGNATURE_MISSING", a_push(), signing_key=PUSH_KEY)
+    assert "IRONFLOW_SIGNING_KEY" in unsigned
+
+
+@pytest.mark.parametrize("through", [through_handle, through_wsgi])
+def test_a_body_that_is_too_large_is_refused_unread(through: Any) -> None:
+    body = bytes(ironflow_client.MAX_PUSH + 1)
+    assert "bytes" in ended_by(413, "BODY_TOO_LARGE", post([never_called], body, through))
+
+
+def test_an_asgi_app_stops_reading_a_body_that_does_not_end() -> None:
+    app, asked = ironflow_client.serve([never_called]), 0
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        nonlocal asked
+        asked += 1
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    asyncio.run(app({"type": "http", "method": "POST", "headers": []}, receive, send))
+    assert (said[0]["status"], asked) == (413, 66)  # the last one: is the client still there?
+
+
+def test_a_mistake_of_ours_is_a_500_that_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    @function(id="f")
+    def broken(ctx: Any) -> None: ...
+
+    del broken.is_async
+    assert "log" in ended_by(500, "INTERNAL_ERROR", post([broken], a_push()))
+    assert "is_async" in caplog.text
+
+
+def ping() -> Function:
+    @function(id="f")
+    def answer_it(ctx: Any) -> str:
+        return "pong"
+
+    return answer_it
+
+
+@PUSH_DOORS
+@pytest.mark.parametrize("name", ["X-Ironflow-Signature", "x-ironflow-signature"])
+def test_what_the_server_signed_is_answered(through: Any, name: str) -> None:
+    body = json.dumps(a_push()).encode()
+    bare = signature(body).partition(",")[2]
+    wrong = "v1=" + "0" * 64
+    for value in (signature(body), bare, f"{wrong},{bare},{wrong}", bare.replace(",", " , "),
+                  signature(body, at=time.time() - 290), signature(body, at=time.time() + 290)):
+        status, said = post([ping()], body, through, {name: value}, signing_key=PUSH_KEY)
+        assert (status, said.get("result")) == (200, "pong"), said
+
+
+@PUSH_DOORS
+def test_what_is_signed_otherwise_is_refused(through: Any) -> None:
+    body = json.dumps(a_push()).encode()
+    old, new = (signature(body, at=time.time() + off) for off in (-310, 310))
+    for value in (old, new):
+        late = post([never_called], body, through, {"X-Ironflow-Signature": value},
+                    signing_key=PUSH_KEY)
+        assert "300 s" in ended_by(401, "SIGNATURE_INVALID", late)
+    v1 = signature(body).rpartition("=")[2]
+    untimed = hmac.new(PUSH_KEY.encode(), b"." + body, "sha256").hexdigest()
+    for value in (signature(body, "another key"), signature(body + b" "), f"t=1,v1={v1}",
+                  f"t=soon,v1={v1}", f"v1={untimed}", "v1", "v1=\xe9"):
+        other = post([never_called], body, through, {"X-Ironflow-Signature": value},
+                     signing_key=PUSH_KEY)
+        assert "same key" in ended_by(401, "SIGNATURE_INVALID", other)
+    for value in ("", "t=1", "sha256=" + hmac.new(
+            PUSH_KEY.encode(), body, "sha256").hexdigest()):
+        none = post([never_called], body, through, {"X-Ironflow-Signature": value},
+                    signing_key=PUSH_KEY)
+        ended_by(401, "SIGNATURE_MISSING", none)
+
+
+def test_the_key_is_the_argument_or_that_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = json.dumps(a_push())
+    request: dict[str, Any] = {"method": "post", "body": text, "headers": {
+        "X-IRONFLOW-SIGNATURE": signature(text.encode())}}
+    monkeypatch.setenv("IRONFLOW_SIGNING_KEY", "another")
+    assert ironflow_client.handle([ping()], **request, signing_key=PUSH_KEY)[0] == 200
+    assert ironflow_client.handle([ping()], **request)[0] == 401
+    monkeypatch.setenv("IRONFLOW_SIGNING_KEY", PUSH_KEY)
+    assert ironflow_client.handle([ping()], **request)[0] == 200
+    with pytest.raises(ValueError, match="signing_key"):  # a variable that was forgotten
+        ironflow_client.handle([ping()], **request, signing_key="")
+
+
+def test_a_door_refuses_functions_that_are_none_or_for_workers_alone() -> None:
+    @function(id="f", mode="pull")
+    def pulled(ctx: Any) -> None: ...
+
+    for door in (ironflow_client.serve, ironflow_client.serve_wsgi):
+        for functions in ([], [pulled], [ping(), ping()]):
+            with pytest.raises(ValueError, match="functions"):
+                door(functions)
+        with pytest.raises(TypeError, match="@function"):
+            door([print])  # type: ignore[list-item]
+
+
+def test_an_asgi_app_answers_its_lifespan_and_no_websocket() -> None:
+    app, said = ironflow_client.serve([ping()]), list[Any]()
+    words = ["lifespan.startup", "lifespan.shutdown"]
+
+    async def receive() -> Any:
+        return {"type": words[len(said)]}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    asyncio.run(app({"type": "lifespan"}, receive, send))
+    assert said == [{"type": f"{word}.complete"} for word in words]
+    with pytest.raises(ValueError, match="websocket"):
+        asyncio.run(app({"type": "websocket"}, receive, send))
+
+
+@EITHER_KIND
+def test_a_client_that_hangs_up_ends_the_handler(kind: str) -> None:
+    """It is cancelled; a plain one ends at its next step. Nothing is undone, and nobody
+    is answered."""
+    begun, left, gone = threading.Event(), threading.Event(), threading.Event()
+    done: list[str] = []
+
+    async def work(ctx: Any) -> None:
+        ctx.step.compensate("a", noting(done, "undone", None))
+        begun.set()
+        try:
+            await asyncio.sleep(DEADLINE_S)
+        finally:
+            left.set()
+
+    def plain_work(ctx: Any) -> None:
+        ctx.step.compensate("a", noting(done, "undone", None))
+        begun.set()
+        gone.wait(DEADLINE_S)
+        try:
+            ctx.step.run("more", noting(done, "more", None))
+        finally:
+            left.set()
+
+    app = ironflow_client.serve([function(id="f")(work if kind == "async" else plain_work)])
+    messages = [{"type": "http.request", "body": json.dumps(a_push()).encode()}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await asyncio.to_thread(begun.wait, DEADLINE_S)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        done.append("answered")
+
+    asyncio.run(app({"type": "http", "method": "POST", "headers": []}, receive, send))
+    gone.set()
+    assert left.wait(DEADLINE_S) and done == []
+
+
+def test_a_client_that_hangs_up_in_its_request_is_not_answered() -> None:
+    app, said = ironflow_client.serve([never_called]), []
+    messages = [{"type": "http.disconnect"},
+                {"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> Any:
+        return messages.pop()
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    asyncio.run(app({"type": "http", "method": "POST", "headers": []}, receive, send))
+    assert said == []
+
+
+def test_a_wsgi_app_reads_a_body_in_chunks_whose_end_its_gateway_knows() -> None:
+    body = json.dumps(a_push()).encode()
+    app = ironflow_client.serve_wsgi([ping()])
+
+    def ask(**more: Any) -> str:
+        said: list[str] = []
+        app({"REQUEST_METHOD": "POST", "wsgi.input": io.BytesIO(body), **more},
+            lambda status, headers: said.append(status))
+        return said[0]
+
+    assert ask(**{"wsgi.input_terminated": True}) == "200 OK"
+    assert ask() == ask(CONTENT_LENGTH="-1") == "400 Bad Request"  # it may never end
+
+
+def test_a_circuit_breaker_is_registered_as_the_server_spells_it() -> None:
+    def registered(**breaker: Any) -> Any:
+        made = function(id="f", circuit_breaker=breaker)(lambda ctx: None)
+        return made.registration["circuitBreaker"]
+
+    assert registered(failure_threshold=3, open_duration="1.5s", max_open_duration="1h") == {
+        "failureThreshold": 3, "openDurationMs": 1500, "maxOpenDurationMs": 3_600_000}
+    for breaker, words in (({"failure_threshold": 0}, "number from 1"),
+                           ({"failure_threshold": 1.5}, "whole"), ({"limit": 1}, "none of"),
+                           ({"open_duration": 0}, "1 ms or more")):
+        with pytest.raises(ValueError, match=words):
+            registered(**breaker)
+
+
+def with_checkpoints(
+    handler: Callable[[Any], None], send: Callable[[Any, str], Future[Any]]
+) -> Any:
+    """An execution whose timer is the test: nobody else calls `_flush_in_time`."""
+    job = a_push() | {"job_id": "j", "execution_seq": 1, "lease_token": "t", "completed_steps": []}
+    execution = ironflow_client.Execution(ironflow_client.Job(job), send, None, 3600)
+
+    def play() -> None:
+        functions = {"f": function(id="f")(handler)}
+        asyncio.run(execution.play(functions, asyncio.Semaphore(1)))
+
+    return execution, play
+
+
+def reported(text: str) -> tuple[str, list[str]]:
+    update = json.loads(text)
+    return update["status"], [row["name"] for row in update["steps"]]
+
+
+YES = ironflow_client.Reply(200)
+
+
+def test_a_run_ends_after_the_checkpoint_that_its_timer_is_about_to_send() -> None:
+    taken, ended, sent = threading.Event(), threading.Event(), list[Any]()
+
+    def send(execution: Any, text: str) -> Future[Any]:
+        if reported(text)[0] == "progress":
+            taken.set()
+            ended.wait(0.2)  # an end that does not wait for this would come before it
+        else:
+            ended.set()
+        sent.append(reported(text))
+        answer: Future[Any] = Future()
+        answer.set_result(YES)
+        return answer
+
+    def handler(ctx: Any) -> None:
+        ctx.step.run("a", lambda: 1)
+        threading.Thread(target=execution._flush_in_time).start()
+        assert taken.wait(DEADLINE_S)
+
+    execution, play = with_checkpoints(handler, send)
+    play()
+    assert sent == [("progress", ["a"]), ("completed", [])]
+
+
+def test_a_timer_sends_nothing_once_its_run_is_about_to_end() -> None:
+    sent: list[Any] = []
+    first: Future[Any] = Future()
+
+    def send(execution: Any, text: str) -> Future[Any]:
+        sent.append(reported(text))
+        if len(sent) == 1:
+            return first
+        answer: Future[Any] = Future()
+        answer.set_result(YES)
+        return answer
+
+    def handler(ctx: Any) -> None:
+        ctx.step.run("a", lambda: 1)
+        execution._flush_in_time()
+        ctx.step.run("b", lambda: 1)
+
+    execution, play = with_checkpoints(handler, send)
+    with ThreadPoolExecutor(1) as pool:
+        playing = pool.submit(play)  # its end waits for the answer to the first
+        eventually(lambda: execution._settling)
+        execution._flush_in_time()
+        first.set_result(YES)
+        playing.result(DEADLINE_S)
+    assert sent == [("progress", ["a"]), ("completed", ["b"])]
 
 
 # ======================================================================================
