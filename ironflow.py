@@ -11,7 +11,8 @@
 
 An *event* comes in by HTTP and is on disk before the caller hears yes. Each *function*
 whose *trigger* matches gets a *run*: steps that are done once, whose results are kept,
-so that a crash resumes and does not repeat. A *worker* pulls runs by long polling.
+so that a crash resumes and does not repeat. A *worker* pulls runs by long polling, or
+the server *pushes* them to an HTTP endpoint.
 
 The life of one event, and who carries it:
 
@@ -30,12 +31,12 @@ The life of one event, and who carries it:
 What holds, always: whatever was acknowledged survives kill -9 and power loss; a step
 recorded as completed never runs again; what happens, happens in one transaction.
 
-What is not here yet: push endpoints, live subscriptions, pausing and patching of runs.
-Each is refused with a sentence, never ignored.
+What is not here yet: live subscriptions, pausing and patching of runs. Each is refused
+with a sentence, never ignored.
 
 The file reads from top to bottom: words and laws (2 to 5), the way in (6), the engine
-(7), the disk (8), the way out (10), the server (12), its command line (13). The missing
-numbers belong to chapters that are still to come.
+(7), the disk (8), the ways out (10, 11), the server (12), its command line (13). The
+missing number belongs to a chapter that is still to come.
 """
 
 # ======================================================================================
@@ -50,6 +51,7 @@ import contextlib
 import heapq
 import hmac
 import http.client
+import ipaddress
 import json
 import logging
 import math
@@ -70,18 +72,23 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from errno import EADDRINUSE
-from functools import lru_cache, partial
+from fnmatch import fnmatchcase
+from functools import cached_property, lru_cache, partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
-from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlencode, urljoin, urlsplit
 from weakref import WeakValueDictionary
 
 try:
+    import aiohttp
     from aiohttp import web
+    from aiohttp.abc import AbstractResolver
     from aiohttp.http import HttpProcessingError
+    from yarl import URL
 except ModuleNotFoundError as missing:
     if missing.name != "aiohttp" or __name__ != "__main__":
         raise
@@ -235,6 +242,12 @@ class Function:
         """Its registration: what it asks of its runs, as the wire has it."""
         return registration(self.config)
 
+    @property
+    def endpoint(self) -> str:
+        """Where its runs are pushed to while no worker carries it; empty: nowhere."""
+        pushed = "PUSH" in self.asks.get("preferredMode", "")
+        return str(self.asks.get("endpointUrl", "")) if pushed else ""
+
 @lru_cache(maxsize=512)
 def registration(config: Json) -> dict[str, Any]:
     return dict(json.loads(config))
@@ -359,6 +372,25 @@ class Timer:
     first_at: Instant | None = None  # of a debounce
 
 @dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where runs are pushed to, while requests to it fail: its circuit breaker.
+
+    Closed while `open_s` is 0; open until an instant; then half open: one run goes to
+    see. What was sent up to `since` says nothing of it any more.
+    """
+
+    url: str
+    failures: int = 0  # in a row
+    open_s: float = 0.0
+    open_until: Instant | None = None
+    since: Instant = 0.0
+
+    @property
+    def state(self) -> str:
+        half = "half_open" if self.open_s else "closed"
+        return half if self.open_until is None else "open"
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a worker says of a leased run; `status` as on the wire."""
     status: Literal["ack", "progress", "completed", "failed", "yielded"]
@@ -389,6 +421,7 @@ class Job:
     event: Event
     steps: list[Step]  # those that a replay finds done
     next_sequence: int
+    function: Function | None = None  # as it is registered now
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
 @dataclass(frozen=True, slots=True)
@@ -853,6 +886,23 @@ def queued(run: Run, now: float) -> Run:
     held = run.held if run.status == "running" or run.held is None else 1
     return replace(run, status="waiting_for_capacity", due_at=now, held=held)
 
+BREAKER = {"failureThreshold": 5, "openDurationMs": 60_000,
+           "maxOpenDurationMs": 600_000}
+
+def struck(endpoint: Endpoint, breaker: dict[str, int], sent_at: float, now: float
+           ) -> Endpoint:
+    """An endpoint that a request did not reach: too many in a row open its breaker, a
+    failed probe for twice as long. What was sent before it opened changes nothing."""
+    bounds, open_s = BREAKER | breaker, endpoint.open_s
+    if open_s and sent_at <= endpoint.since:
+        return endpoint
+    failures = endpoint.failures + 1
+    if not open_s and failures < bounds["failureThreshold"]:
+        return replace(endpoint, failures=failures)
+    open_s = min(2 * open_s or bounds["openDurationMs"] / 1000,
+                 bounds["maxOpenDurationMs"] / 1000)
+    return Endpoint(endpoint.url, failures, open_s, now + open_s, now)
+
 def cancelled(run: Run, reason: str, now: float) -> Run:
     """Over, from any live status; the fence moves, so that its holder hears of it."""
     message = "the run was cancelled" + (f": {reason}" if reason else "")
@@ -1008,10 +1058,10 @@ def next_tick(expression: str, after: float) -> float:
 # ======================================================================================
 # HTTP: read, ask, answer. A handler turns JSON into the words of chapter 2, asks the
 # journal, and turns what it hears into JSON; the wire's spellings live here and in
-# chapter 10 alone. What every request has in common (who may ask, how errors look,
-# CORS) is in `Api.gate`, once. Below it is aiohttp's low-level server, which hands us
-# every request; a table of doors replaces its router and saves a sixth of the time.
-# Facts of the wire: the public SDKs, Python 0.53 and JS 0.29.
+# chapters 10 and 11 alone. What every request has in common (who may ask, how errors
+# look, CORS) is in `Api.gate`, once. Below it is aiohttp's low-level server, which
+# hands us every request; a table of doors replaces its router and saves a sixth of the
+# time. Facts of the wire: the public SDKs, Python 0.53 and JS 0.29.
 
 CONNECT = "/ironflow.v1."
 PUBLIC_PATHS = frozenset({
@@ -1162,6 +1212,7 @@ class Api:
     """What the handlers need, and the gate that they all stand behind."""
     journal: Journal
     desk: PullDesk
+    pushes: PushDesk
     guard: Guard
     limits: Limits
     environment: str
@@ -1614,15 +1665,20 @@ async def get_topic_stats(api: Api, request: web.BaseRequest) -> web.Response:
 
 # --- Functions and workers ------------------------------------------------------------
 
-NOT_YET = ("circuitBreaker", "endpointUrl")
-
 async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/RegisterFunction: an upsert; the same again changes nothing."""
-    new = read_function(Fields(await api.read_json(request)))
-    function, created = await api.journal.write(register_function, new)
-    warnings = [f"function {function.function_id!r} asks for the secret {name!r}, which"
-                " the server does not have: its runs wait until --secrets-file has it"
+    body = Fields(await api.read_json(request))
+    if endpoint := body.text("endpointUrl"):
+        body.judge("endpointUrl", lambda: api.pushes.reach.check(endpoint))
+    function, created = await api.journal.write(register_function, read_function(body))
+    where = f"function {function.function_id!r}"
+    warnings = [f"{where} asks for the secret {name!r}, which the server does not have:"
+                " its runs wait until --secrets-file has it"
                 for name in api.desk.offers.secrets.missing(function)]
+    if function.endpoint and not api.pushes.signing_key:
+        warnings.append(f"{where}: requests to its endpoint are not signed, anybody "
+                        "could send the like: start the server, and the endpoint, with "
+                        "IRONFLOW_SIGNING_KEY")
     for warning in warnings:
         log.warning("%s", warning)
     return answer(join({
@@ -1632,7 +1688,6 @@ async def post_function(api: Api, request: web.BaseRequest) -> web.Response:
 def read_function(body: Fields) -> NewFunction:
     """A registration under any SDK's spelling. Nothing is silently ignored."""
     function_id = check_function_id(body.text("id"))
-    refuse_not_yet(body, NOT_YET, f"function {function_id!r}: ")
     triggers = [read_trigger(item, function_id) for item in body.objects("triggers")]
     retry = read_retry(body.inner("retry"))
     config = {
@@ -1653,13 +1708,18 @@ def read_bounds(body: Fields) -> dict[str, Any]:
     """What a function asks of its runs beside retries; what is unset is left out."""
     found: dict[str, Any] = {}
     for name, needed, more in (("concurrency", "limit", ""), (
-            "throttle", "limit periodMs", ""), ("debounce", "periodMs", "maxWaitMs")):
+            "throttle", "limit periodMs", ""), ("debounce", "periodMs", "maxWaitMs"), (
+            "circuitBreaker", "", " ".join(BREAKER))):
         if is_empty((said := body.inner(name)).all):
             continue
         numbers = {each: said.whole(each, high=MAX_INT32)
                    for each in f"{needed} {more}".split()}
         if not all(map(numbers.get, needed.split())):
             raise InvalidInput(f"{name}: send {needed.replace(' ', ' and ')}, from 1")
+        for least, most in ("periodMs", "maxWaitMs"), (
+                "openDurationMs", "maxOpenDurationMs"):
+            if 0 < numbers.get(most, 0) < numbers[least]:
+                raise InvalidInput(f"{name}: {most} is less than {least}: send more")
         members = numbers | {"key": read_path(said, "key")}
         found[name] = {each: value for each, value in members.items() if value}
     cancel_on = [{"event": check_trigger(item.text("event")),
@@ -1672,7 +1732,8 @@ def read_bounds(body: Fields) -> dict[str, Any]:
     if not all(isinstance(name, str) and name for name in secrets):
         raise InvalidInput("secrets: send a list of names")
     others = {"actorKey": read_path(body, "actorKey"), "cancelOn": cancel_on,
-              "secrets": list(dict.fromkeys(secrets))}
+              "secrets": list(dict.fromkeys(secrets)),
+              "endpointUrl": body.text("endpointUrl")}
     return found | {name: value for name, value in others.items() if value}
 
 def read_path(body: Fields, name: str) -> str:
@@ -1682,12 +1743,6 @@ def read_path(body: Fields, name: str) -> str:
         raise InvalidInput(f"{body.where}{name} is {path[:80]!r}: send a path into the "
                            "event's data, such as customer.id")
     return path
-
-def refuse_not_yet(body: Fields, names: Iterable[str], where: str) -> None:
-    for name in names:
-        if not is_empty(body.get(name)):
-            raise InvalidInput(f"{where}{name} is not supported by this server yet: "
-                               "leave it out")
 
 def read_trigger(item: Fields, function_id: str) -> Trigger:
     """What starts a function: an event or a cron expression, perhaps both.
@@ -1722,12 +1777,14 @@ def read_retry(body: Fields) -> Retry:
     return retry
 
 def read_mode(body: Fields) -> str:
-    """Push without an endpoint is what Go sends for all: a worker may take it."""
+    """An endpoint without a mode means push. Push without an endpoint is what Go sends
+    for all: a worker may take it."""
     mode = body.get("preferredMode", "mode")
     word = read_enum(mode, "execution_mode")
     if not word and not is_empty(mode) and "unspecified" not in str(mode).lower():
         raise InvalidInput(f"preferredMode is {str(mode)[:40]!r}: send pull or push")
-    return f"EXECUTION_MODE_{(word or 'pull').upper()}"
+    word = word or ("push" if body.text("endpointUrl") else "pull")
+    return f"EXECUTION_MODE_{word.upper()}"
 
 ENUMS = {  # the words that stand for 1, 2, 3 ... in the SDKs' messages
     "execution_mode": ["push", "pull"],
@@ -1797,13 +1854,21 @@ async def functions_to_wire(api: Api, request: web.BaseRequest,
         return [function_to_connect(each, next_run.get(each.function_id))
                 for each in functions]
     workers = await api.journal.read(Queries.connected_workers)
+    endpoints = await api.journal.read(Queries.endpoints)
     carried = Counter(f for worker in workers for f in json.loads(worker.function_ids))
     rows = [function_to_rest(each) | {
         "workers": carried[each.function_id],
+        "breaker": breaker(endpoints.get(each.endpoint, Endpoint(each.endpoint))),
         "next_run": next_run.get(each.function_id),
         "missing_secrets": api.desk.offers.secrets.missing(each) or None}
         for each in functions]
     return [join(as_texts(row)) for row in rows]
+
+def breaker(endpoint: Endpoint) -> dict[str, Any] | None:
+    until = endpoint.open_until
+    about = {"state": endpoint.state, "failures": endpoint.failures}
+    about |= {"open_until": to_rfc3339(until)} if until else {}
+    return about if endpoint.url else None
 
 def function_to_rest(function: Function) -> dict[str, Any]:
     """The union of the two published row shapes (docs, JS 0.29)."""
@@ -1817,8 +1882,8 @@ def function_to_rest(function: Function) -> dict[str, Any]:
         "retry_delay_ms": retry.initial_delay_ms, "retry_backoff": retry.backoff_factor,
         "timeout_ms": config["timeoutMs"], "metadata": config["metadata"],
         **{snake(name): config[name] for name in (
-            "concurrency", "throttle", "debounce", "cancelOn", "actorKey", "secrets")
-           if name in config},
+            "concurrency", "throttle", "debounce", "cancelOn", "actorKey", "secrets",
+            "endpointUrl", "circuitBreaker") if name in config},
         "version": function.version, "created_at": to_rfc3339(function.created_at),
         "updated_at": to_rfc3339(function.updated_at),
     }
@@ -1848,18 +1913,22 @@ async def asked(api: Api, request: web.BaseRequest) -> Fields:
 
 async def get_run(api: Api, request: web.BaseRequest) -> web.Response:
     run_id = (await asked(api, request)).text("runId", "id")
-    return answer(run_to_wire(request, *await api.journal.read(run_and_input, run_id)))
+    return answer(run_to_wire(request, *await api.journal.read(run_and_more, run_id)))
 
 async def cancel(api: Api, request: web.BaseRequest) -> web.Response:
     """CancelRun {id, reason}, POST /api/v1/runs/{id}/cancel; the run as it is then."""
     asks = await asked(api, request)
     run_id = asks.text("runId", "id")
     await api.journal.write(cancel_run, run_id, asks.text("reason"))
-    return answer(run_to_wire(request, *await api.journal.read(run_and_input, run_id)))
+    return answer(run_to_wire(request, *await api.journal.read(run_and_more, run_id)))
 
-def run_and_input(journal: Queries, run_id: str) -> tuple[Run, Json]:
+def run_and_more(journal: Queries, run_id: str) -> tuple[Run, Json, str]:
+    """A run, its input, and the way by which it goes out."""
     run = known(journal, Run, run_id)
-    return run, journal.input_of(run)
+    function = journal.find(Function, function_id=run.function_id)
+    pushed = ("://" in run.worker_id if run.worker_id else
+              function is not None and function.endpoint)
+    return run, journal.input_of(run), "push" if pushed else "pull"
 
 async def list_runs(api: Api, request: web.BaseRequest) -> web.Response:
     """ListRuns, GET /api/v1/runs: newest first, 50 a page; the cursor is a run's id."""
@@ -1884,16 +1953,17 @@ def answer_list(request: web.BaseRequest, what: str, rows: list[Json],
         return answer(join(in_camel(found)))
     return answer(join(found | {"count": str(len(rows))}))
 
-def run_to_wire(request: web.BaseRequest, run: Run, data: Json) -> Json:
+def run_to_wire(request: web.BaseRequest, run: Run, data: Json, mode: str) -> Json:
     """A run in the caller's shape: REST in snake_case, Connect in camelCase."""
     found = members(run, "id=run_id function_id event_id event_name worker_id status"
                          " attempt output error function_version created_at updated_at"
                          " started_at ended_at max_attempts=policy.max_attempts"
                          " actor_id parent_run_id parent_step_id")
-    found |= {"input": data, "execution_mode": '"pull"'}
+    found |= {"input": data, "execution_mode": f'"{mode}"'}
     if not is_connect(request):
         return join(found)
-    return to_connect(request, run, found | {"execution_mode": '"EXECUTION_MODE_PULL"'})
+    found["execution_mode"] = f'"EXECUTION_MODE_{mode.upper()}"'
+    return to_connect(request, run, found)
 
 def to_connect(request: web.BaseRequest, run: Run, found: dict[str, Json | None]
                ) -> Json:
@@ -2181,6 +2251,7 @@ def register_function(tx: Transaction, new: NewFunction,
     known = (old.status, old.version + 1, old.created_at) if old else ("active", 1, now)
     function = Function(new.function_id, new.config, new.retry, *known, updated_at=now)
     tx.save_function(function)
+    tx.forget_endpoints()
     tx.set_triggers(new.function_id, new.triggers)
     ticks = [Timer("tick", new.function_id, each.cron, each.event,
                    next_tick(each.cron, now)) for each in new.triggers if each.cron]
@@ -2214,6 +2285,7 @@ def delete_function(tx: Transaction, function_id: str, now: float) -> None:
     """It starts no more runs; those that exist go on, if a worker still carries it."""
     function = known(tx, Function, function_id)
     tx.delete_function(function_id)
+    tx.forget_endpoints()
     stand_in_line(tx, function_id)
     say_of_function(tx, "deleted", function, now)
 
@@ -2224,6 +2296,7 @@ def register_worker(tx: Transaction, worker: Worker, now: float) -> None:
         return
     if old is not None and old.function_ids != worker.function_ids:
         leave_actors(tx, old.worker_id, now)
+        tx.touched.update(json.loads(old.function_ids))
     tx.save(worker)
     if old is None or not old.connected:
         tx.append("worker", "connected", worker.worker_id, {"status": "connected"}, now)
@@ -2234,6 +2307,7 @@ def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) ->
     if worker.connected != connected:
         tx.save(replace(worker, connected=int(connected)))
         leave_actors(tx, worker_id, now)
+        tx.touched.update(json.loads(worker.function_ids))  # which may have an endpoint
         verb = "connected" if connected else "disconnected"
         tx.append("worker", verb, worker_id, {"status": verb}, now)
 
@@ -2243,15 +2317,16 @@ def leave_actors(tx: Transaction, worker_id: str, now: float) -> None:
         tx.touched.update(json.loads(known(tx, Worker, worker_id).function_ids))
 
 # --- Offers: who would take work now --------------------------------------------------
-# Nothing polls the database. A held poll is an offer, and as the last act of each batch
-# the writer leases what is due to the offers: an event reaches a waiting worker in the
-# commit that records it. Between the loop (which makes and withdraws offers) and the
-# writer (which takes them) stands one lock; a poll that times out and the batch that
-# would serve it cannot both win.
+# Nothing polls the database. A held poll is an offer, and so is a free push slot: as
+# the last act of each batch the writer leases what is due to the offers. So an event
+# reaches a waiting worker, or an endpoint, by the commit that records it. Between the
+# loop (which makes and withdraws offers) and the writer (which takes them) stands one
+# lock; a poll that times out and the batch that would serve it cannot both win.
 
 @dataclass(slots=True, eq=False)
 class Offer:
-    """Room for up to `slots` runs at one worker, made by a held poll.
+    """Room for up to `slots` runs at one worker, made by a held poll; or for one at the
+    endpoint `url`, made by `Offers.slot`.
 
     `answer` is called once, on the event loop, after the commit that leased the jobs,
     with the jobs or with an error. A withdrawn offer is never answered. `acked` says
@@ -2262,6 +2337,7 @@ class Offer:
     slots: int
     answer: Callable[[list[Job] | IronflowError], None]
     acked: bool = False
+    url: str = ""
     which: str = "done"  # steps: JS and Go would read a failed call as a success
     functions: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
@@ -2269,10 +2345,18 @@ class Offer:
     state: Literal["open", "taken", "over"] = "open"
 
 class Offers:
-    """All that stand, by function, oldest first. The writer alone looks at those."""
+    """All that stand, by function, oldest first. The writer alone looks at those.
 
-    def __init__(self, limits: Limits, secrets: Secrets | None = None) -> None:
+    `push` gets each run that was leased to one of the `push_slots`, after the commit.
+    """
+
+    def __init__(self, limits: Limits, secrets: Secrets | None = None,
+                 push_slots: int = 0,
+                 push: Callable[[Any], None] = lambda got: None) -> None:
         self._limits, self.secrets = limits, secrets or Secrets()
+        self.push_slots, self._push = push_slots, push
+        self._pushing: Counter[str] = Counter()  # requests under way, by endpoint
+        self._left: set[str] = set()  # functions that were left without a slot
         self._lock = threading.Lock()
         self._fresh: list[Offer] = []  # made since the last batch
         self._taken: list[Offer] = []  # by the batch that is not committed yet
@@ -2297,6 +2381,34 @@ class Offers:
                 self._taken.append(offer)
             return offer.state == "taken"
 
+    def open_slots(self, count: int) -> None:
+        self.push_slots, self.look_anew = count, True
+
+    def free_slots(self) -> int:
+        return max(0, self.push_slots - self._pushing.total())
+
+    def slot(self, url: str, function_id: str) -> Offer | None:
+        """Room for one more request to an endpoint; else none, until `freed`.
+
+        The last tenth is for endpoints that have few: a slow one may not take all.
+        """
+        with self._lock:
+            free = self.free_slots()
+            if not free or self._pushing[url] > 9 * free:
+                self._left.add(function_id)
+                return None
+            self._pushing[url] += 1
+            offer = Offer(shown(url), 1, self._push, acked=True, url=url,
+                          which="told", state="taken")
+            self._taken.append(offer)
+            return offer
+
+    def freed(self, url: str) -> None:
+        """A request to an endpoint is over."""
+        with self._lock:
+            self._pushing[url] -= 1
+            self._pushing += Counter()  # forgets those that have none
+
     def hand_out(self, tx: Transaction, now: float) -> None:
         """Lease due runs of the functions this batch touched, and to the new offers."""
         with self._lock:
@@ -2314,10 +2426,14 @@ class Offers:
             for function_id in offer.functions:
                 self._standing[function_id] = [*self.standing(function_id), offer]
             tx.touched.update(offer.functions)
+        pushed = tx.endpoints_of_functions() if self.push_slots else {}
         if self.look_anew:
             self.look_anew = False
-            tx.touched.update(self._standing)
-        wanted = [f for f in tx.touched if self._standing.get(f)]
+            tx.touched.update(self._standing, pushed)
+        if self._left and self.free_slots():
+            tx.touched |= self._left
+            self._left.clear()
+        wanted = [f for f in tx.touched if f in pushed or self._standing.get(f)]
         while wanted and lease_to_offers(tx, self, wanted, self._limits, now):
             pass  # some went to workers of their own: perhaps there is room for others
 
@@ -2348,6 +2464,9 @@ class Offers:
         self.look_anew = True
         void, self._taken = self._taken, []
         for offer in void:
+            if offer.url:
+                self.freed(offer.url)
+                continue
             offer.jobs, offer.error, offer.state = [], None, "open"
             self.add(offer)
 
@@ -2357,32 +2476,110 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
 
     Returns whether it leased some and left others out.
     """
-    some, others = False, False
-    room, due, secrets = offers.room(functions), [], dict[str, dict[str, str]]()
+    some, others, due = False, False, []
+    room, asked = offers.room(functions), dict[str, tuple[Any, str, dict[str, str]]]()
     for function_id in functions:
         function = tx.find(Function, function_id=function_id)
         names = function.asks.get("secrets", []) if function else []
-        secrets[function_id] = offers.secrets.of(names)
-        if len(secrets[function_id]) == len(names):  # else its runs wait for the file
-            workers = [offer.worker_id for offer in offers.standing(function_id)]
-            due.append(tx.due_runs(function_id, workers, room))
+        secrets, url = offers.secrets.of(names), where_to_push(tx, function)
+        asked[function_id] = function, url, secrets
+        workers = [offer.worker_id for offer in offers.standing(function_id)]
+        most = offers.free_slots() + 1 if url else room  # one more, to be left in sight
+        if len(secrets) == len(names) and (url or workers):  # else they wait for these
+            due.append(tx.due_runs(function_id, workers, most))
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
-        bound_to = tx.worker_of_actor(run)
-        if (offer := offers.best_for(run.function_id, bound_to)) is None:
-            others = True
+        function, url, secrets = asked[run.function_id]
+        bound_to = None if url else tx.worker_of_actor(run)
+        offer = (slot_at(tx, offers, url, run.function_id, now) if url else
+                 offers.best_for(run.function_id, bound_to))
+        if offer is None:
+            others |= not url
             continue
         some = True
         hold_s = limits.lease_s if offer.acked else limits.reservation_s
-        held = leased(run, offer.worker_id, tx.ids.token(), hold_s, offer.acked, now)
-        become(tx, run, held, now)
-        if run.actor_id is not None and bound_to is None:
+        held = become(tx, run, leased(
+            run, offer.worker_id, tx.ids.token(), math.inf if url else hold_s,
+            offer.acked, now), now)
+        if run.actor_id is not None and bound_to is None and not url:
             tx.bind_actor(held)
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
-        offer.jobs.append(Job(
-            held, event, tx.steps(run.run_id, offer.which),
-            tx.next_sequence(run.run_id), secrets[run.function_id]))
+        offer.jobs.append(Job(held, event, tx.steps(run.run_id, offer.which),
+                              tx.next_sequence(run.run_id), function, secrets))
     return some and others
+
+# --- Pushes ---------------------------------------------------------------------------
+# A run that is pushed has no lease that ends: its holder is this process, which knows
+# when the request is over; and after a crash of its own, that all of them are.
+
+def shown(url: str) -> str:
+    """A URL for people; what stands in its query may be a secret."""
+    return url.partition("?")[0]
+
+def where_to_push(tx: Transaction, function: Function | None) -> str:
+    """The endpoint that may take runs of a function now: no worker carries it, and the
+    breaker is not open."""
+    if function is None or not function.endpoint or tx.carries(function.function_id):
+        return ""
+    endpoint = tx.find(Endpoint, url=function.endpoint)
+    return "" if endpoint and endpoint.open_until else function.endpoint
+
+def slot_at(tx: Transaction, offers: Offers, url: str, function_id: str, now: float
+            ) -> Offer | None:
+    """Room for a run at an endpoint. Of one that is half open, for one run; should that
+    not be heard of, for one more after the same time."""
+    endpoint = tx.find(Endpoint, url=url) or Endpoint(url)
+    offer = None if endpoint.open_until else offers.slot(url, function_id)
+    if offer is not None and endpoint.open_s:
+        tx.save(replace(endpoint, open_until=now + endpoint.open_s))
+    return offer
+
+def push_ended(tx: Transaction, job: Job, said: Report | None, reached: bool,
+               limits: Limits, now: float) -> None:
+    """What came of a push, for its run and for the breaker of its endpoint.
+
+    `said` is the endpoint's outcome; or if that was not `reached`, why: that spends no
+    attempt while the breaker is open. A run that ended meanwhile is left alone; without
+    a word (nobody wants it any more) there is but a free slot.
+    """
+    if said is None or job.function is None:
+        return
+    endpoint = tx.find(Endpoint, url=job.function.endpoint)
+    if reached and endpoint is not None:
+        tx.delete_endpoint(endpoint.url)
+        if endpoint.open_s:
+            say_of_endpoint(tx, "closed", endpoint.url, {}, now)
+    elif not reached and tx.functions_at(job.function.endpoint):
+        old = endpoint or Endpoint(job.function.endpoint)
+        breaker = job.function.asks.get("circuitBreaker", {})
+        new = struck(old, breaker, job.run.updated_at, now)
+        tx.save(new)
+        if new.since != old.since:
+            say_of_endpoint(tx, "opened", new.url, {
+                "failures": new.failures, "error": said.error["message"],
+                "openUntil": to_rfc3339(now + new.open_s)}, now)
+    run = tx.find(Run, run_id=job.run.run_id)
+    if run is None or (run.fence, run.status) != (job.run.fence, "running"):
+        return
+    if reached or endpoint is None or not endpoint.open_s:
+        report(tx, run.job_id, said, limits, now)
+    else:
+        error = {name: said.error[name] for name in ("message", "code")}
+        become(tx, run, queued(replace(unleased(run), error=dumps(error)), now), now)
+
+def say_of_endpoint(tx: Transaction, what: str, url: str, change: dict[str, Any],
+                    now: float) -> None:
+    """Its breaker opened or closed: the functions behind it are told."""
+    for function_id in tx.functions_at(url):
+        tx.touched.add(function_id)
+        about = {"id": function_id, "endpointUrl": shown(url)} | change
+        tx.append("function", f"breaker_{what}", function_id, about, now)
+
+def resume_pushes(tx: Transaction, limits: Limits, now: float) -> float:
+    """At start, before the first slot: what was under way when this server died."""
+    for run in tx.pushed_runs():
+        become(tx, run, queued(unleased(run), now), now)
+    return tx.next_instant()
 
 # --- Reports --------------------------------------------------------------------------
 
@@ -2565,7 +2762,7 @@ def child_ended(tx: Transaction, child: Run, now: float) -> None:
     if child.status == "completed":
         end_step(tx, step, "completed", now, output=child.output)
     else:
-        cause = json.loads(child.error or "{}").get("message", child.status)
+        cause = json.loads(child.error or "{}").get("message") or child.status
         invoke_failed(tx, step, child.status, cause, now)
     wake(tx, parent, now)
 
@@ -2687,6 +2884,9 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
             strike(tx, timer, emitted, now)
     for function_id, kind, value in tx.free_gates(now):
         hand_on(tx, function_id, [(kind, value)])
+    for endpoint in tx.overdue_endpoints(now):
+        tx.save(replace(endpoint, open_until=None))
+        tx.touched.update(tx.functions_at(endpoint.url))
     return tx.next_instant()
 
 def strike(tx: Transaction, timer: Timer, emitted: set[tuple[str, str]], now: float
@@ -2963,7 +3163,17 @@ ALTER TABLE new_trigger RENAME TO function_trigger;
 CREATE INDEX function_trigger_wild ON function_trigger (wild) WHERE wild = 1;
 CREATE INDEX function_trigger_of ON function_trigger (function_id);
 """
-MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE]  # [n] takes a journal from version n to n + 1
+PUSH = """
+-- Endpoints that requests did not reach, and their circuit breakers.
+CREATE TABLE endpoint (
+  url       TEXT PRIMARY KEY,
+  failures  INTEGER NOT NULL,        -- in a row
+  open_s    REAL NOT NULL,           -- 0: closed
+  open_until REAL,                   -- unset while open_s is set: half open
+  since     REAL NOT NULL            -- when it was opened, or again
+) STRICT;
+"""
+MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE, PUSH]  # [n]: from version n to n + 1
 APPLICATION_ID = 0x49524F4E  # "IRON", so that `file` and we know our own
 
 BATCH_RULES, BATCH_BYTES = 500, 8 * MIB
@@ -3041,6 +3251,10 @@ class Queries:
     def functions(self) -> list[Function]:
         return self._rows(Function, "function ORDER BY function_id")
 
+    def endpoints(self) -> dict[str, Endpoint]:
+        """Those that requests did not reach, by URL."""
+        return {each.url: each for each in self._rows(Endpoint, "endpoint")}
+
     def connected_workers(self) -> list[Worker]:
         return self._rows(Worker, "worker WHERE connected = 1 ORDER BY registered_at")
 
@@ -3099,9 +3313,10 @@ class Queries:
              GROUP BY name ORDER BY name
             """, with_ids(wanted, "evt")).fetchall()
 
-    def runs(self, wanted: dict[str, Any], look: Look) -> Page[tuple[Run, Json]]:
-        """Runs that match what is wanted, each with its input: any of event_id, status,
-        function_id, statuses (with commas between them), since, until, search."""
+    def runs(self, wanted: dict[str, Any], look: Look) -> Page[tuple[Run, Json, str]]:
+        """Runs that match what is wanted, each as in `run_and_more`: any of event_id,
+        status, function_id, statuses (with commas between them), since, until,
+        search."""
         tests = {
             "event_id": "event_seq = (SELECT seq FROM journal"
                         " WHERE event_id = :event_id)",
@@ -3114,9 +3329,9 @@ class Queries:
             "search": "instr(run_id || ' ' || function_id || ' ' || event_name,"
                       " :search)"}
 
-        def fetch(run_id: str) -> tuple[tuple[Run, Json], int]:
-            run, data = run_and_input(self, run_id)
-            return (run, data), len(data) + len(run.output or "")
+        def fetch(run_id: str) -> tuple[tuple[Run, Json, str], int]:
+            run, data, mode = run_and_more(self, run_id)
+            return (run, data, mode), len(data) + len(run.output or "")
 
         return self._look(look, "run WHERE 1", "run_id", by_index, by_row,
                           with_ids(wanted, "run"), fetch)
@@ -3246,6 +3461,8 @@ class Transaction(Queries):
         super().__init__(db)
         self.ids = ids
         self._triggered: dict[str, list[tuple[Function, set[str]]]] = {}
+        self._pushed: dict[str, str] | None = None
+        self._carried: set[str] | None = None
         self._heard: dict[str, set[str]] | None = None  # by event, the tests of waits
         self._gather()
 
@@ -3266,7 +3483,7 @@ class Transaction(Queries):
     def forget(self) -> None:
         """After a rollback: what was remembered may have been read from lost rows."""
         self._triggered.clear()
-        self._heard = None
+        self._pushed = self._carried = self._heard = None
         self._gather()
 
     @property
@@ -3299,7 +3516,7 @@ class Transaction(Queries):
             self.flush()
         return super().find(row, **key)
 
-    def save(self, row: Function | Worker | Step | Timer) -> None:
+    def save(self, row: Function | Worker | Step | Timer | Endpoint) -> None:
         """A new row, or the same one later; the name and type of a step stay."""
         kind: Any = type(row)
         kept = key = column_names(kind)[0]
@@ -3309,6 +3526,10 @@ class Transaction(Queries):
             kept, key = "event", "kind, function_id, key, event"
             self.alarm = min(self.alarm, row.due_at)
             self.flush()  # the event that it refers to
+        elif isinstance(row, Endpoint):
+            self.alarm = min(self.alarm, row.open_until or math.inf)
+        elif isinstance(row, Worker):
+            self._carried = None
         changes = columns(kind, "{0} = excluded.{0}", kept)
         sql = insert(kind.__name__.lower(), column_names(kind))
         self._db.execute(f"{sql} ON CONFLICT ({key}) DO UPDATE SET {changes}",
@@ -3344,6 +3565,10 @@ class Transaction(Queries):
 
     def save_function(self, function: Function) -> None:
         self._triggered.clear()
+        self.endpoints_of_functions().pop(function.function_id, None)
+        if function.endpoint:
+            self.endpoints_of_functions()[function.function_id] = function.endpoint
+            self.touched.add(function.function_id)  # its runs have somewhere to go now
         self.save(function)
 
     def set_triggers(self, function_id: str, triggers: Iterable[Trigger]) -> None:
@@ -3374,6 +3599,7 @@ class Transaction(Queries):
 
     def delete_function(self, function_id: str) -> None:
         self._triggered.clear()
+        self.endpoints_of_functions().pop(function_id, None)
         self.set_triggers(function_id, ())
         for table in ("timer", "actor", "function"):
             self._db.execute(f"DELETE FROM {table} WHERE function_id = ?",
@@ -3402,6 +3628,43 @@ class Transaction(Queries):
             self._triggered.clear()
         self._triggered[name] = list(found.values())
         return self._triggered[name]
+
+    # --- who takes runs: workers that carry a function, or its endpoint
+
+    def carries(self, function_id: str) -> bool:
+        """Whether a connected worker carries a function."""
+        if self._carried is None:
+            self._carried = set[str]().union(*[
+                json.loads(worker.function_ids) for worker in self.connected_workers()])
+        return function_id in self._carried
+
+    def endpoints_of_functions(self) -> dict[str, str]:
+        """Of the functions that have an endpoint, its URL."""
+        if self._pushed is None:
+            self._pushed = {function.function_id: function.endpoint
+                            for function in self.functions() if function.endpoint}
+        return self._pushed
+
+    def functions_at(self, url: str) -> list[str]:
+        found = self.endpoints_of_functions().items()
+        return [function_id for function_id, endpoint in found if endpoint == url]
+
+    def pushed_runs(self) -> list[Run]:
+        """Those whose request was under way, their lease being without an end."""
+        return self._rows(Run, "run INDEXED BY run_lease"
+                               " WHERE status = 'running' AND lease_until = 9e999")
+
+    def overdue_endpoints(self, now: float) -> list[Endpoint]:
+        return self._rows(Endpoint, "endpoint WHERE open_until <= :now", now=now)
+
+    def delete_endpoint(self, url: str) -> None:
+        self._db.execute("DELETE FROM endpoint WHERE url = ?", (url,))
+
+    def forget_endpoints(self) -> None:
+        """Those that no function has any more."""
+        for url in self.endpoints():
+            if not self.functions_at(url):
+                self.delete_endpoint(url)
 
     def run_ids_of(self, event_seq: int) -> list[str]:
         if self._new_runs:
@@ -3434,7 +3697,8 @@ class Transaction(Queries):
 
     def renew_leases(self, until: float, acked: bool) -> None:
         self._db.execute("UPDATE run SET lease_until = :until"
-                         " WHERE status = 'running' AND acked = :acked",
+                         " WHERE status = 'running' AND acked = :acked"
+                         " AND lease_until < 9e999",
                          {"until": until, "acked": acked})
 
     def due_runs(self, function_id: str, workers: list[str], limit: int) -> list[Run]:
@@ -3603,7 +3867,8 @@ class Transaction(Queries):
         """When the next lease ends or the next sleeper is due; infinity for never."""
         return min(self._value(sql) or math.inf for sql in [
             "SELECT min(due_at) FROM timer",
-            "SELECT min(due_at) FROM place WHERE state = 'passed'", *[
+            "SELECT min(due_at) FROM place WHERE state = 'passed'",
+            "SELECT min(open_until) FROM endpoint", *[
                 f"SELECT min({instant}) FROM run INDEXED BY {index}"
                 f" WHERE status = '{status}' AND {instant} IS NOT NULL"
                 for status, (index, instant) in self.TIMERS.items()]])
@@ -4315,10 +4580,13 @@ async def put_update(api: Api, request: web.BaseRequest) -> web.Response:
     return answer('{"status":"ok"}')
 
 async def take_report(api: Api, job_id: str, said: Report, size: int) -> None:
-    if any(wish.kind == "wait_for_event" for wish in said.yields):
-        run_id, _ = run_and_fence(job_id)
-        said = await api.journal.read(look_back, run_id, said)
+    said = await looked_back(api.journal, run_and_fence(job_id)[0], said)
     await api.journal.write(report, job_id, said, api.limits, size=size)
+
+async def looked_back(journal: Journal, run_id: str, said: Report) -> Report:
+    if any(wish.kind == "wait_for_event" for wish in said.yields):
+        return await journal.read(look_back, run_id, said)
+    return said
 
 def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
     """What to make of a final report that cannot be kept: the run fails, and says why.
@@ -4331,7 +4599,7 @@ def last_word(job_id: str, status: Any, wrong: IronflowError) -> Report:
         raise wrong
     log.warning("the report on %s cannot be kept: %s", job_id, wrong.message)
     return Report("failed", fence, None, error={
-        "message": f"the worker's report cannot be kept: {wrong.message}",
+        "message": f"the report cannot be kept: {wrong.message}",
         "code": "INVALID_REPORT"})
 
 def status_in(body: bytes, wrong: IronflowError) -> Any:
@@ -4379,7 +4647,7 @@ def read_report(body: Fields, status: str | None = None) -> Report:
     return Report(
         said, body.whole("executionSeq", default=-1), body.text("leaseToken"),
         list(map(read_step, steps)), body.whole("stepOffset"),
-        output=dumps(body.get("output")),
+        output=dumps(body.get("output", "result")),
         error=read_error(body.get("error")) if said == "failed" else {},
         yields=[] if said != "yielded" else list(map(
             read_yield, [body.inner("yield"), *body.objects("yields")])),
@@ -4449,6 +4717,402 @@ def step_name(step_id: str) -> str:
     return name.replace("\\:", ":").replace("\\\\", "\\")
 
 # ======================================================================================
+# 11. The way out: push
+# ======================================================================================
+# A run whose function has an endpoint goes out as a signed request, and the answer is
+# its report: what was done, and how it ended or what it waits for. Whatever happens
+# before such an answer was read is a failure of transport: tried again by the
+# function's policy, and counted by the endpoint's breaker.
+# Facts of the wire: the public SDKs, Python 0.53 and JS 0.29.
+
+PUSH_CONNECT_S = 10.0
+KEEP_S = 4.0  # an unused connection: Node and uvicorn close theirs after five
+REDIRECTS = 5
+KEPT_OF_ERRORS = 64 * KIB  # of the body of an answer other than 200
+HINTS = {401: "start both sides with the same IRONFLOW_SIGNING_KEY",
+         404: "is this where it is served, and is the function among those served?",
+         405: "is this where it is served?", 413: "raise its limit of bodies"}
+
+class PushFailed(Exception):
+    """A request that brought no outcome: a code, what happened, when to try again."""
+
+    def __init__(self, code: str, message: str, after_ms: float | None = None) -> None:
+        super().__init__(code, message)
+        self.after_ms = after_ms
+
+ENDPOINT = re.compile(r"(?=[!-~]{1,2048}$)https?://[^/?#@\\]+([/?][^#\\]*)?")
+# Link-local addresses are where clouds answer with the machine's own credentials; so
+# are these, which are not link-local. Multicast and 0.0.0.0 are nobody's.
+METADATA = {"fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"}
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Where the server may be made to post: anywhere but to link-local and metadata
+    addresses; and if hosts or networks are named, only there."""
+
+    hosts: tuple[str, ...] = ()
+    networks: tuple[Any, ...] = ()
+
+    @staticmethod
+    def read(patterns: Iterable[str]) -> Reach:
+        """Of host patterns and networks. Raises StartError."""
+        hosts, networks = [], []
+        for pattern in patterns:
+            try:
+                networks.append(ipaddress.ip_network(pattern.strip("[]"), strict=False))
+            except ValueError:
+                if not re.fullmatch(r"[A-Za-z0-9*.-]+", pattern):
+                    raise StartError(f"{pattern[:80]!r} is neither a host pattern, such"
+                                     " as *.example.com, nor a network") from None
+                hosts.append(pattern.lower())
+        return Reach(tuple(hosts), tuple(networks))
+
+    def check(self, url: str) -> None:
+        """Raises InvalidInput for what is no URL, or may not be posted to; of a name
+        its addresses are judged when there is a connection to be made."""
+        try:
+            parts = URL(url, encoded=True)
+            host = parts.raw_host if parts.port else None
+        except ValueError:
+            host = None
+        if not host or not ENDPOINT.fullmatch(url):
+            raise InvalidInput(
+                f"{url[:80]!r} is no URL to post to: send one such as "
+                "https://example.com/ironflow, up to 2,048 characters of ASCII, without"
+                " a user, a password or a fragment")
+        address = ""
+        with contextlib.suppress(ValueError):
+            address = str(ipaddress.ip_address(host))
+        if not self.permits(host, address):
+            raise InvalidInput(off_limits(host))
+
+    def permits(self, host: str, address: str) -> bool:
+        """Whether a connection may be made to a host's address ("": not known yet)."""
+        forms, name = forms_of(address), host.lower().rstrip(".")
+        if any(ip.is_link_local or ip.is_multicast or ip.is_unspecified
+               or str(ip) in METADATA for ip in forms):
+            return False
+        if any(fnmatchcase(name, pattern) for pattern in self.hosts):
+            return True
+        if not self.networks:
+            return not self.hosts
+        return not forms or any(ip in each for ip in forms for each in self.networks)
+
+def forms_of(address: str) -> list[Any]:
+    """An address, and the IPv4 address that it carries in one of three ways."""
+    ip = ipaddress.ip_address(address) if address else None
+    if not isinstance(ip, ipaddress.IPv6Address):
+        return [ip] if ip else []
+    nat64 = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None
+    return [form for form in (ip, ip.ipv4_mapped, ip.sixtofour, nat64) if form]
+
+def off_limits(where: str) -> str:
+    return (f"{where[:80]} is off limits: link-local and metadata addresses are, and "
+            "what --push-allow leaves out, if it is given")
+
+class Resolver(AbstractResolver):
+    """The addresses of a name, those that may be reached. In threads of its own: a name
+    server that does not answer holds up endpoints alone."""
+
+    def __init__(self, reach: Reach, getaddrinfo: Callable[..., Any]) -> None:
+        self._reach, self._getaddrinfo = reach, getaddrinfo
+        self._pool = ThreadPoolExecutor(8, thread_name_prefix="ironflow resolver")
+
+    async def resolve(self, host: str, port: int = 0,
+                      family: socket.AddressFamily = socket.AF_UNSPEC) -> list[Any]:
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._pool, partial(self._getaddrinfo, host, port, family,
+                                socket.SOCK_STREAM))
+        fine = [{"hostname": host, "host": where[0], "port": port, "family": kind,
+                 "proto": proto, "flags": socket.AI_NUMERICHOST}
+                for kind, _, proto, _, where in found
+                if self._reach.permits(host, where[0])]
+        if not fine:
+            address = found[0][4][0] if found else "no address"
+            raise PushFailed("ENDPOINT_REFUSED", off_limits(f"{host} ({address})"))
+        return fine
+
+    async def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+class Poster:
+    """HTTP to endpoints: one pool of connections, and nothing but what is permitted."""
+
+    def __init__(self, reach: Reach, limit: int, getaddrinfo: Callable[..., Any]
+                 ) -> None:
+        self._reach, self._limit, self._getaddrinfo = reach, limit, getaddrinfo
+        self._in_flight = 0  # bytes of answers in memory
+
+    @cached_property
+    def _session(self) -> aiohttp.ClientSession:
+        trace = aiohttp.TraceConfig()
+
+        async def note(session: Any, context: Any, params: Any) -> None:
+            context.trace_request_ctx.append("new")
+
+        trace.on_connection_create_start.append(note)
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=KEEP_S,
+                resolver=Resolver(self._reach, self._getaddrinfo)),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=PUSH_CONNECT_S),
+            headers={"User-Agent": f"ironflow/{__version__}"}, trace_configs=[trace],
+            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False)
+
+    async def close(self) -> None:
+        if "_session" in vars(self):
+            await self._session.close()
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]
+                   ) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of the answer. Raises PushFailed."""
+        for _ in range(REDIRECTS + 1):
+            try:
+                self._reach.check(url)
+                async with await self._send(url, body, headers) as reply:
+                    if not 300 <= reply.status < 400:
+                        return reply.status, reply.headers, await self._read(reply)
+                    url = next_hop(url, reply.status, reply.headers.get("Location", ""))
+            except InvalidInput as error:
+                raise PushFailed("ENDPOINT_REFUSED", error.message) from None
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                raise PushFailed("ENDPOINT_UNREACHABLE", in_words(error)) from error
+        raise PushFailed("ENDPOINT_REDIRECT", (
+            f"it was redirected more than {REDIRECTS} times: register its address"))
+
+    async def _send(self, url: str, body: bytes, headers: Mapping[str, str]
+                    ) -> aiohttp.ClientResponse:
+        """A kept connection may have been closed on the other side: then on another."""
+        while True:
+            made = list[str]()
+            try:
+                return await self._session.post(
+                    URL(url, encoded=True), data=body, headers=headers,
+                    allow_redirects=False, trace_request_ctx=made)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                if made:
+                    raise
+
+    async def _read(self, reply: aiohttp.ClientResponse) -> bytes:
+        """Its body, within the limits; of an error only the beginning."""
+        if (coding := reply.headers.get("Content-Encoding", "identity")) != "identity":
+            raise PushFailed("ENDPOINT_ANSWER", (
+                f"its answer comes as {coding[:40]!r}, which was not asked for: send "
+                "it as it is"))
+        parts, size = list[bytes](), 0
+        try:
+            async for part in reply.content.iter_any():
+                size, self._in_flight = size + len(part), self._in_flight + len(part)
+                parts.append(part)
+                if reply.status != 200 and size > KEPT_OF_ERRORS:
+                    break
+                if size > self._limit:
+                    raise PushFailed("ENDPOINT_TOO_LARGE", (
+                        f"its answer is larger than the limit of {self._limit} bytes: "
+                        "send less, or start the server with a larger "
+                        "--max-body-bytes"))
+                if self._in_flight > BODIES_IN_FLIGHT:
+                    raise PushFailed("ENDPOINT_TOO_LARGE",
+                                     "too many large answers came at once")
+        finally:
+            self._in_flight -= size
+        return b"".join(parts)
+
+def next_hop(url: str, status: int, location: str) -> str:
+    """Where a redirect leads. Raises PushFailed for one that is not followed."""
+    target = urljoin(url, location)
+    if status not in (307, 308) or not location:
+        raise PushFailed("ENDPOINT_REDIRECT", (
+            f"it answered {status} with the location {location[:200]!r}: only 307 and "
+            "308 keep method and body; register that address"))
+    if url.startswith("https:") and not target.startswith("https:"):
+        raise PushFailed("ENDPOINT_REDIRECT", (
+            f"it redirects to {shown(target)}, which is not encrypted: register the "
+            "https address that it means, often only with another slash at its end"))
+    return target
+
+def in_words(error: Exception) -> str:
+    """Why there was no answer."""
+    if isinstance(error, aiohttp.ClientSSLError):
+        why = getattr(error, "os_error", None) or getattr(
+            error, "certificate_error", error)
+        return f"TLS failed ({why}): is its certificate right, is it https at all?"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        why = error.os_error.strerror or error.os_error
+        return f"no connection ({why}): is it running, is the address right?"
+    if isinstance(error, aiohttp.ServerTimeoutError):
+        return (f"no connection within {PUSH_CONNECT_S:g} s: is it running, does a "
+                "firewall stand between?")
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError
+                  | aiohttp.ClientOSError):
+        return "the connection broke before its answer was whole: see its log"
+    return f"what it sent is no HTTP ({str(error)[:200]}): is the address right?"
+
+class PushDesk:
+    """The requests under way: a task for each, from the lease to the commit."""
+
+    def __init__(self, journal: Journal, offers: Offers, limits: Limits, clock: Clock,
+                 reach: Reach, post: Callable[..., Awaitable[tuple[int, Any, bytes]]],
+                 timeout_s: float, signing_key: str) -> None:
+        self._journal, self._offers, self._limits = journal, offers, limits
+        self._clock, self.reach, self._post = clock, reach, post
+        self._timeout_s, self.signing_key = timeout_s, signing_key
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, jobs: list[Job]) -> None:
+        """Push a job that was leased to a slot."""
+        for job in jobs:
+            ended = self._journal.end_of(job.run.run_id)
+            task = asyncio.create_task(self._carry(job, ended))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Send no more; what is not answered soon goes out again at the next start."""
+        self._offers.push_slots = 0
+        tasks = set(self._tasks)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=STOP_S)
+            await asyncio.gather(*map(end_task, late))
+
+    async def _carry(self, job: Job, ended: Future) -> None:
+        """Ask, until there is an answer or the run is over; then write the answer down,
+        however long the disk refuses."""
+        asking = asyncio.create_task(self._ask(job))
+        try:
+            await asyncio.wait({asking, ended}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await end_task(asking)
+            self._offers.freed(job.function.endpoint if job.function else "")
+        said, reached, size = ((None, False, 0) if asking.cancelled()
+                               else asking.result())
+        while True:
+            try:
+                if said is not None:
+                    said = await looked_back(self._journal, job.run.run_id, said)
+                return await self._journal.write(push_ended, job, said, reached,
+                                                 self._limits, size=size)
+            except (DiskFull, Unavailable):  # the log has it already
+                await asyncio.sleep(RETRY_S)
+
+    async def _ask(self, job: Job) -> tuple[Report, bool, int]:
+        """What the endpoint says; whether it was reached; the size of that."""
+        assert job.function is not None
+        url, run = job.function.endpoint, job.run
+        limit_s = job.function.asks["timeoutMs"] / 1000 or self._timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                large = size_of(job.event) + sum(
+                    len(step.output or "") for step in job.steps) > PARSED_IN_THREAD
+                body = await asyncio.to_thread(push_body, job) if large else (
+                    push_body(job))
+                status, headers, answer = await self._post(url, body, {
+                    "Content-Type": "application/json", "Accept-Encoding": "identity",
+                    "X-Ironflow-Run-ID": run.run_id,
+                    "X-Ironflow-Attempt": str(run.attempt),
+                    "Idempotency-Key": f"{run.run_id}:{run.fence}",
+                    **self._signature(body)})
+            if status != 200:
+                raise status_failure(status, headers, answer)
+            return await read_outcome(answer, run), True, len(answer)
+        except TimeoutError:
+            why = PushFailed("ENDPOINT_TIMEOUT", (
+                f"no whole answer within {limit_s:g} s: answer sooner, or register a "
+                "longer timeoutMs (without one, --push-timeout counts)"))
+        except PushFailed as failed:
+            why = failed
+        except Exception:
+            log.exception("push of %s to %s", run.run_id, shown(url))
+            why = PushFailed("ENDPOINT_FAILED", "internal error: see the server's log")
+        code, message = why.args
+        told = {"code": code, "message": f"POST {shown(url)}: {message}",
+                 "retryable": True, "retry_after_ms": why.after_ms}
+        return Report("failed", run.fence, run.lease_token, error=told), False, KIB
+
+    def _signature(self, body: bytes) -> dict[str, str]:
+        """One value that all SDKs take: JS reads the first part, Python and Go the
+        others (JS 0.29, Python 0.53)."""
+        if not self.signing_key:
+            return {}
+        key, at = self.signing_key.encode(), str(int(self._clock.wall()))
+        whole, dated = (hmac.digest(key, text, "sha256").hex()
+                        for text in (body, f"{at}.".encode() + body))
+        return {"X-Ironflow-Signature": f"sha256={whole},t={at},v1={dated}"}
+
+def push_body(job: Job) -> bytes:
+    """A job as endpoints read it: absent, never null (JS 0.29, Python 0.53)."""
+    return as_javascript(join(members(
+        job.run, "run_id function_id attempt max_attempts=policy.max_attempts"
+        " on_exhausted=policy.on_exhausted") | {
+            "event": join(members(job.event, EVENT)),
+            "steps": listed(map(step_to_push, job.steps)),
+            "secrets": dumps(job.secrets) if job.secrets else None})).encode()
+
+def step_to_push(step: Step) -> Json:
+    found = members(step, "id=step_id name status") | {"output": step.output or "null"}
+    if step.error is not None:  # of a failed call: JSON in a string
+        about = json.loads(step.error)
+        cause = {name: about[name] for name in ("function_id", "child_run_id", "cause")}
+        found["error"] = dumps(dumps(cause))
+    return join(found)
+
+UNLIKE_JAVASCRIPT = re.compile(r'[\[:,]-?[0-9]+[.eE]|[{,]"[0-9]{1,10}":')
+
+def as_javascript(text: Json) -> Json:
+    """JSON as JavaScript would write it again: some of its endpoints check a signature
+    against that. Integers beyond 2^53 stay whole, though JavaScript would round them.
+    """
+    return rewritten(json.loads(text)) if UNLIKE_JAVASCRIPT.search(text) else text
+
+def rewritten(value: Any) -> Json:
+    if isinstance(value, list):
+        return listed(map(rewritten, value))
+    if isinstance(value, dict):  # array indexes come first, in their order
+        names = sorted(value, key=lambda name: (
+            int(name) if re.fullmatch("0|[1-9][0-9]{0,9}", name)
+            and int(name) < 2**32 - 1 else 2**32))
+        return join({dumps(name)[1:-1]: rewritten(value[name]) for name in names})
+    if isinstance(value, float):
+        size = abs(value)
+        if size == 0 or 1e-6 <= size < 1e21:
+            return re.sub(r"\.0$", "", f"{Decimal(repr(value or 0)):f}")
+        return re.sub("e([+-])0*", r"e\1", repr(value))
+    return dumps(value)
+
+async def read_outcome(answer: bytes, run: Run) -> Report:
+    """How an endpoint says that an execution ended; one that cannot be kept fails the
+    run, as a worker's would. Raises PushFailed."""
+    try:
+        value = (parse_json(answer) if len(answer) <= PARSED_IN_THREAD
+                 else await asyncio.to_thread(parse_json, answer))
+        said = read_report(Fields(value, "answer"))
+        if said.status in ("ack", "progress"):
+            raise InvalidInput(f"answer.status is {said.status!r}")
+    except InvalidInput as wrong:
+        try:
+            said = last_word(run.job_id, status_in(answer, wrong), wrong)
+        except InvalidInput:
+            raise PushFailed("ENDPOINT_ANSWER", (
+                f"its answer is no outcome ({wrong.message}): answer 200 with an object"
+                " whose status is completed, yielded or failed")) from None
+    return replace(said, fence=run.fence, lease_token=run.lease_token)
+
+def status_failure(status: int, headers: Mapping[str, str], answer: bytes
+                   ) -> PushFailed:
+    """What an answer other than 200 says: its own code and message, if it has them."""
+    code, message = "ENDPOINT_STATUS", ""
+    with contextlib.suppress(InvalidInput):
+        error = Fields(parse_json(answer)).inner("error")
+        message, word = error.text("message")[:KEPT_OF_ERRORS], error.text("code")
+        code = word if re.fullmatch("[A-Z][A-Z0-9_]{0,79}", word) else code
+    message = message or answer[:200].decode(errors="replace").strip()
+    said = f"it answered {status}" + (f": {message}" if message else "")
+    after = headers.get("Retry-After", "") if status in (429, 503) else ""
+    after_ms = float(after) * 1000 if re.fullmatch("[0-9]{1,9}", after) else None
+    return PushFailed(code, f"{said}; {HINTS.get(status, 'see its log')}", after_ms)
+
+# ======================================================================================
 # 12. The server
 # ======================================================================================
 # Everything put together, and nothing decided. What starts last stops first: the doors
@@ -4501,9 +5165,7 @@ class Secrets:
                           about.st_ctime_ns)
             if seen == self._seen:
                 return
-            if os.name == "posix" and about.st_mode & 0o077:
-                raise StartError(f"{path} can be read by others: chmod 600 {path}")
-            text = path.read_text()
+            text = private_text(path)
             if text.lstrip().startswith("{"):
                 found = Fields(parse_json(text.encode())).all
             else:
@@ -4520,11 +5182,17 @@ class Secrets:
                              "NAME=VALUE") from None
         self._values, self.readings = dict(found), self.readings + 1
 
+def private_text(path: Path) -> str:
+    """What a file says that nobody else may read. Raises OSError, StartError."""
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        raise StartError(f"{path} can be read by others: chmod 600 {path}")
+    return path.read_text()
+
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
 
-    def __init__(self, desk: PullDesk) -> None:
-        self._desk, self._clock = desk, desk.clock
+    def __init__(self, desk: PullDesk, push_slots: int) -> None:
+        self._desk, self._clock, self._push_slots = desk, desk.clock, push_slots
         self._next_at = math.inf
         self._rung = asyncio.Event()
 
@@ -4538,6 +5206,8 @@ class Timekeeper:
         """Until cancelled. An error here ends the server: nothing would ever be due."""
         clock, secrets = self._clock, self._desk.offers.secrets
         readings = secrets.readings
+        await self._turn(resume_pushes)
+        self._desk.offers.open_slots(self._push_slots)
         await self._turn(keep_leases)
         wall, steady = clock.wall(), clock.steady()
         while True:
@@ -4606,7 +5276,12 @@ class Server:
     cache_mb: int = 16
     retain_s: float | None = None  # delete what is older; None: keep everything
     secrets_file: Path | None = None
+    push_timeout_s: float = 600.0  # for functions that do not say timeoutMs
+    push_concurrency: int = 100  # requests at once, to all endpoints
+    push_allow: Iterable[str] = ()  # host patterns and networks; none: see `Reach`
+    signing_key: str | None = field(default=None, repr=False)
     limits: Limits = Limits()
+    resolve: Callable[..., Any] = socket.getaddrinfo  # names of endpoints
     clock: Clock = field(default_factory=Clock)
     ids: Ids = field(default_factory=Ids)
     url: str = field(default="", init=False)  # set by `start`
@@ -4620,7 +5295,8 @@ class Server:
             sockets = listen(self.host, self.port, guard)
             for sock in sockets:
                 stack.callback(sock.close)
-            offers = Offers(self.limits, Secrets(self.secrets_file))
+            offers = Offers(self.limits, Secrets(self.secrets_file),
+                            push=lambda jobs: pushes.begin(jobs))
             self.failed: Future = asyncio.get_running_loop().create_future()
             journal = Journal(
                 Path(self.db), clock=self.clock, ids=self.ids, offers=offers,
@@ -4629,14 +5305,20 @@ class Server:
                 on_failure=lambda error: settle_future(self.failed, [error]))
             stack.push_async_callback(journal.close)
             desk = PullDesk(journal, offers, self.limits, self.clock)
+            reach = Reach.read(self.push_allow)
+            poster = Poster(reach, self.limits.body_bytes, self.resolve)
+            pushes = PushDesk(journal, offers, self.limits, self.clock, reach,
+                              poster.post, self.push_timeout_s, self.signing_key or "")
+            stack.push_async_callback(poster.close)
+            stack.push_async_callback(pushes.close)
             for worker in await journal.read(Queries.connected_workers):
                 desk.remember(worker.worker_id)
-            timekeeper = Timekeeper(desk)
+            timekeeper = Timekeeper(desk, self.push_concurrency)
             for loop in timekeeper.keep(), sweep(journal, self.retain_s):
                 task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)
                 stack.push_async_callback(end_task, task)
-            api = Api(journal, desk, guard, self.limits, self.environment,
+            api = Api(journal, desk, pushes, guard, self.limits, self.environment,
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
             stack.push_async_callback(desk.close)
@@ -4673,7 +5355,7 @@ def is_our_mistake(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, (HttpProcessingError, web.RequestPayloadError))
 
-async def end_task(task: asyncio.Task[None]) -> None:
+async def end_task(task: asyncio.Task[Any]) -> None:
     task.cancel()
     await asyncio.wait({task})
 
@@ -4748,6 +5430,7 @@ def commands() -> dict[str, tuple[Deed, str, str, str]]:
         "serve": (serve, "run the server (the default)", "--db orders.db",
                   "--host --port --db --env --log-level --lease-seconds --dev"
                   " --cors-origin --allow-host --cache-mb --retain --secrets-file"
+                  " --push-timeout --push-concurrency --push-allow --signing-key-file"
                   " --max-event-bytes --max-step-bytes --max-body-bytes --max-steps"
                   " --max-lost-leases"),
         "version": (lambda _: print(__version__), "print the version", "", ""),
@@ -4789,7 +5472,8 @@ def parser() -> argparse.ArgumentParser:
             place.add_argument(*each.split("/"), **known[each])
     group.choices["serve"].description = (
         "environment: IRONFLOW_API_KEY (every request then needs it), IRONFLOW_ENV,\n"
-        "IRONFLOW_LEASE_SECONDS, LOG_LEVEL; a flag beats a variable")
+        "IRONFLOW_SIGNING_KEY (of requests to endpoints), IRONFLOW_LEASE_SECONDS,\n"
+        "LOG_LEVEL; a flag beats a variable")
     return top
 
 def arguments() -> dict[str, dict[str, Any]]:
@@ -4835,6 +5519,12 @@ def arguments() -> dict[str, dict[str, Any]]:
         "--cache-mb": arg("SQLite's page cache", size, 16),
         "--retain": arg("delete what is older, such as 30d; else keep all", duration_s),
         "--secrets-file": arg("JSON object or lines NAME=VALUE; mode 600", Path),
+        "--push-timeout": arg("of a request to an endpoint, such as 10m",
+                              push_timeout_s, "600"),
+        "--push-concurrency": arg("requests to endpoints at once", size, 100),
+        "--push-allow": arg("only there: a host, such as *.example.com, or a network",
+                            lambda text: Reach.read([text]) and text, []),
+        "--signing-key-file": arg("of requests to endpoints; mode 600", signing_key),
         "--max-event-bytes": arg("its name, data and metadata", size, most.event_bytes),
         "--max-step-bytes": arg("its output, or its run's", size, most.step_bytes),
         "--max-body-bytes": arg("of one request", size, most.body_bytes),
@@ -4860,13 +5550,27 @@ def arg(what: str = "", read: Callable[[str], Any] = str, default: Any = None,
     shown = f"{what} (default: %(default)s)" if default else what
     return {"help": shown, "type": told, "default": default, **more}
 
-def within(low: float, high: float, kind: Callable[[str], float] = int) -> Any:
+def within(low: float, high: float, kind: Callable[[str], float] = int
+           ) -> Callable[[str], Any]:
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
             if low <= (number := kind(text)) <= high:
                 return number
         raise ValueError(f"{text[:80]}: give {low} to {high}")
     return read
+
+def push_timeout_s(text: str) -> float:
+    text = text if text[-1:].isalpha() else f"{text}s"
+    return float(within(0.001, 86_400, duration_s)(text))
+
+def signing_key(name: str) -> str:
+    """The key in a file. Raises ValueError: it must not start without one."""
+    try:
+        if key := private_text(Path(name)).strip():
+            return key
+    except StartError as error:
+        raise ValueError(str(error)) from None
+    raise ValueError(f"{name} is empty: write the key into it")
 
 def server_url(text: str) -> SplitResult:
     url = urlsplit(text)
@@ -4903,7 +5607,10 @@ def serve(asked: argparse.Namespace) -> int:
         db=asked.db, host=asked.host, port=asked.port, environment=asked.env,
         api_key=api_key, dev=asked.dev, allow_hosts=asked.allow_host,
         cors_origins=asked.cors_origin, cache_mb=asked.cache_mb, retain_s=asked.retain,
-        secrets_file=asked.secrets_file, limits=limits)
+        secrets_file=asked.secrets_file, push_timeout_s=asked.push_timeout,
+        push_concurrency=asked.push_concurrency, push_allow=asked.push_allow,
+        signing_key=asked.signing_key_file or os.environ.get("IRONFLOW_SIGNING_KEY"),
+        limits=limits)
     try:  # the extra `speed`
         from uvloop import new_event_loop as factory
     except ModuleNotFoundError:
@@ -4937,7 +5644,7 @@ async def serve_until_stopped(server: Server) -> int:
 COLUMNS = {
     "runs": "id status function_id event_name created_at",
     "events": "id name timestamp source data",
-    "functions": "id status workers triggers updated_at",
+    "functions": "id status execution_mode workers triggers updated_at",
     "workers": "id hostname active_jobs max_concurrent last_heartbeat function_ids",
     "steps": "name status attempt started_at duration_ms result",
     "results": "run_id function_id status duration_ms result",

@@ -1078,18 +1078,6 @@ def test_a_changed_registration_is_a_new_version(shared: RunningServer) -> None:
     assert shared.run(run_id)["function_version"] == 2
 
 
-@pytest.mark.parametrize(("member", "value"), [
-    ("circuitBreaker", {"failureThreshold": 1}), ("circuit_breaker", {"openDurationMs": 1}),
-    ("endpointUrl", "http://localhost/x"), ("endpoint_url", "http://localhost/x"),
-])
-def test_what_is_not_built_is_refused_by_name(
-    shared: RunningServer, member: str, value: Any
-) -> None:
-    answer = register(shared, **{member: value})
-    assert code(answer) == INVALID
-    assert f"{ironflow.camel(member)} is not supported by this server yet" in answer[1]["message"]
-
-
 EMPTY: dict[str, Any] = {
     "concurrency": {"limit": 0, "key": ""}, "debounce": None, "secrets": [], "cancelOn": [],
     "throttle": {"limit": 0, "periodMs": 0}, "circuitBreaker": {}, "actorKey": "", "mode": "",
@@ -4763,7 +4751,6 @@ INSERT INTO function VALUES ('f', '{{"id":"f","name":"f","description":"",
   "preferredMode":"EXECUTION_MODE_PULL","recording":false,"recordingProfile":"",
   "recordingRetention":null,"metadata":{{}}}}', '{ironflow.Retry().to_text()}', 'active', 1,
   100.0, 100.0);
-INSERT INTO function_trigger VALUES ('e.*', 'f', 1);
 INSERT INTO worker VALUES ('w', '', '["f"]', 10, '{{}}', '{{}}', 1, 100.0);
 INSERT INTO journal (seq, at, kind, name, subject, step, data, event_id, version, source)
 VALUES (1, 100.0, 'event', 'e.1', NULL, NULL, '{{"n":1}}', 'evt_1', 1, 'api'),
@@ -4794,7 +4781,9 @@ def test_a_file_of_an_older_ironflow_is_brought_up_to_date(
     tmp_path: Path, version: int
 ) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as db:
-        db.executescript("".join(ironflow.MIGRATIONS[:version]) + LEFT_BEHIND)
+        trigger = ("e.*", "f", 1) if version < 3 else ("e.*", "f", "", 1)
+        db.executescript("".join(ironflow.MIGRATIONS[:version]) + LEFT_BEHIND
+                         + f"INSERT INTO function_trigger VALUES {trigger};")
         db.execute(f"PRAGMA application_id = {ironflow.APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {version}")
     with serve(tmp_path) as server:
@@ -6940,6 +6929,8 @@ def test_a_call_that_would_wait_for_a_debounced_function_is_refused(bench: Bench
     ("throttle", {"limit": 1, "periodMs": "soon"}), ("throttle", 7),
     ("throttle", {"limit": 1, "periodMs": 1, "key": 7}),
     ("debounce", {"periodMs": -1}), ("debounce", {"periodMs": 1, "maxWaitMs": -1}),
+    ("debounce", {"periodMs": 5000, "maxWaitMs": 4999}),
+    ("circuitBreaker", {"openDurationMs": 5000, "maxOpenDurationMs": 4999}),
     ("debounce", {"key": "a"}), ("debounce", 7), ("actorKey", 7), ("actorKey", ["a"]),
 ])
 def test_limits_that_make_no_sense_are_refused(
@@ -14404,8 +14395,8 @@ created    {at}
 processed  true
 """,
     "function list": """
-ID         STATUS  WORKERS  TRIGGERS      UPDATED
-shop/pack  active  1        order.placed  {at}
+ID         STATUS  EXECUTION MODE  WORKERS  TRIGGERS      UPDATED
+shop/pack  active  pull            1        order.placed  {at}
 """,
     "function get shop/pack": """
 id              shop/pack
