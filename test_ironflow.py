@@ -52,6 +52,7 @@ import time
 import tomllib
 import urllib.parse
 import urllib.request
+import wsgiref.simple_server
 import wsgiref.util
 from collections import Counter
 from collections.abc import (
@@ -73,6 +74,8 @@ from wsgiref.validate import validator
 
 import croniter
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -8593,6 +8596,408 @@ def test_a_timer_sends_nothing_once_its_run_is_about_to_end() -> None:
         first.set_result(YES)
         playing.result(DEADLINE_S)
     assert sent == [("progress", ["a"]), ("completed", ["b"])]
+
+
+# Push, from the event to the end of the run: a real server, real endpoints
+
+
+@contextlib.contextmanager
+def wsgi_endpoint(functions: Sequence[Function], **options: Any) -> Iterator[str]:
+    """`serve_wsgi` in the standard library's server, in a thread; its URL."""
+
+    class Quiet(wsgiref.simple_server.WSGIRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    app = ironflow_client.serve_wsgi(functions, **options)
+    with wsgiref.simple_server.make_server("127.0.0.1", 0, app, handler_class=Quiet) as endpoint:
+        thread = threading.Thread(target=endpoint.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{endpoint.server_port}/any/where"
+        finally:
+            endpoint.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def asgi_endpoint(functions: Sequence[Function], **options: Any) -> Iterator[str]:
+    """`serve` over aiohttp, on a loop in a thread; its URL."""
+    app = ironflow_client.serve(functions, **options)
+    address: Future[str] = Future()
+
+    async def answered(request: Any) -> Any:
+        head = {name.decode(): value.decode() for name, value in request.raw_headers}
+        status, _, body = await asked_of_asgi(
+            app, request.method, request.path, head, await request.read(), 1 << 16)
+        return web.Response(status=status, body=body)
+
+    async def run() -> None:
+        runner = web.ServerRunner(web.Server(answered))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        ways_out.append(lambda: loop.call_soon_threadsafe(over.set))
+        address.set_result(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        await over.wait()
+        await runner.cleanup()
+
+    ways_out: list[Callable[[], Any]] = []
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    try:
+        yield address.result(DEADLINE_S)
+    finally:
+        ways_out[0]()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def signing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    env = {"IRONFLOW_SIGNING_KEY": PUSH_KEY}
+    with serve(tmp_path_factory.mktemp("signing"), env=env) as running:
+        yield running
+
+
+ENDPOINTS = pytest.mark.parametrize("endpoint", [asgi_endpoint, wsgi_endpoint])
+
+
+@ENDPOINTS
+@EITHER_KIND
+def test_a_pushed_function_says_whatever_a_pulled_one_says(
+    signing: RunningServer, endpoint: Any, kind: str
+) -> None:
+    called: list[str] = []
+    name = f"{endpoint.__name__}-{kind}"
+    handler = both("""
+        async def handler(ctx):
+            await ctx.step.run("a", noting(called, "a", None))
+            await ctx.step.sleep("nap", "20ms")
+            both = await ctx.step.parallel("g", [
+                lambda step: step.wait_for_event("yes", event="yes." + name, match="n"),
+                lambda step: step.invoke(name + "-child", 21)])
+            await ctx.step.publish("from." + name, 1)
+            ctx.step.compensate("a", noting(called, "undo", None))
+            if ctx.run.attempt == 1:
+                raise OSError("once")
+            await ctx.step.run("b", noting(called, "b", None))
+            raise NonRetryableError(f"{both[0].name} and {both[1]}", "THE_END")
+        """, id=name, triggers=[{"event": name}])(kind, name=name, called=called, noting=noting)
+
+    @function(id=f"{name}-child")
+    def child(ctx: Any) -> Any:
+        return ctx.step.run("double", lambda: ctx.event.data * 2)
+
+    client = Client(signing.url)
+    with endpoint([handler, child], signing_key=PUSH_KEY, server_url=signing.url) as url:
+        first, again = (client.register([handler, child], endpoint_url=url) for _ in (1, 2))
+        assert [row.created for row in first + again] == [True, True, False, False]
+        assert [row.warnings for row in first] == [[], []]
+        (run_id,) = client.emit(name, {"n": 1}).run_ids
+        client.emit(f"yes.{name}", {"n": 1})
+        run = signing.run_becomes(run_id, "completed", "failed")
+    assert run["error"] == {"message": f"yes.{name} and 42", "code": "THE_END"}
+    assert (run["attempt"], run["execution_mode"]) == (2, "push")
+    assert called == ["a", "b", "undo"]
+    assert client.topic_stats(f"from.{name}").message_count == 1
+    assert {tuple(each) for each in seen(signing, run_id, "name", "status")} == {
+        (each, "completed") for each in (
+            "a", "nap", "yes", f"{name}-child", f"publish:from.{name}", "b", "compensate:",
+            "compensate:a")}
+
+
+def test_register_is_a_function_and_a_call_of_both_clients(signing: RunningServer) -> None:
+    @function(id="registered", circuit_breaker={"failure_threshold": 2, "open_duration": "1m"})
+    def registered(ctx: Any) -> None: ...
+
+    def where() -> Any:
+        row = Client(signing.url).get_function("registered")
+        return row.endpoint_url, row.preferred_mode, row.circuit_breaker
+
+    async def awaited(url: str) -> list[Row]:
+        async with AsyncClient(signing.url) as client:
+            return await client.register([registered], endpoint_url=url)
+
+    breaker = {"failureThreshold": 2, "openDurationMs": 60000}
+    (row,) = ironflow_client.register(
+        [registered], endpoint_url="http://127.0.0.1:9/a", server_url=signing.url)
+    assert (row.id, row.endpoint_url, row.created) == ("registered", "http://127.0.0.1:9/a", True)
+    assert where() == ("http://127.0.0.1:9/a", "push", breaker)
+    (row,) = asyncio.run(awaited("http://127.0.0.1:9/b"))
+    assert not row.created and where() == ("http://127.0.0.1:9/b", "push", breaker)
+    with pytest.raises(IronflowError, match="endpointUrl"):
+        Client(signing.url).register([registered], endpoint_url="ftp://nowhere")
+
+
+def test_a_registration_that_is_not_safe_is_logged(
+    common: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    @function(id="unsigned")
+    def unsigned(ctx: Any) -> None: ...
+
+    (row,) = Client(common.url).register([unsigned], endpoint_url="http://127.0.0.1:9")
+    assert "not signed" in caplog.text and row.warnings[0] in caplog.text
+
+
+def test_a_server_and_an_endpoint_of_different_keys_say_so(signing: RunningServer) -> None:
+    @function(id="locked", retry={"max_attempts": 1})
+    def locked(ctx: Any) -> None: ...
+
+    client = Client(signing.url)
+    with wsgi_endpoint([locked], signing_key="another") as url:
+        client.register([locked], endpoint_url=url)
+        run = client.get_run(client.invoke_async("locked").run_id)
+        error = signing.run_becomes(run.id, "failed")["error"]
+    assert error["code"] == "SIGNATURE_INVALID" and "have both sides the same key" in str(error)
+
+
+# ======================================================================================
+# Embedded workers
+# ======================================================================================
+
+
+def test_a_web_app_starts_and_stops_its_worker(common: RunningServer) -> None:
+    """Twice in sequence, with the same worker."""
+    begun: list[str] = []
+
+    @on_order()
+    async def handler(ctx: Any) -> str:
+        begun.append(ctx.run.id)
+        await asyncio.sleep(0.2)
+        return "done"
+
+    worker = Worker([handler], common.url)
+
+    async def lifespan(app: web.Application) -> AsyncIterator[None]:
+        async with worker:
+            yield
+
+    async def emit(request: web.Request) -> web.Response:
+        async with AsyncClient(common.url) as client:
+            return web.json_response((await client.emit("order.placed")).run_ids)
+
+    async def app_lives() -> str:
+        app = web.Application()
+        app.router.add_post("/", emit)
+        app.cleanup_ctx.append(lifespan)
+        async with TestClient(TestServer(app)) as browser:
+            (run_id,) = await (await browser.post("/")).json()
+            while run_id not in begun:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        return str(run_id)
+
+    for _ in (1, 2):
+        assert common.run(asyncio.run(app_lives()))["status"] == "completed"
+
+
+def test_an_app_whose_worker_is_refused_does_not_start(common: RunningServer) -> None:
+    @function(id="f", triggers=[{"cron": "not a cron"}])
+    def handler(ctx: Any) -> None: ...
+
+    async def program() -> None:
+        async with Worker([handler], common.url):
+            raise AssertionError("it started")
+
+    with pytest.raises(IronflowError, match="cron"):
+        asyncio.run(program())
+    with pytest.raises(IronflowError, match="cron"):
+        Worker([handler], common.url).start_in_thread()
+
+
+def test_a_worker_works_once_at_a_time(common: RunningServer) -> None:
+    @on_order()
+    def handler(ctx: Any) -> None: ...
+
+    async def program() -> Any:
+        async with Worker([handler], common.url) as worker:
+            with pytest.raises(RuntimeError, match="running already"):
+                async with worker:
+                    raise AssertionError("it started")
+            return (await AsyncClient(common.url).emit_sync("order.placed")).results[0].status
+
+    assert asyncio.run(program()) == "completed"
+
+
+@pytest.mark.parametrize("way", ["with", "thread"])
+def test_an_app_does_not_wait_for_jobs_longer_than_it_says(
+    common: RunningServer, way: str
+) -> None:
+    begun = threading.Event()
+
+    @on_order()
+    async def handler(ctx: Any) -> None:
+        begun.set()
+        await asyncio.sleep(3600)
+
+    worker = Worker([handler], common.url, drain_timeout="50ms")
+
+    async def program() -> None:
+        async with worker:
+            Client(common.url).emit("order.placed")
+            await asyncio.to_thread(begun.wait, DEADLINE_S)
+
+    def script() -> None:
+        with worker.start_in_thread():
+            Client(common.url).emit("order.placed")
+            assert begun.wait(DEADLINE_S)
+
+    started = time.monotonic()
+    asyncio.run(program()) if way == "with" else script()
+    assert time.monotonic() - started < DEADLINE_S
+
+
+def test_a_start_that_is_cancelled_leaves_no_worker(server: RunningServer) -> None:
+    """A server that does not answer holds it up."""
+
+    @on_order()
+    def handler(ctx: Any) -> None: ...
+
+    async def program() -> set[str]:
+        with socket.create_server(("127.0.0.1", 0)) as deaf:
+            worker = Worker([handler], f"http://127.0.0.1:{deaf.getsockname()[1]}")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2), worker:
+                    raise AssertionError("it started")
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.wait(others)
+            return {one.get_name() for one in others}
+
+    assert "ironflow worker" in asyncio.run(program())
+
+
+def test_a_worker_in_a_thread_works_until_it_is_stopped(common: RunningServer) -> None:
+    threads: list[threading.Thread] = []
+
+    @on_order()
+    async def handler(ctx: Any) -> str:
+        threads.append(threading.current_thread())
+        return "done"
+
+    worker, client = Worker([handler], common.url), Client(common.url)
+    with worker.start_in_thread() as beside:
+        with ThreadPoolExecutor(8) as pool:  # the first requests of a threaded server
+            others = list(pool.map(lambda _: worker.start_in_thread(), range(8)))
+        assert set(others) == {beside}
+        assert client.emit_sync("order.placed").results[0].output == "done"
+    beside.stop()
+    assert not beside.is_alive()
+    with worker.start_in_thread() as again:
+        assert again is not beside
+        assert client.emit_sync("order.placed").results[0].output == "done"
+    assert set(threads) == {beside, again}
+
+
+def test_a_thread_waits_for_a_server_that_is_not_there_yet(server: RunningServer) -> None:
+    @on_order()
+    def handler(ctx: Any) -> None: ...
+
+    server.stop()
+    with Worker([handler], server.url).start_in_thread():
+        server.start()
+        eventually(lambda: Client(server.url).list_workers())
+        assert Client(server.url).emit_sync("order.placed").results[0].status == "completed"
+
+
+def program(server: RunningServer, *text: str, **env: str) -> tuple[int, str, str]:
+    """What a Python program prints that knows `worker`, of a function `f`, and `client`;
+    `handler(ctx)` is what it says it is."""
+    head = """
+        import asyncio, os, sys, threading, time
+        from ironflow_client import Client, Worker, function
+        client, begun = Client(URL), threading.Event()
+        """
+    code = textwrap.dedent(head).replace("URL", repr(server.url)) + "\n".join(
+        map(textwrap.dedent, text))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code], cwd=HERE, text=True,
+        capture_output=True, timeout=DEADLINE_S, env=own_environment(env))
+    return done.returncode, done.stdout, done.stderr
+
+
+LATER_STEPS = """
+    @function(id="f", triggers=[{"event": "order.placed"}])
+    async def handler(ctx):
+        begun.set()
+        await asyncio.sleep(0.3)
+        await ctx.step.run("a thread of its own", lambda: 1)
+        await ctx.step.run("an executor", lambda: asyncio.to_thread(int))
+        return "done"
+    """
+PLAIN_STEPS = """
+    @function(id="f", triggers=[{"event": "order.placed"}])
+    def handler(ctx):
+        begun.set()
+        time.sleep(0.3)
+        ctx.step.parallel("g", [lambda step, n=n: step.run("n", lambda: n) for n in (1, 2)])
+        return "done"
+    """
+ENDS_WITH_A_JOB = """
+    Worker([handler], client._address.url, drain_timeout=TIMEOUT).start_in_thread()
+    print(client.emit("order.placed").run_ids[0])
+    begun.wait()
+    """
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ValueError('the end')"])
+@pytest.mark.parametrize("steps", [LATER_STEPS, PLAIN_STEPS])
+def test_a_program_that_ends_lets_its_job_end(
+    common: RunningServer, steps: str, end: str
+) -> None:
+    script = ENDS_WITH_A_JOB.replace("TIMEOUT", "30")
+    status, run_id, errors = program(common, steps, script, end)
+    run = common.run(run_id.strip())
+    assert (run["status"], run["output"], run["attempt"]) == ("completed", "done", 1), errors
+    assert status == (3 if "exit" in end else 1 if end else 0)
+    assert ("Traceback" in errors) == ("ValueError" in end), errors
+
+
+@pytest.mark.parametrize("hang", [
+    "async def handler(ctx): begun.set(); await asyncio.sleep(3600)",
+    "async def handler(ctx): begun.set(); time.sleep(3600)",
+    "def handler(ctx): begun.set(); time.sleep(3600)"])
+def test_a_job_that_does_not_end_holds_no_program(common: RunningServer, hang: str) -> None:
+    decorator = "@function(id='f', triggers=[{'event': 'order.placed'}])"
+    script = ENDS_WITH_A_JOB.replace("TIMEOUT", "0.1")
+    status, _, errors = program(common, decorator, hang, script)
+    assert status == 0 and "Traceback" not in errors, errors
+
+
+def test_a_forked_process_has_a_worker_of_its_own_once_it_asks(server: RunningServer) -> None:
+    """As under `gunicorn --preload`: the app is loaded, then the process forks."""
+    status, said, errors = program(server, LATER_STEPS, """
+        worker = Worker([handler], client._address.url, worker_id="w", drain_timeout=5)
+        theirs = worker.start_in_thread()
+        assert client.emit_sync("order.placed").results[0].output == "done"
+        child = os.fork()
+        if not child:
+            theirs.stop()
+            assert not theirs.is_alive()
+            with worker.start_in_thread() as ours:
+                assert ours is not theirs and ours is worker.start_in_thread()
+                print(os.getpid(), *sorted(one.id for one in client.list_workers()), flush=True)
+                assert client.emit_sync("order.placed").results[0].output == "done"
+            sys.exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert theirs.is_alive() and worker.start_in_thread() is theirs
+        assert client.emit_sync("order.placed").results[0].output == "done"
+        theirs.stop()
+        """)
+    assert status == 0, errors
+    child, *workers = said.split()
+    assert workers == ["w", f"w-{child}"]
+
+
+def test_a_forked_process_does_not_use_its_parents_connections(server: RunningServer) -> None:
+    """Both would read each other's answers."""
+    status, said, errors = program(server, """
+        client.emit("a")
+        child = os.fork()
+        names = [client.get_event(client.emit(f"{child > 0}").event_id).name
+                 for _ in range(50)]
+        assert set(names) == {str(child > 0)}
+        if child:
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """)
+    assert (status, said) == (0, ""), errors
 
 
 # ======================================================================================
