@@ -1415,11 +1415,11 @@ async def in_thread(fn: Callable[[], T], name: str) -> T:
 # server's verdicts. Its lock is never held while anything else is called.
 
 class Execution:
-    """A job in hand. `send` takes an update as JSON text and promises the answer;
-    `stand_ins`, by step id or name, are called instead of a step's function."""
+    """A job in hand. `send` takes an update as JSON text and promises the answer; None:
+    `rows` and `end` are for whoever plays it. `stand_ins`, by step id or name, are
+    called instead of a step's function."""
 
-    def __init__(self, job: Job, send: Callable[[Execution, str], Future[Reply]],
-                 publish: Any, checkpoint_s: float = 0,
+    def __init__(self, job: Job, send: Any, publish: Any, checkpoint_s: float = 0,
                  stand_ins: Mapping[str, Work] | None = None) -> None:
         self.job, self.stand_ins, self.publish = job, stand_ins or {}, publish
         self.name = f"run {job.run.id} attempt {job.run.attempt}"
@@ -1427,6 +1427,7 @@ class Execution:
         self.fate: dict[str, Any] | None = None
         self.cancel: Callable[[], None] = lambda: None  # how to wake an async handler
         self.rows: list[str] = []           # of ended steps, not sent yet
+        self.end: dict[str, Any] = {}
         self._sequence = job.sequence_base  # of the first of them
         self._send, self._checkpoint_s, self._timed = send, checkpoint_s, False
         self._lock, self._timer = threading.Lock(), threading.Lock()
@@ -1494,9 +1495,9 @@ class Execution:
     async def record(self, row: str, host: Host, now: bool = False) -> None:
         """Hand in a completed step; with checkpoint_interval=0, wait for the yes."""
         self.keep(row)
-        if not self._checkpoint_s or now:
+        if self._send and (now or not self._checkpoint_s):
             await host.wait(self.flush())
-        elif not self._timed:
+        elif self._send and not self._timed:
             self._timed = True
             later = threading.Timer(self._checkpoint_s, self._flush_in_time)
             later.daemon = True
@@ -1588,7 +1589,7 @@ class Execution:
         """Send the rows that wait, as progress; the answer to the last of them."""
         while True:
             self._timed = False
-            sent = self._send(self, self._with_rows({"status": "progress"}))
+            sent: Future[Reply] = self._send(self, self._with_rows({"status": "progress"}))
             with self._lock:
                 self._in_air = [*(one for one in self._in_air if not one.done()), sent]
             if not self.rows:
@@ -1598,6 +1599,9 @@ class Execution:
         """Report the end, once all steps have ended; returns when the server has it.
         What it refuses to keep (413: a large output) fails the run with its words."""
         await asyncio.wrap_future(self.hush())
+        self.end = fields
+        if self._send is None:
+            return
         with self._timer:
             self._settling = True
         if len(self.rows) > portion(self.rows):
@@ -2032,13 +2036,10 @@ class Worker:
         After `timeout` (else `drain_timeout`) async handlers are cancelled, plain ones
         end at their next step; their runs go on elsewhere when the leases end."""
         if self._running:
-            self._let_go(self._patience_s if timeout is None
-                         else seconds(timeout, "timeout"))
+            if timeout is not None:
+                self._patience_s = seconds(timeout, "timeout")
+            self._leave.set()
             await self._over.wait()
-
-    def _let_go(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._leave.set()
 
     async def stop(self) -> None:
         """Stop now: drain without patience."""
@@ -2052,8 +2053,7 @@ class Worker:
         beside = asyncio.create_task(self.start(), name="ironflow worker")
         try:
             await asyncio.sleep(0)          # it has begun: there is a link
-            if not beside.done():
-                await asyncio.shield(asyncio.wrap_future(self._link.first_word))
+            await asyncio.shield(asyncio.wrap_future(self._link.first_word))
             if beside.done() or self._fatal is not None:
                 await beside
         except asyncio.CancelledError:
@@ -2079,9 +2079,7 @@ class Worker:
             beside = self._in_thread
             if beside is None or not beside.is_alive():
                 beside = self._in_thread = InThread(self)
-        beside.ready.wait()
-        if beside.error is not None:
-            raise beside.error
+        beside.started.result()
         return beside
 
     async def _let_jobs_end(self, poll: asyncio.Task[None]) -> None:
@@ -2141,8 +2139,7 @@ class InThread(threading.Thread, contextlib.AbstractContextManager["InThread"]):
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(name="ironflow worker", daemon=True)
-        self.worker, self.ready = worker, threading.Event()
-        self.error: BaseException | None = None
+        self.worker, self.started = worker, Future[None]()
         self.start()
         # At exit, but before executors are closed and new threads refused, if we can.
         getattr(threading, "_register_atexit", atexit.register)(self.stop)
@@ -2151,23 +2148,23 @@ class InThread(threading.Thread, contextlib.AbstractContextManager["InThread"]):
         try:
             asyncio.run(self._work())
         except BaseException as error:
-            self.error = error              # `Worker._fail` has logged it
-        finally:
-            self.ready.set()
+            if not self.started.done():     # else `Worker._fail` has logged it
+                self.started.set_exception(error)
 
     async def _work(self) -> None:
         self.loop = asyncio.get_running_loop()
         async with self.worker:
-            self.ready.set()
+            self.started.set_result(None)
             await self.worker._over.wait()
 
     def stop(self, timeout: Duration | None = None) -> None:
         """Take no more jobs; returns when the running ones have ended, or soon after
         `timeout` (else `drain_timeout`), as `Worker.drain` does."""
-        patience_s = self.worker._drain_s if timeout is None else seconds(
-            timeout, "timeout")
-        if self.is_alive() and self.ready.wait(patience_s):     # not in a forked child
-            from_thread(self.loop, self.worker._let_go, patience_s)
+        if self.is_alive() and self.started.done():     # not so in a forked process
+            patience_s = self.worker._drain_s if timeout is None else seconds(
+                timeout, "timeout")
+            from_thread(self.loop, lambda: self.loop.create_task(
+                self.worker.drain(patience_s)))
             self.join(patience_s + 2 * FAREWELL_S)
             if self.is_alive():             # a handler does not let go of the loop
                 log.warning("the worker's thread, still busy, is left")
@@ -2200,17 +2197,15 @@ class Endpoint:
         """Do what is asked. Cancelling it lets go of the run."""
         try:
             job = self._asked(method, signature or "", body)
-            status, said = 200, await self._outcome(job)
-        except IronflowError as refused:
-            status = refused.status
-            said = {"error": {"code": refused.code, "message": refused.message}}
-        except Exception:                   # a mistake of ours
-            log.exception("a push could not be answered")
-            status, said = 500, {"error": {
-                "code": "INTERNAL_ERROR", "message": "see the log of the endpoint"}}
-        content = encode(said).encode()
+            status, text = 200, await self._outcome(job)
+        except Exception as error:
+            if not isinstance(error, IronflowError):    # a mistake of ours
+                log.exception("a push could not be answered")
+                error = IronflowError("see the log here", 500, "INTERNAL_ERROR")
+            status, text = error.status, encode({
+                "error": {"code": error.code, "message": error.message}})
         return status, {"Content-Type": "application/json", "Allow": "POST",
-                        "Content-Length": str(len(content))}, content
+                        "Content-Length": str(len(text.encode()))}, text.encode()
 
     def _asked(self, method: str, signature: str, body: bytes) -> Job:
         """The job that a request brings. Raises IronflowError for one that is none."""
@@ -2232,53 +2227,35 @@ class Endpoint:
                f"{', '.join(self._functions)}; register it for its own endpoint")
         return job
 
-    async def _outcome(self, job: Job) -> dict[str, Any]:
-        kept = Kept()
-        execution = Execution(job, kept.send, self._publish)
+    async def _outcome(self, job: Job) -> str:
+        execution = Execution(job, None, self._publish)
         try:
             await execution.play(self._functions, asyncio.Semaphore(THREADS))
         except asyncio.CancelledError:
             execution.judge(HUNG_UP)        # a plain handler ends at its next step
             raise
-        if "output" in kept.end:
-            kept.end["result"] = kept.end["output"]
-        names = kept.end.keys() & {"status", "result", "yield", "yields", "error"}
-        return {name: kept.end[name] for name in names} | {"steps": kept.rows}
-
-class Kept:
-    """Keeps the updates of an execution that has no server to send them to."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.end: dict[str, Any] = {}
-
-    def send(self, execution: Execution, text: str) -> Future[Reply]:
-        self.end = json.loads(text)
-        self.rows += self.end["steps"]
-        answer: Future[Reply] = Future()
-        answer.set_result(Reply(200))
-        return answer
+        end = execution.end
+        if "output" in end:
+            end["result"] = end.pop("output")
+        return f'{encode(end)[:-1]},"steps":[{",".join(execution.rows)}]}}'
 
 def expect(fine: object, status: int, code: str, sentence: str) -> None:
     if not fine:
         raise IronflowError(sentence, status, code)
 
 def verify(signature: str, key: str, body: bytes) -> None:
-    """Check that the header's `t` and one of its `v1` sign this body, now. The server
-    puts other parts beside them."""
+    """Check that the header's `t` and one of its `v1` sign this body, now."""
     parts = [part.strip().partition("=") for part in signature.split(",")]
     at = {name: value for name, _, value in parts}.get("t", "")
     given = [value.encode() for name, _, value in parts if name == "v1"]
     expect(given, 401, "SIGNATURE_MISSING", "X-Ironflow-Signature has no v1=; start "
-           "the server with the IRONFLOW_SIGNING_KEY that this endpoint has")
+           "the server with the IRONFLOW_SIGNING_KEY of this endpoint")
     right = hmac.new(key.encode(), f"{at}.".encode() + body, sha256).hexdigest()
     same = sum(hmac.compare_digest(right.encode(), one) for one in given)
-    expect(same and at.isdecimal(), 401, "SIGNATURE_INVALID", "the signature is of "
-           "another key or other bytes; have both sides the same key, and is the body "
-           "as it came?")
+    expect(same and at.isdecimal(), 401, "SIGNATURE_INVALID", "the signature is wrong; "
+           "have both sides the same key, and is the body as it came?")
     expect(abs(now().timestamp() - int(at)) <= REPLAY_S, 401, "SIGNATURE_INVALID",
-           f"the signature's time is over {REPLAY_S} s from ours; an old request, or "
-           "one of the two clocks is wrong")
+           f"signed over {REPLAY_S} s from now; an old request, or a clock that is off")
 
 def pushed(body: Any) -> Job:
     """The job of a posted run. Raises for what is none, as Job does."""
@@ -2434,17 +2411,16 @@ class Inline:
         while True:
             known = [row for row in self.kept.values() if row.status == "completed"
                      or row.step_type == "invoke_function"]
-            told = Kept()
             execution = Execution(Job({
                 "run_id": "run_inline", "function_id": self.function.id, "event": event,
                 "job_id": "", "execution_seq": 1, "lease_token": "",
                 "max_attempts": most, "on_exhausted": "fail", "attempt": self.attempt,
                 "completed_steps": known, "context": {"secrets": self.given["secrets"]},
-            }), told.send, self.publish, 0, self.stand_ins)
+            }), None, self.publish, 0, self.stand_ins)
             await execution.play({self.function.id: self.function}, threads)
-            for row in told.rows:
-                self.keep(row)
-            end = told.end
+            for text in execution.rows:
+                self.keep(json.loads(text))
+            end = execution.end
             blocks = [end["yield"], *end["yields"]] if "yield" in end else []
             for row in [await self.answer(block) for block in blocks]:
                 self.keep(row)
