@@ -1589,11 +1589,11 @@ class Execution:
         """Send the rows that wait, as progress; the answer to the last of them."""
         while True:
             self._timed = False
-            sent: Future[Reply] = self._send(self, self._with_rows({"status": "progress"}))
+            sent = self._send(self, self._with_rows({"status": "progress"}))
             with self._lock:
                 self._in_air = [*(one for one in self._in_air if not one.done()), sent]
             if not self.rows:
-                return sent
+                return sent  # type: ignore[no-any-return]
 
     async def settle(self, fields: dict[str, Any]) -> None:
         """Report the end, once all steps have ended; returns when the server has it.
@@ -2202,7 +2202,7 @@ class Endpoint:
             if not isinstance(error, IronflowError):    # a mistake of ours
                 log.exception("a push could not be answered")
                 error = IronflowError("see the log here", 500, "INTERNAL_ERROR")
-            status, text = error.status, encode({
+            status, text = error.status or 500, encode({
                 "error": {"code": error.code, "message": error.message}})
         return status, {"Content-Type": "application/json", "Allow": "POST",
                         "Content-Length": str(len(text.encode()))}, text.encode()
@@ -2330,8 +2330,7 @@ def serve(functions: Sequence[Function], *, signing_key: str | None = None,
             await asyncio.wait([answering, leaving], return_when="FIRST_COMPLETED")
             if answering.done() or leaving.result()["type"] != "http.disconnect":
                 status, headers, content = await answering
-                lines = [(name.lower().encode(), value.encode())
-                         for name, value in headers.items()]
+                lines = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
                 await send({"type": "http.response.start", "status": status,
                             "headers": lines})
                 await send({"type": "http.response.body", "body": content})
