@@ -774,7 +774,7 @@ class Calls:
                                         "endpointUrl": endpoint_url}
             answer = await self._send("POST", f"{RPC}RegisterFunction", body)
             for warning in answer.get("warnings", ()):
-                log.warning("%s: %s", each.id, warning)
+                log.warning("%s", warning)
             rows.append(Row(snake(answer.pop("function")) | {"warnings": []} | answer))
         return rows
 
