@@ -376,14 +376,14 @@ class Endpoint:
     """Where runs are pushed to, while requests to it fail: its circuit breaker.
 
     Closed while `open_s` is 0; open until an instant; then half open: one run goes to
-    see. What was sent up to `since` says nothing of it any more.
+    see. What was sent before `since`, a place in the journal, says no more of it.
     """
 
     url: str
     failures: int = 0  # in a row
     open_s: float = 0.0
     open_until: Instant | None = None
-    since: Instant = 0.0
+    since: int = 0
 
     @property
     def state(self) -> str:
@@ -422,6 +422,7 @@ class Job:
     steps: list[Step]  # those that a replay finds done
     next_sequence: int
     function: Function | None = None  # as it is registered now
+    seq: int = 0  # the journal's last, when this was leased
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
 @dataclass(frozen=True, slots=True)
@@ -889,19 +890,19 @@ def queued(run: Run, now: float) -> Run:
 BREAKER = {"failureThreshold": 5, "openDurationMs": 60_000,
            "maxOpenDurationMs": 600_000}
 
-def struck(endpoint: Endpoint, breaker: dict[str, int], sent_at: float, now: float
-           ) -> Endpoint:
+def struck(endpoint: Endpoint, breaker: dict[str, int], sent: int, seq: int,
+           now: float) -> Endpoint:
     """An endpoint that a request did not reach: too many in a row open its breaker, a
     failed probe for twice as long. What was sent before it opened changes nothing."""
     bounds, open_s = BREAKER | breaker, endpoint.open_s
-    if open_s and sent_at <= endpoint.since:
+    if open_s and sent <= endpoint.since:
         return endpoint
     failures = endpoint.failures + 1
     if not open_s and failures < bounds["failureThreshold"]:
         return replace(endpoint, failures=failures)
     open_s = min(2 * open_s or bounds["openDurationMs"] / 1000,
                  bounds["maxOpenDurationMs"] / 1000)
-    return Endpoint(endpoint.url, failures, open_s, now + open_s, now)
+    return Endpoint(endpoint.url, failures, open_s, now + open_s, seq)
 
 def cancelled(run: Run, reason: str, now: float) -> Run:
     """Over, from any live status; the fence moves, so that its holder hears of it."""
@@ -2307,6 +2308,7 @@ def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) ->
     if worker.connected != connected:
         tx.save(replace(worker, connected=int(connected)))
         leave_actors(tx, worker_id, now)
+        tx.miss(worker_id, False)
         tx.touched.update(json.loads(worker.function_ids))  # which may have an endpoint
         verb = "connected" if connected else "disconnected"
         tx.append("worker", verb, worker_id, {"status": verb}, now)
@@ -2315,6 +2317,12 @@ def leave_actors(tx: Transaction, worker_id: str, now: float) -> None:
     """A worker seems to be gone: let the actors it had go to others."""
     if tx.delete_actors(worker_id):
         tx.touched.update(json.loads(known(tx, Worker, worker_id).function_ids))
+
+def hung_up(tx: Transaction, worker_id: str, now: float) -> None:
+    """Its poll broke off: until it asks again, its functions go to their endpoints."""
+    leave_actors(tx, worker_id, now)
+    tx.miss(worker_id, True)
+    tx.touched.update(json.loads(known(tx, Worker, worker_id).function_ids))
 
 # --- Offers: who would take work now --------------------------------------------------
 # Nothing polls the database. A held poll is an offer, and so is a free push slot: as
@@ -2387,21 +2395,25 @@ class Offers:
     def free_slots(self) -> int:
         return max(0, self.push_slots - self._pushing.total())
 
-    def slot(self, url: str, function_id: str) -> Offer | None:
+    def slot(self, url: str) -> Offer | None:
         """Room for one more request to an endpoint; else none, until `freed`.
 
         The last tenth is for endpoints that have few: a slow one may not take all.
         """
         with self._lock:
             free = self.free_slots()
-            if not free or self._pushing[url] > 9 * free:
-                self._left.add(function_id)
+            if self._pushing[url] >= 9 * free:
                 return None
             self._pushing[url] += 1
             offer = Offer(shown(url), 1, self._push, acked=True, url=url,
                           which="told", state="taken")
             self._taken.append(offer)
             return offer
+
+    def leave(self, function_id: str) -> None:
+        """Look at it again when there is a free slot."""
+        with self._lock:
+            self._left.add(function_id)
 
     def freed(self, url: str) -> None:
         """A request to an endpoint is over."""
@@ -2420,6 +2432,7 @@ class Offers:
                 offer.error = error
                 self.take(offer)
                 continue
+            tx.miss(offer.worker_id, False)
             offer.functions = json.loads(worker.function_ids)
             if '"runtime":"python-' in worker.version:
                 offer.which = "told"
@@ -2484,9 +2497,11 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         secrets, url = offers.secrets.of(names), where_to_push(tx, function)
         asked[function_id] = function, url, secrets
         workers = [offer.worker_id for offer in offers.standing(function_id)]
-        most = offers.free_slots() + 1 if url else room  # one more, to be left in sight
+        most = offers.free_slots() + 1 if url else room
         if len(secrets) == len(names) and (url or workers):  # else they wait for these
             due.append(tx.due_runs(function_id, workers, most))
+            if url and len(due[-1]) == most:
+                offers.leave(function_id)
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
         function, url, secrets = asked[run.function_id]
         bound_to = None if url else tx.worker_of_actor(run)
@@ -2505,7 +2520,8 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(held, event, tx.steps(run.run_id, offer.which),
-                              tx.next_sequence(run.run_id), function, secrets))
+                              tx.next_sequence(run.run_id), function, tx.last_seq,
+                              secrets))
     return some and others
 
 # --- Pushes ---------------------------------------------------------------------------
@@ -2529,8 +2545,11 @@ def slot_at(tx: Transaction, offers: Offers, url: str, function_id: str, now: fl
     """Room for a run at an endpoint. Of one that is half open, for one run; should that
     not be heard of, for one more after the same time."""
     endpoint = tx.find(Endpoint, url=url) or Endpoint(url)
-    offer = None if endpoint.open_until else offers.slot(url, function_id)
-    if offer is not None and endpoint.open_s:
+    if endpoint.open_until:
+        return None
+    if (offer := offers.slot(url)) is None:
+        offers.leave(function_id)
+    elif endpoint.open_s:
         tx.save(replace(endpoint, open_until=now + endpoint.open_s))
     return offer
 
@@ -2552,7 +2571,7 @@ def push_ended(tx: Transaction, job: Job, said: Report | None, reached: bool,
     elif not reached and tx.functions_at(job.function.endpoint):
         old = endpoint or Endpoint(job.function.endpoint)
         breaker = job.function.asks.get("circuitBreaker", {})
-        new = struck(old, breaker, job.run.updated_at, now)
+        new = struck(old, breaker, job.seq, tx.last_seq, now)
         tx.save(new)
         if new.since != old.since:
             say_of_endpoint(tx, "opened", new.url, {
@@ -2912,6 +2931,7 @@ def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
     So too when somebody set the wall clock: what was leased between that and its
     discovery is in the new time, the rest in the old one, and no row says which.
     """
+    tx.bring_forward(now)
     tx.renew_leases(now + limits.lease_s, acked=True)
     tx.renew_leases(now + limits.reservation_s, acked=False)
     return tx.next_instant()
@@ -3170,7 +3190,7 @@ CREATE TABLE endpoint (
   failures  INTEGER NOT NULL,        -- in a row
   open_s    REAL NOT NULL,           -- 0: closed
   open_until REAL,                   -- unset while open_s is set: half open
-  since     REAL NOT NULL            -- when it was opened, or again
+  since     INTEGER NOT NULL         -- the journal's last seq when it was opened
 ) STRICT;
 """
 MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE, PUSH]  # [n]: from version n to n + 1
@@ -3463,6 +3483,7 @@ class Transaction(Queries):
         self._triggered: dict[str, list[tuple[Function, set[str]]]] = {}
         self._pushed: dict[str, str] | None = None
         self._carried: set[str] | None = None
+        self._missing: set[str] = set()  # workers whose poll broke off
         self._heard: dict[str, set[str]] | None = None  # by event, the tests of waits
         self._gather()
 
@@ -3635,8 +3656,14 @@ class Transaction(Queries):
         """Whether a connected worker carries a function."""
         if self._carried is None:
             self._carried = set[str]().union(*[
-                json.loads(worker.function_ids) for worker in self.connected_workers()])
+                json.loads(worker.function_ids) for worker in self.connected_workers()
+                if worker.worker_id not in self._missing])
         return function_id in self._carried
+
+    def miss(self, worker_id: str, missing: bool) -> None:
+        if missing != (worker_id in self._missing):
+            self._missing ^= {worker_id}
+            self._carried = None
 
     def endpoints_of_functions(self) -> dict[str, str]:
         """Of the functions that have an endpoint, its URL."""
@@ -3656,6 +3683,11 @@ class Transaction(Queries):
 
     def overdue_endpoints(self, now: float) -> list[Endpoint]:
         return self._rows(Endpoint, "endpoint WHERE open_until <= :now", now=now)
+
+    def bring_forward(self, now: float) -> None:
+        """None is open for longer than it is meant to be."""
+        self._db.execute("UPDATE endpoint SET open_until = min(open_until, ? + open_s)"
+                         " WHERE open_until IS NOT NULL", (now,))
 
     def delete_endpoint(self, url: str) -> None:
         self._db.execute("DELETE FROM endpoint WHERE url = ?", (url,))
@@ -4447,7 +4479,7 @@ class PullDesk:
         await asyncio.wait({self.closing}, timeout=GONE_AFTER_S)
         if self.seen.get(worker_id) == seen and not self.closing.done():
             with contextlib.suppress(DiskFull, Unavailable):  # then after 90 s
-                await self.journal.write(leave_actors, worker_id)
+                await self.journal.write(hung_up, worker_id)
 
     async def spare_a_slot(self, worker_id: str, slots: int) -> int:
         """How many jobs to give a worker of JS or Go that has `slots` free.
@@ -4740,7 +4772,8 @@ class PushFailed(Exception):
         super().__init__(code, message)
         self.after_ms = after_ms
 
-ENDPOINT = re.compile(r"(?=[!-~]{1,2048}$)https?://[^/?#@\\]+([/?][^#\\]*)?")
+ENDPOINT = re.compile(r"(?=[!-~]{1,2048}\Z)(?i:https?)://[^/?#@\\]+([/?][^#\\]*)?")
+NUMERIC = re.compile(r"(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)\.?$")
 # Link-local addresses are where clouds answer with the machine's own credentials; so
 # are these, which are not link-local. Multicast and 0.0.0.0 are nobody's.
 METADATA = {"fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"}
@@ -4771,19 +4804,19 @@ class Reach:
     def check(self, url: str) -> None:
         """Raises InvalidInput for what is no URL, or may not be posted to; of a name
         its addresses are judged when there is a connection to be made."""
+        address = ""
         try:
             parts = URL(url, encoded=True)
-            host = parts.raw_host if parts.port else None
+            host = parts.raw_host if parts.port and ENDPOINT.fullmatch(url) else None
+            if host and (":" in host or NUMERIC.search(host)):
+                address = str(ipaddress.ip_address(host))  # in no other spelling
         except ValueError:
             host = None
-        if not host or not ENDPOINT.fullmatch(url):
+        if not host:
             raise InvalidInput(
                 f"{url[:80]!r} is no URL to post to: send one such as "
                 "https://example.com/ironflow, up to 2,048 characters of ASCII, without"
                 " a user, a password or a fragment")
-        address = ""
-        with contextlib.suppress(ValueError):
-            address = str(ipaddress.ip_address(host))
         if not self.permits(host, address):
             raise InvalidInput(off_limits(host))
 
@@ -4836,6 +4869,17 @@ class Resolver(AbstractResolver):
     async def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+class Connector(aiohttp.TCPConnector):
+    """The pool of connections; one on which somebody spoke unasked is not used again:
+    that would be taken for the next answer."""
+
+    async def connect(self, *asked: Any, **more: Any) -> Any:
+        while True:
+            line = await super().connect(*asked, **more)
+            if line.protocol is None or not line.protocol.should_close:
+                return line
+            line.close()
+
 class Poster:
     """HTTP to endpoints: one pool of connections, and nothing but what is permitted."""
 
@@ -4853,7 +4897,7 @@ class Poster:
 
         trace.on_connection_create_start.append(note)
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
+            connector=Connector(
                 limit=0, keepalive_timeout=KEEP_S,
                 resolver=Resolver(self._reach, self._getaddrinfo)),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=PUSH_CONNECT_S),
@@ -4924,9 +4968,9 @@ def next_hop(url: str, status: int, location: str) -> str:
     target = urljoin(url, location)
     if status not in (307, 308) or not location:
         raise PushFailed("ENDPOINT_REDIRECT", (
-            f"it answered {status} with the location {location[:200]!r}: only 307 and "
+            f"it answered {status} with the location {shown(location)[:200]!r}: only 307 and "
             "308 keep method and body; register that address"))
-    if url.startswith("https:") and not target.startswith("https:"):
+    if url.lower().startswith("https:") and not target.lower().startswith("https:"):
         raise PushFailed("ENDPOINT_REDIRECT", (
             f"it redirects to {shown(target)}, which is not encrypted: register the "
             "https address that it means, often only with another slash at its end"))
@@ -4939,15 +4983,20 @@ def in_words(error: Exception) -> str:
             error, "certificate_error", error)
         return f"TLS failed ({why}): is its certificate right, is it https at all?"
     if isinstance(error, aiohttp.ClientConnectorError):
-        why = error.os_error.strerror or error.os_error
-        return f"no connection ({why}): is it running, is the address right?"
+        number, why = error.os_error.errno or 0, error.os_error.strerror
+        if number > 0:  # for a name that is not known it is not the system's
+            why = os.strerror(number)
+        return f"no connection ({why or error}): is it running, is the address right?"
     if isinstance(error, aiohttp.ServerTimeoutError):
         return (f"no connection within {PUSH_CONNECT_S:g} s: is it running, does a "
                 "firewall stand between?")
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError
                   | aiohttp.ClientOSError):
         return "the connection broke before its answer was whole: see its log"
-    return f"what it sent is no HTTP ({str(error)[:200]}): is the address right?"
+    if isinstance(error, aiohttp.ClientResponseError):  # whose str() tells the URL
+        said = " ".join(error.message.split())[:200]
+        return f"what it sent is no HTTP ({said}): is the address right?"
+    return f"there is no such host ({type(error).__name__}): is the address right?"
 
 class PushDesk:
     """The requests under way: a task for each, from the lease to the commit."""
@@ -4959,10 +5008,11 @@ class PushDesk:
         self._clock, self.reach, self._post = clock, reach, post
         self._timeout_s, self.signing_key = timeout_s, signing_key
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     def begin(self, jobs: list[Job]) -> None:
         """Push a job that was leased to a slot."""
-        for job in jobs:
+        for job in jobs if not self._closing else ():  # at the next start
             ended = self._journal.end_of(job.run.run_id)
             task = asyncio.create_task(self._carry(job, ended))
             self._tasks.add(task)
@@ -4970,10 +5020,9 @@ class PushDesk:
 
     async def close(self) -> None:
         """Send no more; what is not answered soon goes out again at the next start."""
-        self._offers.push_slots = 0
-        tasks = set(self._tasks)
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=STOP_S)
+        self._closing = True
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=STOP_S)
             await asyncio.gather(*map(end_task, late))
 
     async def _carry(self, job: Job, ended: Future) -> None:
@@ -5322,6 +5371,7 @@ class Server:
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
             stack.push_async_callback(desk.close)
+            stack.callback(offers.open_slots, 0)
             self._running = stack.pop_all()
         return self
 
@@ -5539,7 +5589,8 @@ def arg(what: str = "", read: Callable[[str], Any] = str, default: Any = None,
     def told(text: str) -> Any:
         try:
             return read(text)
-        except (ValueError, OverflowError, OSError, IronflowError) as error:
+        except (ValueError, OverflowError, OSError, IronflowError,
+                StartError) as error:
             flaw = f"{text[:80]}: give {wanted}" if wanted else str(error)
             raise argparse.ArgumentTypeError(flaw.removeprefix("body is ")) from None
 
@@ -5564,12 +5615,9 @@ def push_timeout_s(text: str) -> float:
     return float(within(0.001, 86_400, duration_s)(text))
 
 def signing_key(name: str) -> str:
-    """The key in a file. Raises ValueError: it must not start without one."""
-    try:
-        if key := private_text(Path(name)).strip():
-            return key
-    except StartError as error:
-        raise ValueError(str(error)) from None
+    """The key in a file. Raises as `private_text`: it must not start without one."""
+    if key := private_text(Path(name)).strip():
+        return key
     raise ValueError(f"{name} is empty: write the key into it")
 
 def server_url(text: str) -> SplitResult:

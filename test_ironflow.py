@@ -41,6 +41,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -66,10 +67,11 @@ from collections.abc import (
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Self, TypeVar, assert_type, cast
+from typing import Any, BinaryIO, Self, TypeVar, assert_type, cast
 from wsgiref.validate import validator
 
 import croniter
@@ -4813,6 +4815,2779 @@ def test_a_file_of_an_older_ironflow_is_brought_up_to_date(
 
 
 # ======================================================================================
+# Push: the request
+# ======================================================================================
+# A function with an endpoint is sent its runs. Here the endpoint belongs to the test: it
+# speaks HTTP/1.1 over plain sockets, so that it can do whatever real ones do. It reads
+# every request as each of the three SDKs does, and none of them may find fault with any.
+
+SIGNING_KEY = "whsec_sign-and-seal"  # no other text of these tests holds it
+SIGNED = {"IRONFLOW_SIGNING_KEY": SIGNING_KEY}
+DONE = {"status": "completed"}
+
+
+@dataclass(frozen=True)
+class Push:
+    """A request that an endpoint was sent."""
+
+    line: int  # the how manieth connection brought it
+    sock: socket.socket
+    start: str
+    headers: dict[str, str]  # names in lower case
+    raw: bytes
+
+    @functools.cached_property
+    def body(self) -> Any:
+        return json.loads(self.raw)
+
+    def was_dropped(self) -> bool:
+        """Whether the server hung up on it."""
+        try:
+            self.sock.setblocking(False)
+            return self.sock.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            with contextlib.suppress(OSError):
+                self.sock.setblocking(True)
+
+
+def http_answer(status: int, body: Any = b"", headers: dict[str, str] | None = None) -> bytes:
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"HTTP/1.1 {status} As Told", f"Content-Length: {len(text)}"]
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + text
+
+
+class Endpoint:
+    """Where runs are pushed to: it keeps what it is sent, and answers as it is told.
+
+    An answer is an outcome; or a status, a body and perhaps headers; or bytes, which end
+    the connection; or several such one by one; or None, which ends it without a word. Or
+    it is a function of the push that returns one, and may take its time.
+    """
+
+    def __init__(self, key: str | None = SIGNING_KEY, tls: ssl.SSLContext | None = None) -> None:
+        self.key, self.tls = key, tls
+        self.pushes: list[Push] = []
+        self.wrong: list[BaseException] = []
+        self.busy, self.most = 0, 0  # requests in its hands, and how many there ever were
+        self.lines = 0
+        self.gate = threading.Event()
+        self.answers: list[Any] = [DONE]
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
+        self.port: int = self._listener.getsockname()[1]
+        self.name = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}/hook"
+        self.url = f"{self.name}?token=t0psecret"
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.gate.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join(DEADLINE_S)
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(DEADLINE_S)
+        self._listener.close()
+        assert kind or not self.wrong, self.wrong
+
+    def says(self, *answers: Any) -> None:
+        """Answer so, one by one, and as with the last from then on."""
+        self.answers = list(answers)
+
+    def held(self, push: Push) -> Any:
+        """An answer: done, when the gate is opened."""
+        self.gate.wait(DEADLINE_S)
+        return DONE
+
+    def push(self, index: int = 0) -> Push:
+        """The first push, or a later one, once it is here."""
+        return eventually(lambda: len(self.pushes) > index and self.pushes[index])
+
+    def has(self, busy: int) -> bool:
+        eventually(lambda: self.busy == busy)
+        return True
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                self._sockets.append(sock)
+                self.lines += 1
+                self._threads.append(threading.Thread(
+                    target=self._serve, args=(sock, self.lines)))
+                self._threads[-1].start()
+
+    def _serve(self, sock: socket.socket, line: int) -> None:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.enter_context(sock)
+            if self.tls:
+                sock = stack.enter_context(self.tls.wrap_socket(sock, server_side=True))
+                self._sockets.append(sock)
+            file = stack.enter_context(sock.makefile("rb"))
+            while (push := self._read(sock, file, line)) and self._send(sock, self._told(push)):
+                pass
+
+    def _read(self, sock: socket.socket, file: BinaryIO, line: int) -> Push | None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            if not (text := file.readline()):
+                return None
+            head += text
+        start, *lines = head.decode().strip().split("\r\n")
+        headers = {name.lower(): value for name, value in (each.split(": ", 1) for each in lines)}
+        size = int(headers["content-length"])
+        raw = file.read(size)
+        return Push(line, sock, start, headers, raw) if len(raw) == size else None
+
+    def _told(self, push: Push) -> Any:
+        """What to answer; meanwhile the push is in its hands."""
+        with self._lock:
+            self.pushes.append(push)
+            self.busy += 1
+            self.most = max(self.most, self.busy)
+            said = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        try:
+            for sdk in read_by_js, read_by_python, read_by_go:
+                sdk(push, self.key)
+            return said(push) if callable(said) else said
+        except Exception as error:
+            self.wrong.append(error)
+            return None
+        finally:
+            with self._lock:
+                self.busy -= 1
+
+    def _send(self, sock: socket.socket, said: Any) -> bool:
+        """Whether the connection is still good for more."""
+        if isinstance(said, dict):
+            said = (200, said)
+        if isinstance(said, tuple):
+            sock.sendall(http_answer(*said))
+            return True
+        for part in [said] if isinstance(said, bytes) else said or []:
+            sock.sendall(part)
+        return False
+
+
+# Verifiers of our own, from the rules of each SDK's parser
+
+
+def hexed(key: str, *parts: bytes) -> str:
+    return hmac.new(key.encode(), b"".join(parts), "sha256").hexdigest()
+
+
+def read_by_js(push: Push, key: str | None) -> None:
+    """The signature up to where hex ends; then a schema that takes no null for unset. Who
+    checks it in express has parsed the body, and compares with what he writes of it."""
+    assert push.raw.decode() == as_javascript(push.body)
+    if key is not None:
+        said = push.headers["x-ironflow-signature"]
+        assert said.startswith("sha256=")
+        found = re.match(r"(?:[0-9a-fA-F]{2})*", said.removeprefix("sha256="))
+        assert found and found[0] == hexed(key, push.raw)
+    body, event = dict(push.body), dict(push.body["event"])
+    assert all(type(body.pop(name)) is str for name in ("run_id", "function_id"))
+    assert all(type(body.pop(name)) is int for name in ("attempt", "max_attempts"))
+    assert body.pop("on_exhausted") in ("fail", "pause")
+    assert push.body["attempt"] >= 1
+    assert all(type(event.pop(name)) is str for name in ("id", "name", "timestamp"))
+    assert type(event.pop("version")) is int and "data" in event
+    kinds = {"data": object, "metadata": dict, "source": str, "idempotency_key": str}
+    assert all(isinstance(value, kinds[name]) for name, value in event.items())
+    for row in body.pop("steps"):
+        assert row.keys() - {"error"} == {"id", "name", "status", "output"}
+        assert ("error" in row) == (row["status"] == "failed")
+        assert all(type(row[name]) is str for name in row if name != "output")
+    assert all(type(value) is str for value in body.pop("secrets", {"some": ""}).values())
+    assert body.keys() == {"event"}
+
+
+def read_by_python(push: Push, key: str | None) -> None:
+    """Parts at commas, a name before the first `=`; t and v1, not older than 300 s. A
+    failed step's error is decoded."""
+    if key is not None:
+        said = dict(part.split("=", 1) for part in
+                    push.headers["x-ironflow-signature"].split(","))
+        assert abs(time.time() - int(said["t"])) <= 300
+        assert said["v1"] == hexed(key, f"{said['t']}.".encode(), push.raw)
+    for row in push.body["steps"]:
+        if row["status"] == "failed":
+            error = json.loads(row["error"])
+            assert all(type(error[name]) is str for name in ("function_id", "cause"))
+
+
+def read_by_go(push: Push, key: str | None) -> None:
+    """The same, with whatever else is in the header passed over; times of RFC 3339."""
+    assert push.headers["content-type"] == "application/json"
+    datetime.fromisoformat(push.body["event"]["timestamp"])
+    if key is None:
+        assert "x-ironflow-signature" not in push.headers
+        return
+    sent, given = "", list[str]()
+    for part in push.headers["x-ironflow-signature"].split(","):
+        name, _, value = part.strip().partition("=")
+        if name == "t":
+            sent = value
+        elif name == "v1":
+            given.append(value)
+    assert abs(time.time() - int(sent)) <= 300
+    assert hexed(key, sent.encode(), b".", push.raw) in given
+
+
+def as_javascript(value: Any) -> str:
+    """What JSON.stringify makes of a value."""
+    if isinstance(value, dict):
+        def place(item: tuple[str, Any]) -> tuple[bool, int]:
+            index = re.fullmatch("0|[1-9][0-9]{0,9}", item[0]) and int(item[0]) < 2**32 - 1
+            return (False, int(item[0])) if index else (True, 0)
+
+        members = sorted(value.items(), key=place)
+        return "{" + ",".join(f"{as_javascript(k)}:{as_javascript(v)}" for k, v in members) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(as_javascript, value)) + "]"
+    if isinstance(value, float):
+        return number_in_javascript(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def number_in_javascript(value: float) -> str:
+    """Number::toString of ECMAScript: its digits, and n, where the point stands in them."""
+    sign, figures, exponent = Decimal(repr(value)).normalize().as_tuple()
+    digits = "".join(map(str, figures))
+    n = len(digits) + int(exponent)
+    if value == 0:
+        return "0"
+    if len(digits) <= n <= 21:
+        text = digits + "0" * (n - len(digits))
+    elif 0 < n <= 21:
+        text = f"{digits[:n]}.{digits[n:]}"
+    elif -6 < n <= 0:
+        text = "0." + "0" * -n + digits
+    else:
+        text = f"{digits[0]}.{digits[1:]}".rstrip(".") + f"e{n - 1:+d}"
+    return "-" * sign + text
+
+
+class Pusher(Bench):
+    """A function that no other test uses, pushed to an endpoint of its own."""
+
+    def __init__(self, server: RunningServer, endpoint: Endpoint) -> None:
+        super().__init__(server)
+        self.endpoint = endpoint
+
+    def registers(self, **config: Any) -> Any:
+        push = {"preferredMode": "EXECUTION_MODE_PUSH", "endpointUrl": self.endpoint.url,
+                "retry": {"initialDelayMs": 1}}
+        return self.server.register(self.name, self.name, **push | config)
+
+    def emits(self, data: Any = None) -> str:
+        (run_id,) = self.server.emit(self.name, data)["run_ids"]
+        return str(run_id)
+
+    def start(self, data: Any = None, **config: Any) -> str:
+        """A new run, of the function as it is registered now."""
+        self.registers(**config)
+        return self.emits(data)
+
+    def end(self, run_id: str) -> Any:
+        """The run, once it is over; what stands in the query of a URL is nobody's business."""
+        run = self.server.run_becomes(run_id, "completed", "failed", "paused", "cancelled")
+        assert "t0psecret" not in json.dumps(run)
+        return run
+
+    def outcome(self, *answers: Any, data: Any = None, **config: Any) -> Any:
+        """What becomes of a new run whose pushes are answered like that."""
+        self.endpoint.says(*answers)
+        return self.end(self.start(data, **config))
+
+    def failure(self, *answers: Any, **config: Any) -> tuple[str, str]:
+        """Code and message of its error, if one failed attempt is all it has."""
+        run = self.outcome(*answers, **{"retry": {"maxAttempts": 1}} | config)
+        assert (run["status"], run["attempt"]) == ("failed", 1)
+        assert run["error"].keys() == {"message", "code"}
+        return run["error"]["code"], run["error"]["message"]
+
+    def known(self) -> Any:
+        """The function, as REST shows it."""
+        return self.server.yes("GET", in_path(self.name))
+
+
+@pytest.fixture(scope="module")
+def pushing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server that signs what it pushes, and asks no proxy to bring it."""
+    folder = tmp_path_factory.mktemp("pushing")
+    file = secrets_in(folder / "secrets.json", json.dumps({"key": VALUE, "10": "x", "9": "y"}))
+    flags = "--max-body-bytes 1500000 --max-step-bytes 100000 --max-steps 50 --log-level debug"
+    env = SIGNED | {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"}
+    with serve(folder, *flags.split(), "--secrets-file", str(file), env=env) as running:
+        yield running
+    assert SIGNING_KEY not in running.log
+    assert VALUE not in running.log
+    assert "t0psecret" not in running.log
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    with Endpoint() as running:
+        yield running
+
+
+@pytest.fixture
+def pusher(pushing: RunningServer, endpoint: Endpoint) -> Pusher:
+    return Pusher(pushing, endpoint)
+
+
+# --- What it holds ---------------------------------------------------------------------
+
+
+def test_a_push_holds_what_the_protocol_says_and_no_more(pusher: Pusher) -> None:
+    run_id = pusher.start({"a": [None, {}]}, retry={"maxAttempts": 4, "onExhausted": "pause"})
+    body = pusher.endpoint.push().body
+    event = body.pop("event")
+    assert body == {"run_id": run_id, "function_id": pusher.name, "attempt": 1,
+                    "max_attempts": 4, "on_exhausted": "pause", "steps": []}
+    assert event.pop("id").startswith("evt_")
+    assert ironflow.from_rfc3339(event.pop("timestamp")) > time.time() - DEADLINE_S
+    assert event == {"name": pusher.name, "data": {"a": [None, {}]}, "version": 1,
+                     "source": "api"}
+
+
+def test_a_push_carries_what_the_event_carried(pusher: Pusher) -> None:
+    pusher.registers()
+    more = {"version": 7, "metadata": {"m": [None]}, "idempotency_key": pusher.name}
+    pusher.server.emit(pusher.name, {"n": 1}, **more)
+    event = pusher.endpoint.push().body["event"]
+    assert event == event | more | {"data": {"n": 1}}
+
+
+def test_the_headers_of_a_push(pusher: Pusher) -> None:
+    run_id = pusher.start()
+    push = pusher.endpoint.push()
+    assert push.start == "POST /hook?token=t0psecret HTTP/1.1"
+    expected = {
+        "host": f"127.0.0.1:{pusher.endpoint.port}", "content-type": "application/json",
+        "content-length": str(len(push.raw)), "accept-encoding": "identity",
+        "user-agent": f"ironflow/{ironflow.__version__}", "x-ironflow-run-id": run_id,
+        "x-ironflow-attempt": "1", "idempotency-key": f"{run_id}:1"}
+    assert push.headers == push.headers | expected
+    unasked = {"transfer-encoding", "cookie", "authorization", "expect", "x-ironflow-key"}
+    assert not unasked & push.headers.keys()
+
+
+@pytest.mark.parametrize("path", [
+    "/", "", "/a%2Fb/%7Eme/%c3%a9;v=1", "/x?a=%20+&&b==&c=%2B", "/a//b/", "/x?q=%E4",
+])
+def test_an_endpoint_is_asked_by_the_very_path_it_gave(pusher: Pusher, path: str) -> None:
+    pusher.start(endpointUrl=f"http://127.0.0.1:{pusher.endpoint.port}{path}")
+    assert pusher.endpoint.push().start == f"POST {path or '/'} HTTP/1.1"
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST"])
+def test_an_endpoint_may_be_named(pusher: Pusher, host: str) -> None:
+    pusher.start(endpointUrl=f"http://{host}:{pusher.endpoint.port}/")
+    expected = f"localhost:{pusher.endpoint.port}"
+    assert pusher.endpoint.push().headers["host"].lower() == expected
+
+
+def test_a_cookie_is_not_brought_back(pusher: Pusher) -> None:
+    pusher.endpoint.says((200, DONE, {"Set-Cookie": "who=you; Path=/"}))
+    url = f"http://localhost:{pusher.endpoint.port}/"
+    for _ in range(2):
+        pusher.end(pusher.start(endpointUrl=url))
+    assert "cookie" not in pusher.endpoint.push(1).headers
+
+
+def test_secrets_are_pushed_to_who_declared_them(pusher: Pusher) -> None:
+    pusher.start(secrets=["key"])
+    assert pusher.endpoint.push().body["secrets"] == {"key": VALUE}
+
+
+def test_a_run_that_waits_for_a_secret_is_not_pushed(pusher: Pusher) -> None:
+    said = pusher.registers(secrets=["key", "later"])
+    assert "'later'" in said["warnings"][0]
+    run_id = pusher.emits()
+    other = Pusher(pusher.server, pusher.endpoint)
+    other.end(other.start())
+    assert [push.body["function_id"] for push in pusher.endpoint.pushes] == [other.name]
+    assert pusher.server.run(run_id)["status"] == "waiting_for_capacity"
+
+
+def test_a_push_tells_all_steps_that_are_done(pusher: Pusher) -> None:
+    """Each kind, as its SDK reads it; a step that failed is run again."""
+    child = Pusher(pusher.server, pusher.endpoint)
+    child.registers()
+    signal = f"{pusher.name}.signal"
+
+    def first(push: Push) -> Any:
+        steps = [step(push.body, "charge", {"ok": True}),
+                 step(push.body, "nothing"),
+                 step(push.body, "told", {"eventId": "evt_9", "sequence": 7}, type="publish"),
+                 step(push.body, "undo", [1], type="compensate", compensation_for="charge"),
+                 step(push.body, "bad", status="failed", error={"message": "m"})]
+        return {"status": "yielded", "steps": steps} | sleep_until(push.body, 1.0)
+
+    def waits(push: Push) -> Any:
+        return {"status": "yielded"} | wait(push.body, signal)
+
+    def calls(kind: str) -> Callable[[Push], Any]:
+        return lambda push: {"status": "yielded", "yield": {
+            "type": kind, "step_id": f"{push.body['run_id']}:{kind}:0",
+            "function_id": child.name, "input": [1]}}
+
+    def parent(push: Push) -> Any:
+        return moves.pop(0)(push) if moves else DONE
+
+    moves = [first, waits, calls("invoke_function"), calls("invoke_function_async")]
+    pusher.endpoint.says(lambda push: parent(push) if push.body["function_id"] == pusher.name
+                         else {"status": "completed", "result": push.body["event"]["data"]})
+    run_id = pusher.start()
+    pusher.server.run_becomes(run_id, "waiting")
+    event_id = pusher.server.emit(signal, {"n": 1}, metadata={"by": 1})["id"]
+    pusher.end(run_id)
+    last = [push for push in pusher.endpoint.pushes if push.body["run_id"] == run_id][-1]
+    rows = {row.pop("name"): row for row in last.body["steps"]}
+    waited, started = rows.pop("answer"), rows.pop("invoke_function_async")
+    assert rows == {
+        name: {"id": f"{run_id}:{name}:0", "status": "completed", "output": output}
+        for name, output in {
+            "charge": {"ok": True}, "nothing": None, "told": {"eventId": "evt_9", "sequence": 7},
+            "undo": [1], "nap": None, "invoke_function": [1]}.items()}
+    event = waited["output"]
+    assert (event["id"], event["data"], event["metadata"]) == (event_id, {"n": 1}, {"by": 1})
+    assert event.keys() >= {"name", "timestamp", "version"} and not has_null(event)
+    assert pusher.server.run(started["output"]["run_id"])["parent_run_id"] == run_id
+    assert [push.headers["x-ironflow-attempt"] for push in pusher.endpoint.pushes] == (
+        ["1"] * len(pusher.endpoint.pushes))
+
+
+@pytest.mark.parametrize("why", ["fails", "cancelled", "late", "unknown"])
+def test_a_push_tells_of_a_call_that_failed_in_a_string(pusher: Pusher, why: str) -> None:
+    child = Pusher(pusher.server, pusher.endpoint)
+    child.registers()
+
+    def answer(push: Push) -> Any:
+        if push.body["function_id"] == child.name:
+            error = {"message": "boom é", "retryable": False}
+            return {"status": "failed", "error": error} if why == "fails" else (
+                pusher.endpoint.held(push))
+        if push.body["steps"]:
+            return DONE
+        return {"status": "yielded", "yield": {
+            "type": "invoke_function", "step_id": f"{push.body['run_id']}:{called}:0",
+            "function_id": called, "invoke_timeout_ms": 50 if why == "late" else 60_000}}
+
+    called = "nowhere" if why == "unknown" else child.name
+    pusher.endpoint.says(answer)
+    run_id = pusher.start()
+    if why == "cancelled":
+        child_id = pusher.endpoint.push(1).body["run_id"]
+        pusher.server.rpc("CancelRun", {"id": child_id, "reason": "enough"})
+    assert pusher.end(run_id)["status"] == "completed"
+    (row,) = [push for push in pusher.endpoint.pushes
+              if push.body["run_id"] == run_id][-1].body["steps"]
+    error = json.loads(row["error"])
+    assert (row["status"], row["name"], error["function_id"]) == ("failed", called, called)
+    assert {"fails": "boom é", "cancelled": "enough"}.get(why, "") in error["cause"]
+    if why != "unknown":
+        child_run = pusher.server.run(error["child_run_id"])
+        assert child_run["parent_run_id"] == run_id
+        pusher.endpoint.gate.set()
+        pusher.end(child_run["id"])
+
+
+def test_each_dispatch_has_a_key_of_its_own(pusher: Pusher) -> None:
+    """A retry and a replay are other work than what went before, and not to be deduped."""
+    failed = {"status": "failed", "error": {"message": "m", "retryable": True}}
+    pusher.outcome(failed, lambda push: {"status": "yielded"} | sleep_until(push.body, 1.0), DONE)
+    pushes = pusher.endpoint.pushes
+    assert [push.body["attempt"] for push in pushes] == [1, 2, 2]
+    assert [push.headers["x-ironflow-attempt"] for push in pushes] == ["1", "2", "2"]
+    run_id = pushes[0].body["run_id"]
+    assert [push.headers["idempotency-key"] for push in pushes] == [
+        f"{run_id}:{n}" for n in (1, 2, 3)]
+
+
+# --- Its bytes -------------------------------------------------------------------------
+# What JSON.stringify(JSON.parse(text)) makes of each text, as Node 20 answers.
+
+IN_JAVASCRIPT = [
+    ("7.0", "7"), ("-0.0", "0"), ("-0", "0"), ("100e-2", "1"), ("1E5", "100000"),
+    ("1e20", "100000000000000000000"), ("1e21", "1e+21"), ("1e23", "1e+23"),
+    ("123456789012345680000.0", "123456789012345680000"),
+    ("12345678901234567890123.0", "1.2345678901234568e+22"),
+    ("1234567890123456789.0", "1234567890123456800"), ("1.5e300", "1.5e+300"),
+    ("1.7976931348623157e308", "1.7976931348623157e+308"), ("5e-324", "5e-324"),
+    ("0.000001", "0.000001"), ("1e-7", "1e-7"), ("123e-20", "1.23e-18"),
+    ("-1.5e-10", "-1.5e-10"), ("4.35", "4.35"), ("33554432.5", "33554432.5"),
+    ("9007199254740991", "9007199254740991"), ("-7", "-7"),
+    ('{"b":1,"10":2,"9":3,"a":{"2":0,"1":[{"1":1,"0":0}]}}',
+     '{"9":3,"10":2,"b":1,"a":{"1":[{"0":0,"1":1}],"2":0}}'),
+    ('{"4294967295":1,"4294967294":2,"01":3,"-1":4,"1.5":5,"0":6,"":7,"1e3":8}',
+     '{"0":6,"4294967294":2,"4294967295":1,"01":3,"-1":4,"1.5":5,"":7,"1e3":8}'),
+    ('{"\u0661":1,"\u00b2":2,"1":3}', '{"1":3,"\u0661":1,"\u00b2":2}'),
+    ('{"a":1,"b":2,"a":3}', '{"a":3,"b":2}'), ('{"__proto__":1,"constructor":2}',) * 2,
+    (r'"\u2028\u2029\ufeff\u007f\u00e9"', '"\u2028\u2029\ufeff\x7f\u00e9"'),
+    (r'"\ud83d\ude00"', '"\U0001f600"'), ("\"<>&'\\/\"", "\"<>&'/\""),
+    (r'"\u0000\u0001\u001f\b\t\n\f\r\"\\"', r'"\u0000\u0001\u001f\b\t\n\f\r\"\\"'),
+    (r'{"\u00e9\n":1,"\"":2}', r'{"é\n":1,"\"":2}'), (" [ null , true,{ } ] ", "[null,true,{}]"),
+    ("[" * 150 + "1.0" + "]" * 150, "[" * 150 + "1" + "]" * 150),
+    ('{"1":' * 150 + "{}" + "}" * 150,) * 2,
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), IN_JAVASCRIPT, ids=count())
+def test_the_verifiers_write_as_javascript_does(text: str, expected: str) -> None:
+    assert as_javascript(json.loads(text)) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), IN_JAVASCRIPT, ids=count())
+def test_a_body_is_written_as_javascript_would(
+    pusher: Pusher, text: str, expected: str
+) -> None:
+    """Those who verify over express.json() have nothing but the parsed body."""
+    pusher.registers()
+    event = f'{{"name":"{pusher.name}","data":{text},"metadata":{{"m":{text}}}}}'
+    pusher.server.yes("POST", "/api/v1/events", event.encode())
+    raw = pusher.endpoint.push().raw.decode()
+    assert f'"data":{expected},' in raw and f'"metadata":{{"m":{expected}}}' in raw
+
+
+def test_outputs_of_steps_are_written_as_javascript_would(pusher: Pusher) -> None:
+    def yields(push: Push) -> tuple[int, bytes]:
+        rows = [f'{{"id":"s{n}\\u2028","name":"1","output":{text}}}'
+                for n, (text, _) in enumerate(IN_JAVASCRIPT)]
+        nap = json.dumps(sleep_until(push.body, 1.0)["yield"])
+        return 200, f'{{"status":"yielded","steps":[{",".join(rows)}],"yield":{nap}}}'.encode()
+
+    assert pusher.outcome(yields, DONE)["status"] == "completed"
+    raw = pusher.endpoint.push(1).raw.decode()
+    for n, (_, expected) in enumerate(IN_JAVASCRIPT):
+        assert f'{{"id":"s{n}\u2028","name":"1",' in raw and f'"output":{expected}' in raw
+
+
+def test_an_integer_that_javascript_would_round_is_left_exact(pusher: Pusher) -> None:
+    pusher.start({"n": 2**53 + 1, "m": -(2**63)})
+    assert b'"data":{"n":9007199254740993,"m":-9223372036854775808}' in (
+        pusher.endpoint.push().raw)
+
+
+def test_secrets_named_like_numbers_come_in_javascripts_order(pusher: Pusher) -> None:
+    pusher.start(secrets=["key", "10", "9"])
+    assert f'"secrets":{{"9":"y","10":"x","key":"{VALUE}"}}' in pusher.endpoint.push().raw.decode()
+
+
+def test_a_large_event_is_pushed_whole(pusher: Pusher) -> None:
+    data = {"n": ["x" * 1000] * 900}
+    pusher.start(data)
+    assert pusher.endpoint.push().body["event"]["data"] == data
+
+
+# --- Its signature ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sdk", "what"), [
+    (read_by_js, "body"), (read_by_js, "key"), (read_by_python, "body"), (read_by_python, "key"),
+    (read_by_python, "time"), (read_by_go, "body"), (read_by_go, "key"), (read_by_go, "time"),
+])
+def test_the_verifiers_refuse_what_was_tampered_with(
+    pusher: Pusher, sdk: Callable[[Push, str], None], what: str
+) -> None:
+    pusher.start()
+    push, key = pusher.endpoint.push(), SIGNING_KEY
+    sdk(push, key)
+    if what == "body":
+        push = replace(push, raw=push.raw.replace(b'"attempt":1', b'"attempt":2'))
+    elif what == "key":
+        key += "x"
+    else:
+        old = int(time.time()) - 301
+        signature = f"t={old},v1={hexed(key, f'{old}.'.encode(), push.raw)}"
+        push = replace(push, headers=push.headers | {"x-ironflow-signature": signature})
+    with pytest.raises(AssertionError):
+        sdk(push, key)
+
+
+def test_the_signature_has_three_parts_in_their_order(pusher: Pusher) -> None:
+    pusher.start()
+    assert re.fullmatch(r"sha256=[0-9a-f]{64},t=\d+,v1=[0-9a-f]{64}",
+                        pusher.endpoint.push().headers["x-ironflow-signature"])
+
+
+def test_without_a_key_nothing_is_signed_and_that_is_said(shared: RunningServer) -> None:
+    with Endpoint(key=None) as endpoint:
+        pusher = Pusher(shared, endpoint)
+        (warning,) = pusher.registers()["warnings"]
+        assert "IRONFLOW_SIGNING_KEY" in warning and "not signed" in warning
+        assert re.search(f"WARNING.*{pusher.name}.*not signed", shared.log)
+        assert pusher.end(pusher.emits())["status"] == "completed"
+        assert "warnings" not in shared.register(new_name())
+
+
+def test_with_a_key_a_registration_warns_of_nothing(pusher: Pusher) -> None:
+    assert "warnings" not in pusher.registers()
+
+
+@pytest.mark.parametrize(("text", "key"), [
+    ("from-a-file", "from-a-file"), ("é +/=\n", "é +/="),
+])
+def test_the_key_is_read_from_a_file_first(tmp_path: Path, text: str, key: str) -> None:
+    file = secrets_in(tmp_path / "key", text)
+    with (serve(tmp_path, "--signing-key-file", str(file), env=SIGNED) as server,
+          Endpoint(key) as endpoint):
+        pusher = Pusher(server, endpoint)
+        assert pusher.end(pusher.start())["status"] == "completed"
+
+
+@pytest.mark.parametrize(("text", "mode", "words"), [
+    ("key", 0o644, "chmod 600"), ("key", 0o640, "chmod 600"), ("", 0o600, "empty"),
+    ("\n", 0o600, "empty"), (None, 0o600, "No such file"),
+])
+def test_a_key_file_that_is_no_good_is_a_sentence(
+    tmp_path: Path, text: str | None, mode: int, words: str
+) -> None:
+    file = tmp_path / "signing.key"
+    if text is not None:
+        secrets_in(file, text, mode)
+    said = refusal(tmp_path / "j.db", "--signing-key-file", str(file), **SIGNED)
+    assert str(file) in said and words in said
+    assert SIGNING_KEY not in said
+
+
+def test_the_key_is_written_nowhere(tmp_path: Path, endpoint: Endpoint) -> None:
+    with serve(tmp_path, "--log-level", "debug", env=SIGNED) as server:
+        pusher = Pusher(server, endpoint)
+        said = [pusher.registers()]
+        run_id = pusher.emits()
+        pusher.end(run_id)
+        said += [server.yes("GET", f"/api/v1/{door}") for door in (
+            "runs", f"runs/{run_id}", f"runs/{run_id}/steps", "functions", "events",
+            f"functions/{pusher.name}", "workers", "capabilities")]
+        said += [server.yes("GET", "/ready"), server.rpc("GetFunction", {"id": pusher.name})]
+        said += [server.rpc("GetRun", {"id": run_id}), server.rpc("Info", {})]
+        endpoint.says((401, {"error": {"code": "SIGNATURE_INVALID", "message": "no"}}))
+        said += [pusher.end(pusher.start(retry={"maxAttempts": 1}))]
+        signature = endpoint.push().headers["x-ironflow-signature"]
+        for secret in SIGNING_KEY, signature[7:71]:
+            assert secret not in json.dumps(said)
+            assert secret not in server.log
+            for part in "", "-wal":
+                assert secret.encode() not in Path(f"{server.db}{part}").read_bytes()
+
+
+# --- How many at once, and over which connection ---------------------------------------
+
+
+def test_pushes_one_after_another_share_a_connection(pusher: Pusher) -> None:
+    pusher.registers()
+    for n in range(20):
+        pusher.end(pusher.emits({"n": n}))
+    assert [push.body["event"]["data"]["n"] for push in pusher.endpoint.pushes] == [*range(20)]
+    assert pusher.endpoint.lines == 1
+
+
+def test_a_connection_that_was_closed_meanwhile_costs_no_attempt(pusher: Pusher) -> None:
+    """Closed right after each answer, without a word of it before."""
+    pusher.endpoint.says(http_answer(200, DONE))
+    pusher.registers(retry={"maxAttempts": 1})
+    for _ in range(20):
+        run = pusher.end(pusher.emits())
+        assert (run["status"], run["attempt"]) == ("completed", 1)
+        assert "error" not in run
+    assert pusher.endpoint.lines == len(pusher.endpoint.pushes) == 20
+
+
+def test_a_connection_that_is_closed_just_then_costs_no_attempt(pusher: Pusher) -> None:
+    """The endpoint has had enough of an idle connection when the next request comes."""
+    endpoint, used = pusher.endpoint, set[int]()
+
+    def once_a_line(push: Push) -> Any:
+        answer = None if push.line in used else DONE
+        used.add(push.line)
+        return answer
+
+    endpoint.says(once_a_line)
+    pusher.registers(retry={"maxAttempts": 1})
+    for _ in range(5):
+        run = pusher.end(pusher.emits())
+        assert (run["status"], run["attempt"]) == ("completed", 1)
+    keys = Counter(push.headers["idempotency-key"] for push in endpoint.pushes)
+    assert sorted(keys.values()) == [1, 2, 2, 2, 2]  # the same dispatch, told twice
+
+
+def test_however_many_connections_were_closed_a_push_finds_one(pusher: Pusher) -> None:
+    endpoint = pusher.endpoint
+    endpoint.says(endpoint.held)
+    run_ids = [pusher.start() for _ in range(6)]
+    assert endpoint.has(busy=6)
+    endpoint.gate.set()
+    for run_id in run_ids:
+        pusher.end(run_id)
+    endpoint.says(lambda push: None if push.line <= 6 else DONE)
+    run = pusher.end(pusher.start(retry={"maxAttempts": 1}))
+    assert (run["status"], run["attempt"]) == ("completed", 1)
+
+
+def test_no_more_requests_at_once_than_the_server_allows(
+    tmp_path: Path, endpoint: Endpoint
+) -> None:
+    with serve(tmp_path, "--push-concurrency", "3", env=SIGNED) as server:
+        pushers = [Pusher(server, endpoint) for _ in range(2)]
+        endpoint.says(endpoint.held)
+        run_ids = [pusher.start() for _ in range(4) for pusher in pushers]
+        assert endpoint.has(busy=3)
+        assert Counter(server.run(run_id)["status"] for run_id in run_ids) == {
+            "running": 3, "waiting_for_capacity": 5}
+        endpoint.gate.set()
+        for run_id in run_ids:
+            assert pushers[0].end(run_id)["status"] == "completed"
+        assert endpoint.most == 3
+
+
+def test_a_slow_endpoint_leaves_the_last_tenth_to_others(tmp_path: Path) -> None:
+    with (serve(tmp_path, "--push-concurrency", "20", env=SIGNED) as server,
+          Endpoint() as slow, Endpoint() as quick):
+        held, other = Pusher(server, slow), Pusher(server, quick)
+        slow.says(slow.held)
+        held.registers()
+        run_ids = [held.emits() for _ in range(30)]
+        assert slow.has(busy=18)
+        other.registers()
+        for _ in range(20):
+            assert other.end(other.emits())["status"] == "completed"
+        assert (slow.most, quick.most) == (18, 1)
+        slow.gate.set()
+        for run_id in run_ids:
+            assert held.end(run_id)["status"] == "completed"
+        assert slow.most == 18
+
+
+def test_a_functions_concurrency_holds_for_pushes(pusher: Pusher) -> None:
+    endpoint = pusher.endpoint
+    endpoint.says(endpoint.held)
+    run_ids = [pusher.start({"n": n}, concurrency={"limit": 2}) for n in range(6)]
+    assert endpoint.has(busy=2)
+    endpoint.gate.set()
+    for run_id in run_ids:
+        pusher.end(run_id)
+    assert endpoint.most == 2
+    assert sorted(push.body["event"]["data"]["n"] for push in endpoint.pushes) == [*range(6)]
+
+
+def test_a_throttle_holds_for_pushes(pusher: Pusher) -> None:
+    throttle = {"limit": 2, "periodMs": 3_600_000}
+    run_ids = [pusher.start(throttle=throttle) for _ in range(3)]
+    for run_id in run_ids[:2]:
+        assert pusher.end(run_id)["status"] == "completed"
+    assert pusher.server.run(run_ids[2])["status"] == "waiting_for_capacity"
+    assert len(pusher.endpoint.pushes) == 2
+
+
+def test_an_actor_is_pushed_one_thing_at_a_time(pusher: Pusher) -> None:
+    endpoint = pusher.endpoint
+    endpoint.says(endpoint.held)
+    pusher.registers(actorKey="user")
+    run_ids = [pusher.emits({"user": user, "n": n}) for n, user in enumerate("aaab")]
+    assert endpoint.has(busy=2)
+    assert {push.body["event"]["data"]["user"] for push in endpoint.pushes} == {"a", "b"}
+    endpoint.gate.set()
+    for run_id in run_ids:
+        pusher.end(run_id)
+    order = [push.body["event"]["data"]["n"] for push in endpoint.pushes]
+    assert [n for n in order if n != 3] == [0, 1, 2]
+    assert endpoint.most == 2
+
+
+def test_runs_are_pushed_in_the_order_they_came(pusher: Pusher) -> None:
+    pusher.registers(concurrency={"limit": 1})
+    run_ids = [pusher.emits() for _ in range(10)]
+    for run_id in run_ids:
+        pusher.end(run_id)
+    assert [push.body["run_id"] for push in pusher.endpoint.pushes] == run_ids
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_many_requests_take_no_thread_each(server: RunningServer) -> None:
+    def threads() -> int:
+        assert server.process is not None
+        return len(os.listdir(f"/proc/{server.process.pid}/task"))
+
+    with Endpoint(key=None) as endpoint:
+        pusher = Pusher(server, endpoint)
+        pusher.end(pusher.start())
+        before = threads()
+        endpoint.says(endpoint.held)
+        server.yes("POST", "/api/v1/events", [{"name": pusher.name}] * 100)
+        assert endpoint.has(busy=90)  # the last tenth is for others
+        assert threads() - before < 40  # those that look up names, if any
+        endpoint.gate.set()
+        eventually(lambda: server.rows(
+            "SELECT count(*) FROM run WHERE status = 'completed'") == [(101,)])
+
+
+def test_an_idle_server_pushes_nothing_and_writes_nothing(
+    tmp_path: Path, endpoint: Endpoint
+) -> None:
+    with serve(tmp_path, env=SIGNED) as server:
+        pusher = Pusher(server, endpoint)
+        pusher.end(pusher.start())
+        eventually(lambda: os.stat(f"{server.db}-wal").st_size == 0)
+        before = written(server)
+        for _ in range(50):
+            server.yes("GET", "/api/v1/functions")
+        assert written(server) == before
+        assert len(endpoint.pushes) == 1
+
+
+# ======================================================================================
+# Push: what comes back
+# ======================================================================================
+
+
+def yielded(push: Push, wish: dict[str, Any], *steps: Any) -> dict[str, Any]:
+    """The outcome of a handler that waits; `wish` are the members of its yield."""
+    return {"status": "yielded", "steps": list(steps)} | wish
+
+
+def says_failed(**more: Any) -> dict[str, Any]:
+    return {"status": "failed", "error": {"message": "m", "code": "E"} | more}
+
+
+# --- Outcomes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("more", "output"), [
+    ({}, None), ({"result": None}, None), ({"result": 0}, 0), ({"result": ""}, ""),
+    ({"result": False}, False), ({"result": []}, []), ({"result": {"a": [None]}}, {"a": [None]}),
+    ({"result": "é\u2028\U0001f600"}, "é\u2028\U0001f600"), ({"result": 1.5}, 1.5),
+    ({"result": "x" * 90_000}, "x" * 90_000), ({"result": 1, "steps": None}, 1),
+    ({"result": 1, "unheard_of": 2, "error": None, "yield": None}, 1),
+])
+def test_a_pushed_run_completes_with_its_result(
+    pusher: Pusher, more: dict[str, Any], output: Any
+) -> None:
+    run = pusher.outcome(DONE | more)
+    assert (run["status"], run["output"], type(run["output"])) == (
+        "completed", output, type(output))
+    assert run["attempt"] == len(pusher.endpoint.pushes) == 1
+    assert "error" not in run
+
+
+def test_a_pushed_run_says_how_it_is_carried(pusher: Pusher) -> None:
+    pusher.endpoint.says(pusher.endpoint.held)
+    run_id = pusher.start()
+    run = pusher.server.run_becomes(run_id, "running")
+    assert (run["execution_mode"], run["worker_id"]) == ("push", pusher.endpoint.name)
+    said = pusher.server.rpc("GetRun", {"id": run_id})
+    assert (said["executionMode"], said["workerId"]) == (
+        "EXECUTION_MODE_PUSH", pusher.endpoint.name)
+    workers = pusher.server.yes("GET", "/api/v1/workers")["workers"]
+    assert pusher.endpoint.name not in {worker["id"] for worker in workers}
+    pusher.endpoint.gate.set()
+    assert pusher.end(run_id)["worker_id"] == pusher.endpoint.name
+
+
+def test_the_journal_tells_of_a_pushed_run_as_of_any_other(pusher: Pusher) -> None:
+    pusher.endpoint.says(lambda push: DONE | {"result": 7, "steps": [step(push.body, "a", 1)]})
+    run_id = pusher.start()
+    pusher.end(run_id)
+    told = [(kind, name, json.loads(data)) for _, kind, name, _, data
+            in pusher.history({"run_id": run_id})]
+    assert [each[:2] for each in told] == [
+        ("run", "created"), ("run", "updated"), ("step", "created"), ("step", "completed"),
+        ("run", "completed")]
+    assert told[1][2]["status"] == "running"
+    assert told[1][2]["workerId"] == pusher.endpoint.name
+    assert told[-1][2]["status"] == "completed"
+
+
+def test_steps_of_several_pushes_follow_each_other(pusher: Pusher) -> None:
+    """Each answer brings only those that its own request ran."""
+    run = pusher.outcome(
+        lambda push: yielded(push, sleep_until(push.body, 1.0), step(push.body, "a", 1),
+                             step(push.body, "b", status="failed", error={"message": "m"})),
+        lambda push: DONE | {"steps": [step(push.body, "b", 2), step(push.body, "c", 3)]})
+    assert pusher.steps({"run_id": run["id"]}) == [
+        ("a", "completed", 0, 1), ("b", "completed", 1, 2), ("nap", "completed", 2, None),
+        ("c", "completed", 3, 3)]
+
+
+def test_a_sleep_is_slept_and_the_run_pushed_again(pusher: Pusher) -> None:
+    end = time.time() + 0.2
+    run_id = pusher.outcome(
+        lambda push: yielded(push, sleep_until(push.body, end), step(push.body, "a", 1)),
+        lambda push: DONE | {"result": time.time()})["id"]
+    run = pusher.server.run(run_id)
+    assert run["output"] >= end - 0.001
+    assert [row["name"] for row in pusher.endpoint.push(1).body["steps"]] == ["a", "nap"]
+    assert pusher.endpoint.push(1).body["attempt"] == 1
+
+
+def test_a_run_that_waits_holds_no_request(pusher: Pusher) -> None:
+    pusher.endpoint.says(lambda push: yielded(push, wait(push.body, pusher.name + ".answer")),
+                         lambda push: DONE | {"result": push.body["steps"][0]["output"]["data"]})
+    run_id = pusher.start(concurrency={"limit": 1})
+    assert pusher.server.run_becomes(run_id, "waiting")["attempt"] == 1
+    assert pusher.endpoint.busy == 0
+    pusher.server.emit(pusher.name + ".answer", {"n": 7})
+    assert pusher.end(run_id)["output"] == {"n": 7}
+
+
+def test_a_wait_that_times_out_fails_the_run_without_another_push(pusher: Pusher) -> None:
+    run = pusher.outcome(
+        lambda push: yielded(push, wait(push.body, pusher.name + ".never", timeout="50ms")))
+    assert run["status"] == "failed"
+    assert len(pusher.endpoint.pushes) == 1
+
+
+def test_branches_yield_all_they_wait_for_at_once(pusher: Pusher) -> None:
+    def both(push: Push) -> Any:
+        naps = [sleep_until(push.body, 1.0, name)["yield"] for name in ("left", "right")]
+        return {"status": "yielded", "yield": naps[0], "yields": naps[1:]}
+
+    pusher.outcome(both, DONE)
+    assert {row["name"] for row in pusher.endpoint.push(1).body["steps"]} == {"left", "right"}
+
+
+def test_a_function_that_is_pushed_may_call_one_that_is_pulled(pusher: Pusher) -> None:
+    pulled = Bench(pusher.server)
+    pulled.said(pulled.job(), "completed")
+    call = {"type": "invoke_function", "step_id": "call", "function_id": pulled.name}
+    pusher.endpoint.says(lambda push: yielded(push, {"yield": call}),
+                         lambda push: DONE | {"result": push.body["steps"][0]["output"]})
+    run_id = pusher.start()
+    pulled.said(pulled.next_job(), "completed", output=[7])
+    assert pusher.end(run_id)["output"] == [7]
+
+
+def test_a_caller_waits_for_a_pushed_run(pusher: Pusher) -> None:
+    pusher.endpoint.says(DONE | {"result": {"sum": 3}})
+    pusher.registers()
+    found = result(begin(pusher.server, "TriggerSync", {"event": pusher.name})())
+    assert (found["status"], found["output"]) == ("completed", {"sum": 3})
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    ({"message": "m", "retryable": False}, "m"), ({"message": "m"}, "m"), ("m", "m"),
+    (None, "unknown error"), ({}, "unknown error"),
+])
+def test_what_the_handler_says_is_final_is_not_tried_again(
+    pusher: Pusher, error: Any, message: str
+) -> None:
+    run = pusher.outcome({"status": "failed", "error": error}, retry={"onExhausted": "pause"})
+    assert (run["status"], run["attempt"], run["error"]["message"]) == ("failed", 1, message)
+    assert len(pusher.endpoint.pushes) == 1
+
+
+def test_a_handlers_own_error_is_the_runs(pusher: Pusher) -> None:
+    error = {"message": "out of stock", "code": "NO_STOCK", "retryable": False, "stack": "at f",
+             "step_id": "s"}
+    run = pusher.outcome({"status": "failed", "error": error}, retry={"maxAttempts": 1})
+    assert run["error"]["message"] == "out of stock"
+    assert run["error"]["code"] == "NO_STOCK"
+    assert "breaker" not in pusher.known() or pusher.known()["breaker"]["failures"] == 0
+
+
+def test_a_failed_attempt_is_pushed_again_with_the_steps_it_did(pusher: Pusher) -> None:
+    run = pusher.outcome(
+        lambda push: says_failed(retryable=True) | {"steps": [step(push.body, "a", 1)]}, DONE)
+    assert (run["status"], run["attempt"]) == ("completed", 2)
+    (row,) = pusher.endpoint.push(1).body["steps"]
+    assert (row["name"], row["output"]) == ("a", 1)
+
+
+@pytest.mark.parametrize(("after_ms", "retry", "delay_ms"), [
+    (None, {}, 1000), (None, {"initialDelayMs": 7000}, 7000), (5000, {}, 5000),
+    (5000, {"maxDelayMs": 2000}, 2000), (10**12, {}, 300_000),
+])
+def test_a_handler_says_when_to_push_again(
+    pusher: Pusher, after_ms: int | None, retry: Any, delay_ms: int
+) -> None:
+    after = {} if after_ms is None else {"retry_after_ms": after_ms}
+    pusher.endpoint.says(says_failed(retryable=True, **after))
+    run_id = pusher.start(retry=retry)
+    run = pusher.server.run_becomes(run_id, "waiting")
+    assert (run["attempt"], run["error"]) == (2, {"message": "m", "code": "E"})
+    assert due_in_ms(pusher, {"run_id": run_id}) == delay_ms
+
+
+@pytest.mark.parametrize(("policy", "status"), [("fail", "failed"), ("pause", "paused")])
+@pytest.mark.parametrize("answer", [says_failed(retryable=True), (500, b"oh")], ids=["own", "500"])
+def test_when_attempts_are_exhausted_the_policy_of_a_pushed_run_decides(
+    pusher: Pusher, policy: str, status: str, answer: Any
+) -> None:
+    retry = {"maxAttempts": 3, "initialDelayMs": 1, "onExhausted": policy}
+    run = pusher.outcome(answer, retry=retry)
+    assert (run["status"], run["attempt"]) == (status, 3)
+    pushes = pusher.endpoint.pushes
+    assert [push.body["attempt"] for push in pushes] == [1, 2, 3]
+    assert {push.body["on_exhausted"] for push in pushes} == {policy}
+
+
+# --- What cannot be kept ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("answer", "code"), [
+    (lambda push: DONE | {"steps": [step(push.body, "big", "x" * 110_000)]},
+     "STEP_OUTPUT_TOO_LARGE"),
+    (lambda push: DONE | {"result": "x" * 110_000}, "STEP_OUTPUT_TOO_LARGE"),
+    (lambda push: DONE | {"steps": [step(push.body, "a", index=n) for n in range(51)]},
+     "TOO_MANY_STEPS"),
+    (lambda push: yielded(push, {"yield": {"type": "dance", "step_id": "s"}}),
+     "UNSUPPORTED_YIELD"),
+])
+def test_an_outcome_that_cannot_be_kept_fails_the_run_at_once(
+    pusher: Pusher, answer: Any, code: str
+) -> None:
+    """Pushed again it would only be the same."""
+    run = pusher.outcome(answer)
+    assert (run["status"], run["attempt"], run["error"]["code"]) == ("failed", 1, code)
+    assert len(pusher.endpoint.pushes) == 1
+
+
+# --- No outcome: what happened, at which URL -------------------------------------------
+
+
+@pytest.mark.parametrize(("status", "code"), [
+    (400, "VALIDATION_ERROR"), (400, "INVALID_JSON"), (401, "SIGNATURE_MISSING"),
+    (401, "SIGNATURE_INVALID"), (404, "FUNCTION_NOT_FOUND"), (405, "METHOD_NOT_ALLOWED"),
+    (500, "INTERNAL_ERROR"),
+])
+def test_what_an_sdk_refuses_with_is_the_runs_error(
+    pusher: Pusher, status: int, code: str
+) -> None:
+    body = {"error": {"code": code, "message": f"because of é {code.lower()}"}}
+    run = pusher.outcome((status, body), retry={"maxAttempts": 2, "initialDelayMs": 1})
+    assert (run["status"], run["attempt"], run["error"]["code"]) == ("failed", 2, code)
+    message = run["error"]["message"]
+    assert message.startswith(f"POST {pusher.endpoint.name}: ")
+    assert str(status) in message and f"because of é {code.lower()}" in message
+
+
+@pytest.mark.parametrize("status", [
+    201, 202, 204, 206, 299, 400, 403, 404, 410, 413, 418, 429, 500, 502, 503, 504, 599, 600, 999,
+])
+def test_any_other_status_is_said(pusher: Pusher, status: int) -> None:
+    text = b"" if status == 204 else b"<html><h1>Oh \xe9\0\r\n no</h1>" + b"x" * 5000
+    code, message = pusher.failure((status, text))
+    assert code == "ENDPOINT_STATUS"
+    assert message.startswith(f"POST {pusher.endpoint.name}: ")
+    assert f" {status}" in message and len(message) < 1000
+
+
+@pytest.mark.parametrize("body", [
+    DONE, {"error": "text"}, {"error": {}}, {"error": {"code": 7, "message": None}}, [], 7,
+    {"error": {"code": "", "message": ""}}, {"error": {"code": "X" * 5000, "message": "y" * 5000}},
+    {"error": {"code": "a b\nc", "message": "line\nline"}}, {"error": None}, {"error": [1]},
+])
+def test_an_error_of_any_shape_is_an_error(pusher: Pusher, body: Any) -> None:
+    code, message = pusher.failure((500, body))
+    assert re.fullmatch(r"[A-Z][A-Z_]+", code) and len(code) < 100
+    assert " 500" in message and len(message) < 10_000
+
+
+ASLEEP = {"type": "sleep", "step_id": "s", "until": "2020-01-01T00:00:00Z"}
+NO_OUTCOME = [
+    b"", b" ", b"<html>ok</html>", b"ok", b"null", b"[]", b'"completed"', b"7", b"true", b"{}",
+    {"status": "done"}, {"status": 7}, {"status": None}, {"status": ["completed"]},
+    {"status": "COMPLETED"}, {"status": "progress"}, {"status": "ack"}, {"status": ""},
+    {"state": "completed"}, [DONE],
+    b'{"status":"completed"', b'{"status":"completed"}}', b'{"status":"completed"}{}',
+    b"[" * 100_000, b'\xef\xbb\xbf{"status":"completed"', b"\x1f\x8b\x08\0\0\0", bytes(1000),
+    '{"status":"completed"}'.encode("utf-16"), b"{'status':'completed'}",
+]
+
+
+@pytest.mark.parametrize("answer", NO_OUTCOME, ids=count())
+def test_200_with_no_outcome_is_an_error(pusher: Pusher, answer: Any) -> None:
+    code, message = pusher.failure((200, answer))
+    assert code == "ENDPOINT_ANSWER"
+    assert message.startswith(f"POST {pusher.endpoint.name}: ")
+    assert len(message) < 1000 and message.isprintable()
+
+
+@pytest.mark.parametrize("answer", [
+    {"status": "yielded"}, {"status": "yielded", "yield": None}, {"status": "yielded", "yield": {}},
+    {"status": "yielded", "yield": [ASLEEP]}, {"status": "yielded", "yield": ASLEEP | {"until": 7}},
+    {"status": "yielded", "yield": ASLEEP | {"until": "tomorrow"}},
+    {"status": "yielded", "yield": ASLEEP | {"step_id": ""}},
+    {"status": "yielded", "yield": {"type": "sleep", "step_id": "s"}},
+    {"status": "yielded", "yield": {"type": "wait_for_event", "step_id": "s"}},
+    {"status": "yielded", "yield": {"type": "invoke_function", "step_id": "s"}},
+    {"status": "yielded", "yield": ASLEEP, "yields": 7},
+    DONE | {"steps": 7}, DONE | {"steps": [7]}, DONE | {"steps": [{}]}, DONE | {"steps": {}},
+    DONE | {"steps": [{"id": "s", "status": "dancing"}]}, DONE | {"steps": [{"id": 7}]},
+    b'{"status":"completed","result":NaN}', b'{"status":"completed","result":1e999}',
+    b'{"status":"completed","result":"\\ud800"}', b'{"status":"completed","result":"\xff"}',
+    b'{"status":"completed","result":%d}' % 2**70,
+    b'{"status":"completed","result":' + b"[" * 300 + b"]" * 300 + b"}",
+], ids=count())
+def test_an_outcome_that_cannot_be_read_fails_the_run_as_a_workers_would(
+    pusher: Pusher, answer: Any
+) -> None:
+    """The handler ended; asked again, it would say the same."""
+    run = pusher.outcome((200, answer))
+    assert (run["status"], run["attempt"], len(pusher.endpoint.pushes)) == ("failed", 1, 1)
+    assert run["error"]["code"] == "INVALID_REPORT"
+    message = run["error"]["message"]
+    assert len(message) < 1000 and message.isprintable()
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "text/plain", "image/png", ""])
+def test_the_type_of_an_answer_says_nothing(pusher: Pusher, kind: str) -> None:
+    run = pusher.outcome((200, DONE | {"result": "é"}, {"Content-Type": kind}))
+    assert (run["status"], run["output"]) == ("completed", "é")
+
+
+@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_that_is_too_large_names_the_limit(
+    pusher: Pusher, announced: bool, status: int
+) -> None:
+    body = json.dumps(DONE | {"result": "x" * 2_000_000}).encode()
+    head = f"HTTP/1.1 {status} OK\r\n".encode()
+    head += b"Content-Length: %d\r\n\r\n" % len(body) if announced else b"\r\n"
+    code, message = pusher.failure(head + body)
+    if status == 200 or code == "ENDPOINT_TOO_LARGE":
+        assert code == "ENDPOINT_TOO_LARGE"
+        assert "--max-body-bytes" in message and "1500000" in message
+    else:
+        assert (code, "500" in message) == ("ENDPOINT_STATUS", True)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "x"])
+def test_an_answer_that_is_encoded_is_refused(pusher: Pusher, coding: str) -> None:
+    """Nobody asked for it, and a small body may be a large one inside."""
+    body = gzip.compress(json.dumps(DONE).encode())
+    code, message = pusher.failure((200, body, {"Content-Encoding": coding}))
+    assert code == "ENDPOINT_ANSWER"
+    assert coding in message
+
+
+def test_a_body_small_on_the_wire_and_large_inside_is_refused(pusher: Pusher) -> None:
+    body = gzip.compress(b'{"status":"completed","result":"' + bytes(100_000_000) + b'"}')
+    assert len(body) < 1_500_000
+    assert pusher.failure((200, body, {"Content-Encoding": "gzip"}))[0] == "ENDPOINT_ANSWER"
+
+
+@pytest.mark.parametrize(("status", "retry_after", "retry", "delay_ms"), [
+    (503, "7", {}, 7000), (429, "7", {}, 7000), (503, "3600", {}, 300_000),
+    (503, "90", {"maxDelayMs": 30_000}, 30_000), (500, "7", {}, 1000), (503, "soon", {}, 1000),
+    (503, "-7", {}, 1000), (503, "Wed, 21 Oct 2099 07:28:00 GMT", {}, 1000),
+    (503, "9" * 400, {}, None), (503, "nan", {}, 1000), (503, "\u0661", {}, 1000),
+    (503, "", {}, 1000),
+])
+def test_retry_after_is_listened_to(
+    pusher: Pusher, status: int, retry_after: str, retry: Any, delay_ms: int | None
+) -> None:
+    pusher.endpoint.says((status, b"busy", {"Retry-After": retry_after}))
+    run_id = pusher.start(retry=retry)
+    assert pusher.server.run_becomes(run_id, "waiting")["attempt"] == 2
+    assert due_in_ms(pusher, {"run_id": run_id}) in ([delay_ms] if delay_ms else [1000, 300_000])
+
+
+def test_an_endpoint_that_comes_back_is_pushed_what_it_missed(pusher: Pusher) -> None:
+    run = pusher.outcome((502, b""), http_answer(200, b"{"), None, DONE | {"result": 1},
+                         retry={"maxAttempts": 4, "initialDelayMs": 1})
+    assert (run["status"], run["output"]) == ("completed", 1)
+    assert run["attempt"] == 4
+    assert "error" not in run
+
+
+# --- Redirects -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [307, 308])
+@pytest.mark.parametrize("location", [
+    "http://127.0.0.1:{port}/new?a=%20b", "//127.0.0.1:{port}/new?a=%20b", "/new?a=%20b",
+    "new?a=%20b",
+])
+def test_a_redirect_takes_method_body_and_signature_along(
+    pusher: Pusher, status: int, location: str
+) -> None:
+    with Endpoint() as other:
+        there = other if "{port}" in location else pusher.endpoint
+        moved = (status, b"gone", {"Location": location.format(port=other.port)})
+        pusher.endpoint.says(moved, DONE)
+        assert pusher.end(pusher.start(retry={"maxAttempts": 1}))["attempt"] == 1
+        first, then = pusher.endpoint.push(), there.push(0 if there is other else 1)
+        assert then.start == "POST /new?a=%20b HTTP/1.1"
+        assert (then.raw, then.headers) == (
+            first.raw, first.headers | {"host": then.headers["host"]})
+        assert then.headers["host"] == f"127.0.0.1:{there.port}"
+
+
+@pytest.mark.parametrize(("hops", "ends"), [(5, "completed"), (6, "failed")])
+def test_five_redirects_are_followed_and_no_more(pusher: Pusher, hops: int, ends: str) -> None:
+    run = pusher.outcome(*[(307, b"", {"Location": f"/{n}"}) for n in range(hops)], DONE,
+                         retry={"maxAttempts": 1})
+    assert run["status"] == ends
+    assert len(pusher.endpoint.pushes) == 6
+    if ends == "failed":
+        assert run["error"]["code"] == "ENDPOINT_REDIRECT"
+
+
+def test_redirects_in_a_circle_end(pusher: Pusher) -> None:
+    with Endpoint() as other:
+        other.says((308, b"", {"Location": pusher.endpoint.url}))
+        code, message = pusher.failure((307, b"", {"Location": other.url}))
+        assert code == "ENDPOINT_REDIRECT"
+        assert message.startswith(f"POST {pusher.endpoint.name}: ")
+        assert len(pusher.endpoint.pushes) + len(other.pushes) == 6
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 305, 306, 309])
+def test_other_redirects_are_errors(pusher: Pusher, status: int) -> None:
+    """They would turn the POST into a GET."""
+    with Endpoint() as other:
+        code, message = pusher.failure((status, b"", {"Location": other.url}))
+        assert code in ("ENDPOINT_REDIRECT", "ENDPOINT_STATUS")
+        assert str(status) in message
+        assert other.pushes == []
+
+
+@pytest.mark.parametrize("location", [
+    None, "", " ", "javascript:alert(1)", "ftp://127.0.0.1/", "file:///etc/passwd", "http://[::1",
+    "http://user:pw@127.0.0.1:{port}/", "http://127.0.0.1:0/",
+    "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "ws://127.0.0.1:{port}/", "http://a b/",
+    "data:,x", "http://127.0.0.1:{port}/\0",
+])
+def test_a_redirect_to_nowhere_is_an_error(pusher: Pusher, location: str | None) -> None:
+    with Endpoint() as other:
+        head = b"HTTP/1.1 307 Moved\r\nContent-Length: 0\r\n"
+        if location is not None:
+            head += f"Location: {location.format(port=other.port)}\r\n".encode("latin-1")
+        code, message = pusher.failure(head + b"\r\n", DONE)
+        assert code.startswith("ENDPOINT_") and message.isprintable() and len(message) < 1000
+        assert message.startswith(f"POST {pusher.endpoint.name}: ")
+        assert (len(pusher.endpoint.pushes), other.pushes) == (1, [])
+
+
+# --- What is under way -----------------------------------------------------------------
+
+
+def test_a_run_that_is_cancelled_frees_its_request(tmp_path: Path, endpoint: Endpoint) -> None:
+    with serve(tmp_path, "--push-concurrency", "1", env=SIGNED) as server:
+        pusher = Pusher(server, endpoint)
+        endpoint.says(endpoint.held, DONE)
+        run_id, other = pusher.start(), pusher.emits()
+        push = endpoint.push()
+        server.rpc("CancelRun", {"id": run_id})
+        eventually(push.was_dropped)
+        assert pusher.end(other)["status"] == "completed"
+        endpoint.gate.set()  # the late answer
+        pusher.end(pusher.emits())
+        assert server.run(run_id)["status"] == "cancelled"
+        assert pusher.known()["breaker"] == {"state": "closed", "failures": 0}
+
+
+def test_a_called_run_is_dropped_with_its_caller(pusher: Pusher) -> None:
+    child = Pusher(pusher.server, pusher.endpoint)
+    child.registers()
+    call = {"type": "invoke_function", "step_id": "c", "function_id": child.name}
+    pusher.endpoint.says(lambda push: yielded(push, {"yield": call}), pusher.endpoint.held)
+    run_id = pusher.start()
+    push = pusher.endpoint.push(1)
+    pusher.server.rpc("CancelRun", {"id": run_id})
+    eventually(push.was_dropped)
+    assert pusher.server.run(push.body["run_id"])["status"] == "cancelled"
+
+
+def test_an_event_that_cancels_drops_the_request(pusher: Pusher) -> None:
+    pusher.endpoint.says(pusher.endpoint.held)
+    run_id = pusher.start(cancelOn=[{"event": pusher.name + ".stop"}])
+    push = pusher.endpoint.push()
+    pusher.server.emit(pusher.name + ".stop")
+    assert pusher.end(run_id)["status"] == "cancelled"
+    eventually(push.was_dropped)
+
+
+def test_a_function_is_given_its_own_time(pusher: Pusher) -> None:
+    run = pusher.outcome(pusher.endpoint.held, timeoutMs=100, retry={"maxAttempts": 1})
+    assert run["error"]["code"] == "ENDPOINT_TIMEOUT"
+    message = run["error"]["message"]
+    assert message.startswith(f"POST {pusher.endpoint.name}: ")
+    assert re.search(r"\b(0\.1|100)\b", message) and "timeoutMs" in message
+    eventually(pusher.endpoint.push().was_dropped)
+
+
+def test_a_late_answer_is_the_answer_of_no_later_push(pusher: Pusher) -> None:
+    """The first request was given up; what it brings after all is not read for the second."""
+    endpoint = pusher.endpoint
+    second = threading.Event()
+
+    def late(push: Push) -> Any:
+        second.wait(DEADLINE_S)
+        return DONE | {"result": "late"}
+
+    endpoint.says(late, endpoint.held)
+    run_id = pusher.start(timeoutMs=300)
+    endpoint.push(1)
+    second.set()
+    endpoint.gate.set()
+    run = pusher.end(run_id)
+    assert (run["status"], run["output"]) == ("completed", None)
+
+
+def test_a_function_without_a_timeout_has_the_servers(tmp_path: Path, endpoint: Endpoint) -> None:
+    with serve(tmp_path, "--push-timeout", "200ms", env=SIGNED) as server:
+        patient, other = Pusher(server, endpoint), Pusher(server, endpoint)
+        endpoint.says(endpoint.held)
+        run_id = patient.start(timeoutMs=60_000)
+        endpoint.push()
+        code, message = other.failure(endpoint.held)
+        assert code == "ENDPOINT_TIMEOUT" and "--push-timeout" in message
+        assert server.run(run_id)["status"] == "running"
+        endpoint.gate.set()
+        assert patient.end(run_id)["attempt"] == 1
+
+
+def test_a_function_deleted_meanwhile_ends_its_run(pusher: Pusher) -> None:
+    pusher.endpoint.says(pusher.endpoint.held)
+    run_id = pusher.start(concurrency={"limit": 1})
+    later = pusher.emits()
+    pusher.endpoint.push()
+    pusher.server.rpc("DeleteFunction", {"id": pusher.name})
+    pusher.endpoint.gate.set()
+    assert pusher.end(run_id)["status"] == "completed"
+    assert pusher.server.run(later)["status"] == "waiting_for_capacity"
+    pusher.registers()
+    assert pusher.end(later)["status"] == "completed"
+
+
+def test_the_runs_of_a_paused_function_are_still_pushed(pusher: Pusher) -> None:
+    pusher.endpoint.says(
+        pusher.endpoint.held, lambda push: yielded(push, sleep_until(push.body, 1.0)), DONE)
+    run_id = pusher.start(concurrency={"limit": 1})
+    later = pusher.emits()
+    pusher.endpoint.push()
+    pusher.server.rpc("UpdateFunctionStatus", {"id": pusher.name, "status": "paused"})
+    assert pusher.server.emit(pusher.name)["run_ids"] == []
+    pusher.endpoint.gate.set()
+    for each in run_id, later:
+        assert pusher.end(each)["status"] == "completed"
+
+
+def test_pushes_leave_nothing_behind(tmp_path: Path) -> None:
+    """Neither those that were answered, nor those given up, nor runs that only wait."""
+    def program(server: RunningServer) -> None:
+        with Endpoint() as endpoint:
+            pusher = Pusher(server, endpoint)
+            pusher.end(pusher.start(retry=PATIENT, circuitBreaker={"failureThreshold": 100}))
+            quiet = waits_in_this_process()
+            endpoint.says(*[None, BAD, lambda push: yielded(push, sleep_until(push.body, 1.0)),
+                            lambda push: yielded(push, wait(push.body, "never"))] * 5)
+            sleepers = [pusher.emits() for _ in range(8)]
+            for run_id in sleepers:
+                server.run_becomes(run_id, "waiting")
+            endpoint.says(endpoint.held)
+            for run_id in [pusher.emits() for _ in range(5)]:
+                server.run_becomes(run_id, "running")
+                server.rpc("CancelRun", {"id": run_id})
+            eventually(lambda: waits_in_this_process() <= quiet)
+
+    gc.freeze()  # what is there already need not be looked through again and again
+    inside(tmp_path, {}, program)
+    gc.unfreeze()
+
+
+# --- Crashes and stops -----------------------------------------------------------------
+
+
+def test_a_push_cut_off_by_a_crash_goes_out_again_at_once(
+    tmp_path: Path, endpoint: Endpoint
+) -> None:
+    with serve(tmp_path, env=SIGNED) as server:
+        pusher = Pusher(server, endpoint)
+        endpoint.says(
+            lambda push: yielded(push, sleep_until(push.body, 1.0), step(push.body, "a", 1)),
+            endpoint.held, DONE | {"result": "second"})
+        run_id = pusher.start(retry={"maxAttempts": 1})
+        lost = endpoint.push(1)
+        server.kill()
+        server.start()
+        again = endpoint.push(2)
+        assert again.body == lost.body
+        assert [row["name"] for row in again.body["steps"]] == ["a", "nap"]
+        keys = [push.headers["idempotency-key"] for push in endpoint.pushes]
+        assert keys == [f"{run_id}:{n}" for n in (1, 2, 3)]
+        endpoint.gate.set()
+        run = Pusher(server, endpoint).end(run_id)
+        assert (run["output"], run["attempt"]) == ("second", 1)
+        assert "error" not in run
+
+
+def test_an_answer_that_was_not_written_before_a_crash_is_asked_for_again(
+    tmp_path: Path, endpoint: Endpoint
+) -> None:
+    """At least once: the endpoint has to expect the same request twice."""
+    answered = threading.Event()
+
+    def answer(push: Push) -> Any:
+        answered.set()
+        return DONE | {"result": len(endpoint.pushes), "steps": [step(push.body, "a", 1)]}
+
+    with serve(tmp_path, env=SIGNED) as server:
+        pusher = Pusher(server, endpoint)
+        endpoint.says(lambda push: endpoint.held(push) and answer(push), answer)
+        run_id = pusher.start()
+        first = endpoint.push()
+        with foreign_transaction(server, "BEGIN IMMEDIATE"):
+            endpoint.gate.set()
+            eventually(answered.is_set)
+            assert endpoint.has(busy=0)
+            server.kill()
+        server.start()
+        again = endpoint.push(1)
+        assert again.body == first.body
+        assert again.headers["idempotency-key"] != first.headers["idempotency-key"]
+        run = Pusher(server, endpoint).end(run_id)
+        assert (run["output"], run["attempt"]) == (2, 1)
+
+
+def test_a_stop_lets_what_is_under_way_come_to_its_end(
+    tmp_path: Path, endpoint: Endpoint
+) -> None:
+    with serve(tmp_path, env=SIGNED) as server:
+        pusher = Pusher(server, endpoint)
+        endpoint.says(endpoint.held)
+        run_id = pusher.start(concurrency={"limit": 1})
+        later = pusher.emits()
+        endpoint.push()
+        process = told_to_stop(server)
+        endpoint.gate.set()
+        assert process.wait(DEADLINE_S) == 0
+        assert dict(server.rows("SELECT run_id, status FROM run")) == {
+            run_id: "completed", later: "waiting_for_capacity"}
+        assert len(endpoint.pushes) == 1  # nothing new was begun
+        server.stop()
+        server.start()
+        assert Pusher(server, endpoint).end(later)["status"] == "completed"
+        assert len(endpoint.pushes) == 2
+
+
+def test_a_stop_that_takes_long_begins_nothing_new(tmp_path: Path, endpoint: Endpoint) -> None:
+    """Somebody sends a body and does not come to its end."""
+    with serve(tmp_path, env=SIGNED) as server:
+        pusher = Pusher(server, endpoint)
+        endpoint.says(endpoint.held)
+        run_id = pusher.start(concurrency={"limit": 1})
+        later = pusher.emits()
+        endpoint.push()
+        with socket.create_connection(("127.0.0.1", server.port)) as half:
+            half.sendall(b"POST /api/v1/events HTTP/1.1\r\nHost: localhost\r\n"
+                         b"Content-Length: 99\r\n\r\n{")
+            process = told_to_stop(server)
+            endpoint.gate.set()
+            eventually(lambda: ("completed",) in server.rows("SELECT status FROM run"))
+            assert dict(server.rows("SELECT run_id, status FROM run")) == {
+                run_id: "completed", later: "waiting_for_capacity"}
+        assert process.wait(DEADLINE_S) == 0
+
+
+def told_to_stop(server: RunningServer) -> subprocess.Popen[str]:
+    """Its process, once it has begun to stop: that answers a held poll."""
+    server.join("idle", "nothing")
+    assert server.process is not None
+    with held_poll(server, "idle") as poll:
+        server.process.send_signal(signal.SIGTERM)
+        assert poll.getresponse().status == 204
+    return server.process
+
+
+def test_a_second_signal_waits_for_no_endpoint(tmp_path: Path, endpoint: Endpoint) -> None:
+    with serve(tmp_path, env=SIGNED) as server:
+        pusher = Pusher(server, endpoint)
+        endpoint.says(endpoint.held, DONE)
+        run_id = pusher.start()
+        endpoint.push()
+        process = told_to_stop(server)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == -signal.SIGTERM
+        server.kill()
+        server.start()
+        assert Pusher(server, endpoint).end(run_id)["attempt"] == 1
+
+
+@pytest.mark.slow
+def test_a_stop_waits_ten_seconds_for_an_endpoint_and_no_longer(
+    tmp_path: Path, endpoint: Endpoint
+) -> None:
+    with serve(tmp_path, env=SIGNED) as server:
+        pusher = Pusher(server, endpoint)
+        endpoint.says(endpoint.held, DONE)
+        run_id = pusher.start()
+        endpoint.push()
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert 9 < time.monotonic() - began < 40
+        server.start()
+        run = Pusher(server, endpoint).end(run_id)
+        assert (run["status"], run["attempt"]) == ("completed", 1)
+
+
+URL = "http://a.example/hook"
+
+
+@pytest.fixture
+def depot(tmp_path: Path) -> Iterator[Stage]:
+    """The rules with a hundred push slots, and the function `f` of an endpoint."""
+    with Stage(tmp_path / "stage.db", NOON, push_slots=100) as stage:
+        stage.register(endpointUrl=URL, retry={"maxAttempts": 100, "initialDelayMs": 1})
+        yield stage
+
+
+@pytest.mark.parametrize("step_s", [-86_400.0, 86_400.0])
+def test_a_clock_that_is_set_pushes_nothing_twice(depot: Stage, step_s: float) -> None:
+    (run_id,) = depot.says()
+    (job,) = depot.pushes()
+    depot.now += step_s
+    depot.do(ironflow.keep_leases, depot.limits)  # as `Timekeeper` does when it notices
+    depot.turn()
+    depot.go(1000)
+    assert depot.pushes() == []
+    depot.answered(job)
+    assert depot.status(run_id) == "completed"
+
+
+def test_a_late_answer_counts_for_nothing_once_the_run_went_out_again(depot: Stage) -> None:
+    (run_id,) = depot.says()
+    (lost,) = depot.pushes()
+    depot.file.close()
+    depot.open()
+    (again,) = depot.pushes()
+    assert (again.run.run_id, again.run.attempt) == (run_id, 1)
+    assert again.run.fence > lost.run.fence
+    for reached, status in (True, "completed"), (True, "failed"), (False, "failed"):
+        depot.answered(lost, reached, status)
+        assert depot.status(run_id) == "running"
+    depot.answered(again)
+    assert depot.status(run_id) == "completed"
+
+
+def test_an_outcome_waits_for_room_on_a_full_disk(tmp_path: Path, endpoint: Endpoint) -> None:
+    with serve(tmp_path, within=small_disk(tmp_path), env=SIGNED) as server:
+        assert server.process is not None
+        disk = Path(f"/proc/{server.process.pid}/root{tmp_path}")
+        pusher = Pusher(server, endpoint)
+        endpoint.says(lambda push: endpoint.held(push) | {
+            "result": "x" * 50_000, "steps": [step(push.body, "a", "y" * 50_000)]})
+        run_ids = [pusher.start({"n": n}) for n in range(3)]
+        assert endpoint.has(busy=3)
+        ballast = fill(disk)
+        endpoint.gate.set()
+        eventually(lambda: issues(server)[0] == 503)
+        assert {server.run(run_id)["status"] for run_id in run_ids} == {"running"}
+        ballast.unlink()
+        for run_id in run_ids:
+            run = pusher.end(run_id)
+            assert (run["status"], run["attempt"], len(run["output"])) == ("completed", 1, 50_000)
+        assert len(endpoint.pushes) == 3
+        eventually(lambda: issues(server) == (200, []))
+        assert pusher.end(pusher.emits())["status"] == "completed"
+
+
+# ======================================================================================
+# Push: hostile endpoints
+# ======================================================================================
+# Broken, slow, lying or wicked: each costs its own run an attempt, and the error says
+# what happened. The server stays well, and a neighbour's runs go on meanwhile.
+
+LOST, ANSWER, LATE = "ENDPOINT_UNREACHABLE", "ENDPOINT_ANSWER", "ENDPOINT_TIMEOUT"
+LARGE_ANSWER, STATUS = "ENDPOINT_TOO_LARGE", "ENDPOINT_STATUS"
+OK = b"HTTP/1.1 200 OK\r\n"
+TELLS = b'{"status":"completed"}'
+
+
+def peak_mb(server: RunningServer) -> float:
+    """The most memory that the server ever held; 0 where nobody says so."""
+    assert server.process is not None
+    status = Path(f"/proc/{server.process.pid}/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) / 1024 if found else 0
+
+
+def drips(*parts: bytes, head: bytes = b"") -> Callable[[Push], Iterator[bytes]]:
+    """An answer that comes bit by bit, and has no end."""
+    def answer(push: Push) -> Iterator[bytes]:
+        yield head
+        while not push.was_dropped():
+            yield from parts
+            time.sleep(0.01)
+
+    return answer
+
+
+def floods(part: bytes, head: bytes = b"", total: int = 100_000_000
+           ) -> Callable[[Push], Iterator[bytes]]:
+    """An answer as fast as it goes, of so many bytes."""
+    def answer(push: Push) -> Iterator[bytes]:
+        yield head
+        block = part * (65536 // len(part) + 1)
+        for _ in range(total // len(block)):
+            yield block
+
+    return answer
+
+
+HOSTILE: list[tuple[str, Any, set[str]]] = [
+    ("no word", None, {LOST}),
+    ("no word for long", drips(), {LATE}),
+    ("TLS", b"\x15\x03\x01\x00\x02\x02\x46", {LOST, ANSWER}),
+    ("SSH", b"SSH-2.0-OpenSSH_9.6\r\n", {LOST, ANSWER}),
+    ("zeros", bytes(100_000), {LOST, ANSWER}),
+    ("HTTP/0.9", b'{"status":"completed"}', {LOST, ANSWER}),
+    ("HTTP/2", b"\0\0\x12\x04\0\0\0\0\0\0\x03\0\0\0\x80", {LOST, ANSWER}),
+    ("no HTTP version", b"HTTP/x 200 OK\r\n\r\n", {LOST, ANSWER}),
+    ("no status", b"HTTP/1.1 OK\r\n\r\n" + TELLS, {LOST, ANSWER, STATUS}),
+    ("half a head", OK + b"Content-Le", {LOST, ANSWER}),
+    ("no end of head", OK, {LOST, ANSWER}),
+    ("half a body", OK + b'Content-Length: 999\r\n\r\n{"status":"completed"}', {LOST, ANSWER}),
+    ("too short a length", OK + b"Content-Length: 9\r\n\r\n" + TELLS, {ANSWER, LOST}),
+    ("a negative length", OK + b"Content-Length: -1\r\n\r\n" + TELLS, {LOST, ANSWER}),
+    ("a length in words", OK + b"Content-Length: ten\r\n\r\n" + TELLS, {LOST, ANSWER}),
+    ("a huge length", OK + b"Content-Length: 99999999999999999999\r\n\r\n" + TELLS,
+     {LOST, ANSWER, LARGE_ANSWER}),
+    ("two lengths", OK + b"Content-Length: 22\r\nContent-Length: 9\r\n\r\n" + TELLS,
+     {LOST, ANSWER}),
+    ("no chunks", OK + b"Transfer-Encoding: chunked\r\n\r\n" + TELLS, {LOST, ANSWER}),
+    ("half a chunk", OK + b"Transfer-Encoding: chunked\r\n\r\n99\r\n" + TELLS, {LOST, ANSWER}),
+    ("no last chunk", OK + b"Transfer-Encoding: chunked\r\n\r\n16\r\n" + TELLS + b"\r\n",
+     {LOST, ANSWER}),
+    ("a huge chunk", OK + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n" + TELLS,
+     {LOST, ANSWER, LARGE_ANSWER}),
+    ("another protocol", b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+     {LOST, ANSWER, STATUS}),
+    ("a head bit by bit", drips(b"X-A: b\r\n", head=OK), {LATE, LOST, ANSWER}),
+    ("a body bit by bit", drips(b" ", head=OK + b"Content-Length: 9999\r\n\r\n"), {LATE}),
+    ("a body without end, bit by bit", drips(b" ", head=OK + b"\r\n"), {LATE}),
+    ("chunks bit by bit", drips(b"1\r\n \r\n", head=OK + b"Transfer-Encoding: chunked\r\n\r\n"),
+     {LATE}),
+    ("a chunk's size without end", drips(b"0", head=OK + b"Transfer-Encoding: chunked\r\n\r\n"),
+     {LATE, LOST, ANSWER}),
+    ("1xx for ever", drips(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Hints\r\n\r\n"),
+     {LATE, LOST, ANSWER}),
+    ("a flood of 1xx", floods(b"HTTP/1.1 102 Processing\r\n\r\n", total=5_000_000),
+     {LATE, LOST, ANSWER}),
+    ("a flood of body", floods(b" ", OK + b"\r\n"), {LARGE_ANSWER}),
+    ("a flood of chunks", floods(b"1\r\n \r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n"),
+     {LARGE_ANSWER, LATE}),
+    ("a flood of headers", floods(b"X-A: b\r\n", OK), {LATE, LOST, ANSWER, LARGE_ANSWER}),
+    ("one header", floods(b"a", OK + b"X-A: "), {LATE, LOST, ANSWER, LARGE_ANSWER}),
+    ("a flood of a start", floods(b"a", b"HTTP/1.1 200 "), {LATE, LOST, ANSWER, LARGE_ANSWER}),
+    ("a flood of cookies", floods(b"Set-Cookie: a=b; Path=/x\r\n", OK, 2_000_000),
+     {LATE, LOST, ANSWER, LARGE_ANSWER}),
+    ("a flood in an error", floods(b"x", b"HTTP/1.1 500 Oh\r\n\r\n"), {STATUS, LARGE_ANSWER}),
+    ("a flood in a trailer", floods(b"X-A: b\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"),
+     {LATE, LOST, ANSWER, LARGE_ANSWER}),
+]
+
+
+@pytest.fixture
+def neighbour(pushing: RunningServer) -> Iterator[Pusher]:
+    with Endpoint() as endpoint:
+        yield Pusher(pushing, endpoint)
+
+
+@pytest.mark.parametrize(("answer", "codes"), [
+    pytest.param(*more, id=name) for name, *more in HOSTILE])
+def test_a_hostile_endpoint_harms_only_its_own_run(
+    pusher: Pusher, neighbour: Pusher, answer: Any, codes: set[str]
+) -> None:
+    before = peak_mb(pusher.server)
+    pusher.endpoint.says(answer)
+    run_id = pusher.start(timeoutMs=400, retry={"maxAttempts": 1})
+    pusher.endpoint.push()
+    assert neighbour.end(neighbour.start())["status"] == "completed"
+    run = pusher.end(run_id)
+    assert (run["status"], run["error"]["code"] in codes) == ("failed", True), run["error"]
+    message = run["error"]["message"]
+    assert message.startswith(f"POST {pusher.endpoint.name}: ")
+    assert len(message) < 1000 and message.isprintable()
+    assert len(pusher.endpoint.pushes) == 1
+    assert peak_mb(pusher.server) - before < 40
+    pusher.endpoint.says(DONE)
+    assert pusher.end(pusher.emits())["status"] == "completed"
+
+
+@pytest.mark.parametrize("answer", [
+    OK + b"\r\n" + TELLS, b"HTTP/1.0 200 OK\r\n\r\n" + TELLS, b"HTTP/1.1 200\r\n\r\n" + TELLS,
+    OK + b"content-LENGTH:22\r\nConnection: close\r\n\r\n" + TELLS,
+    OK + b"Transfer-Encoding: chunked\r\n\r\n16\r\n" + TELLS + b"\r\n0\r\n\r\n",
+    OK + b"Transfer-Encoding: chunked\r\n\r\n1;a=b\r\n{\r\n15\r\n" + TELLS[1:]
+    + b"\r\n0\r\nX: y\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nLink: x\r\n\r\n" + OK + b"\r\n" + TELLS,
+    lambda push: (bytes([each]) for each in http_answer(200, TELLS)),
+    OK + b"X-Long: " + b"x" * 4000 + b"\r\n\r\n" + TELLS,
+    OK + b"".join(b"X-%d: y\r\n" % n for n in range(60)) + b"\r\n \r\n" + TELLS + b"\n",
+], ids=count())
+def test_an_answer_that_is_only_unusual_is_taken(pusher: Pusher, answer: Any) -> None:
+    run = pusher.outcome(answer, retry={"maxAttempts": 1})
+    assert run["status"] == "completed", run["error"]
+
+
+def test_an_answer_that_nobody_asked_for_is_no_answer(pusher: Pusher) -> None:
+    """It lies in a connection that is kept when the next request goes out."""
+    def twice(push: Push) -> tuple[int, Any]:
+        push.sock.sendall(http_answer(200, DONE | {"result": "own"}))
+        return 200, DONE | {"result": "stray"}
+
+    pusher.endpoint.says(twice, DONE | {"result": "own"})
+    pusher.registers(retry={"maxAttempts": 1})
+    outputs = [pusher.end(pusher.emits())["output"] for _ in range(5)]
+    assert outputs == ["own"] * 5
+
+
+def test_a_stray_answer_that_comes_later_is_no_answer(pusher: Pusher) -> None:
+    endpoint = pusher.endpoint
+    endpoint.says(DONE | {"result": "own"})
+    pusher.registers(retry={"maxAttempts": 1})
+    assert pusher.end(pusher.emits())["output"] == "own"
+    endpoint.push().sock.sendall(http_answer(200, DONE | {"result": "stray"}))
+    for _ in range(5):
+        assert pusher.end(pusher.emits())["output"] == "own"
+
+
+class Rough(Endpoint):
+    """One that is handed bare connections."""
+
+    def __init__(self, act: Callable[[socket.socket, threading.Event], Any]) -> None:
+        self.act = act
+        super().__init__()
+
+    def _serve(self, sock: socket.socket, line: int) -> None:
+        with contextlib.suppress(OSError), sock:
+            self.act(sock, self.gate)
+
+
+def refuses_early(sock: socket.socket, gate: threading.Event) -> None:
+    sock.sendall(http_answer(413, b"too much for me"))
+
+
+def resets(sock: socket.socket, gate: threading.Event) -> None:
+    sock.recv(10)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.mark.parametrize(("act", "codes"), [
+    (lambda sock, gate: None, {LOST}), (resets, {LOST}),
+    (lambda sock, gate: gate.wait(DEADLINE_S), {LATE}),  # it reads nothing
+    (refuses_early, {LOST, STATUS}),
+], ids=["closes", "resets", "reads nothing", "refuses before it has read"])
+@pytest.mark.parametrize("size", [1, 900_000])
+def test_an_endpoint_that_does_not_read_on_is_an_error(
+    pushing: RunningServer, neighbour: Pusher, act: Any, codes: set[str], size: int
+) -> None:
+    with Rough(act) as endpoint:
+        pusher = Pusher(pushing, endpoint)
+        run_id = pusher.start("x" * size, timeoutMs=400, retry={"maxAttempts": 1})
+        assert neighbour.end(neighbour.start())["status"] == "completed"
+        run = pusher.end(run_id)
+        assert run["error"]["code"] in codes, run["error"]
+        assert run["error"]["message"].startswith(f"POST {endpoint.name}: ")
+
+
+def test_a_refused_connection_is_said(pusher: Pusher) -> None:
+    with contextlib.closing(socket.socket()) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/hook"
+        code, message = pusher.failure(endpointUrl=url + "?token=t0psecret")
+        assert code == LOST
+        assert message.startswith(f"POST {url}: ") and "refused" in message
+        assert "t0psecret" not in message
+
+
+def test_a_name_that_nobody_has_is_said(pusher: Pusher) -> None:
+    code, message = pusher.failure(endpointUrl="http://nobody.invalid/hook")
+    assert code == LOST
+    assert message.startswith("POST http://nobody.invalid/hook: ")
+
+
+def test_an_endpoint_that_does_not_take_connections_is_given_up_in_time(
+    pushing: RunningServer, neighbour: Pusher
+) -> None:
+    """Its queue is full: on Linux whoever else connects hears nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as held:
+        for _ in range(3):
+            line = held.enter_context(contextlib.closing(socket.socket()))
+            line.setblocking(False)
+            line.connect_ex(full.getsockname())
+        pusher = Pusher(pushing, neighbour.endpoint)
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/"
+        run_id = pusher.start(endpointUrl=url, timeoutMs=400, retry={"maxAttempts": 1})
+        assert neighbour.end(neighbour.start())["status"] == "completed"
+        run = pusher.end(run_id)
+        assert run["error"]["code"] in (LATE, LOST)
+        assert run["error"]["message"].startswith(f"POST {url}: ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full queue refuses")
+def test_a_connection_is_waited_for_ten_seconds(server: RunningServer, endpoint: Endpoint) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as held:
+        for _ in range(3):
+            line = held.enter_context(contextlib.closing(socket.socket()))
+            line.setblocking(False)
+            line.connect_ex(full.getsockname())
+        began = time.monotonic()
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/"
+        code, _ = Pusher(server, endpoint).failure(endpointUrl=url)
+        assert code in (LATE, LOST)
+        assert 9 < time.monotonic() - began < 50
+
+
+# --- TLS -------------------------------------------------------------------------------
+
+
+def certified(folder: Path, names: str) -> tuple[Path, ssl.SSLContext]:
+    """A certificate that only itself vouches for, and how to serve with it.
+
+    Without the openssl program the test is skipped; but not in CI.
+    """
+    files = [folder / "cert.pem", folder / "key.pem"]
+    command = ("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes "
+               "-days 2 -subj /CN=endpoint")
+    try:
+        subprocess.run([*command.split(), "-addext", f"subjectAltName={names}", "-out", files[0],
+                        "-keyout", files[1]], check=True, capture_output=True)
+    except FileNotFoundError:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip("there is no openssl to make a certificate")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files[0], files[1])
+    return files[0], context
+
+
+@dataclass
+class Trust:
+    server: RunningServer
+    good: ssl.SSLContext
+    other: ssl.SSLContext
+
+
+@pytest.fixture(scope="module")
+def trust(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trust]:
+    """A server for which one certificate is good, and another one."""
+    (ours := tmp_path_factory.mktemp("ours")), (theirs := tmp_path_factory.mktemp("theirs"))
+    file, good = certified(ours, "IP:127.0.0.1")
+    _, other = certified(theirs, "IP:127.0.0.1")
+    env = SIGNED | {"SSL_CERT_FILE": str(file)}
+    with serve(ours, env=env) as server:
+        yield Trust(server, good, other)
+
+
+def test_a_push_over_tls_is_like_any_other(trust: Trust) -> None:
+    with Endpoint(tls=trust.good) as endpoint:
+        pusher = Pusher(trust.server, endpoint)
+        pusher.registers()
+        for _ in range(3):
+            assert pusher.end(pusher.emits())["attempt"] == 1
+        assert endpoint.lines == 1
+        assert endpoint.push().headers["host"] == f"127.0.0.1:{endpoint.port}"
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(trust: Trust) -> None:
+    with Endpoint(tls=trust.other) as endpoint:
+        code, message = Pusher(trust.server, endpoint).failure(DONE)
+        assert code == LOST
+        assert message.startswith(f"POST {endpoint.name}: ")
+        assert "certificate" in message
+        assert endpoint.pushes == []
+
+
+def test_a_certificate_for_another_name_is_refused(trust: Trust) -> None:
+    with Endpoint(tls=trust.good) as endpoint:
+        url = f"https://localhost:{endpoint.port}/"
+        code, message = Pusher(trust.server, endpoint).failure(DONE, endpointUrl=url)
+        assert (code, "certificate" in message) == (LOST, True)
+        assert endpoint.pushes == []
+
+
+@pytest.mark.parametrize("act", [
+    lambda sock, gate: sock.recv(1) and sock.sendall(http_answer(200, DONE)),
+    lambda sock, gate: sock.sendall(bytes(1000)), lambda sock, gate: None,
+    lambda sock, gate: gate.wait(DEADLINE_S),
+], ids=["http", "zeros", "closes", "silence"])
+def test_what_speaks_no_tls_at_an_https_url_is_said(trust: Trust, act: Any) -> None:
+    with Rough(act) as endpoint:
+        url = f"https://127.0.0.1:{endpoint.port}/"
+        code, message = Pusher(trust.server, endpoint).failure(endpointUrl=url, timeoutMs=500)
+        assert code in (LOST, LATE)
+        assert message.startswith(f"POST {url}: ")
+
+
+def test_tls_at_an_http_url_is_said(trust: Trust) -> None:
+    with Endpoint(tls=trust.good) as endpoint:
+        url = f"http://127.0.0.1:{endpoint.port}/"
+        code, message = Pusher(trust.server, endpoint).failure(endpointUrl=url)
+        assert code in (LOST, ANSWER) and message.startswith(f"POST {url}: ")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_redirect_leads_into_tls_and_never_out_of_it(trust: Trust, scheme: str) -> None:
+    tls = (trust.good, None) if scheme == "http" else (None, trust.good)
+    with Endpoint(tls=tls[0]) as first, Endpoint(tls=tls[1]) as other:
+        assert other.url.startswith(f"{scheme}:")
+        first.says((308, b"", {"Location": other.url}))
+        pusher = Pusher(trust.server, first)
+        run = pusher.end(pusher.start(retry={"maxAttempts": 1}))
+        if scheme == "https":
+            assert (run["status"], len(other.pushes)) == ("completed", 1)
+        else:
+            assert (run["error"]["code"], other.pushes) == ("ENDPOINT_REDIRECT", [])
+
+
+# ======================================================================================
+# Push: the circuit breaker
+# ======================================================================================
+# What no endpoint answers to is not asked again and again: its breaker opens, its runs
+# wait, and one goes to see from time to time. No run is lost by it.
+
+BAD = (500, b"oh")
+PATIENT = {"maxAttempts": 50, "initialDelayMs": 1, "maxDelayMs": 1}
+BRIEF = {"failureThreshold": 2, "openDurationMs": 200, "maxOpenDurationMs": 300}
+
+
+def breaker(pusher: Pusher) -> Any:
+    return pusher.known()["breaker"]
+
+
+def told_of(pusher: Pusher) -> list[tuple[str, Any]]:
+    """What the journal says of a function's breaker."""
+    sql = "SELECT name, data FROM journal WHERE kind = 'function' AND subject = ? ORDER BY seq"
+    return [(name, json.loads(data)) for name, data in pusher.server.rows(sql, pusher.name)
+            if name.startswith("breaker")]
+
+
+def opened(pusher: Pusher, **config: Any) -> str:
+    """The breaker of its endpoint is open; the run that opened it."""
+    pusher.endpoint.says(BAD)
+    run_id = pusher.start(**{"retry": PATIENT} | config)
+    eventually(lambda: breaker(pusher)["state"] == "open")
+    return run_id
+
+
+def test_five_failures_in_a_row_open_it_for_a_minute(pusher: Pusher) -> None:
+    run_id = opened(pusher)
+    shown = breaker(pusher)
+    assert (shown["state"], shown["failures"]) == ("open", 5)
+    assert 0 < ironflow.from_rfc3339(shown["open_until"]) - time.time() <= 60
+    run = pusher.server.run_becomes(run_id, "waiting_for_capacity")
+    assert (run["attempt"], run["error"]["code"]) == (6, "ENDPOINT_STATUS")
+    later = pusher.emits()
+    assert pusher.server.run(later)["status"] == "waiting_for_capacity"
+    assert len(pusher.endpoint.pushes) == 5
+
+
+def test_a_breaker_is_shown_where_there_is_an_endpoint(pusher: Pusher) -> None:
+    pusher.registers()
+    assert breaker(pusher) == {"state": "closed", "failures": 0}
+    pusher.outcome(BAD, BAD, DONE)
+    assert breaker(pusher) == {"state": "closed", "failures": 0}
+    assert pusher.failure(BAD)[0] == STATUS
+    assert breaker(pusher) == {"state": "closed", "failures": 1}
+    pulled = new_name()
+    pusher.server.register(pulled)
+    assert "breaker" not in pusher.server.yes("GET", in_path(pulled))
+    pusher.server.register(pulled, preferredMode="push")
+    assert "breaker" not in pusher.server.yes("GET", in_path(pulled))
+
+
+@pytest.mark.parametrize("spelling", ["circuitBreaker", "circuit_breaker"])
+def test_a_function_says_how_its_breaker_works(pusher: Pusher, spelling: str) -> None:
+    config = {"failureThreshold": 3, "openDurationMs": 7000, "maxOpenDurationMs": 9000}
+    opened(pusher, **{spelling: config})
+    shown = pusher.known()
+    assert shown["circuit_breaker"] == config
+    assert shown["breaker"]["failures"] == 3
+    assert 0 < ironflow.from_rfc3339(shown["breaker"]["open_until"]) - time.time() <= 7
+    found = pusher.server.rpc("GetFunction", {"id": pusher.name})
+    assert found["circuitBreaker"] == config
+    assert not has_null(found)
+
+
+@pytest.mark.parametrize("config", [
+    7, "x", [1], {"failureThreshold": -1}, {"openDurationMs": "soon"}, {"failureThreshold": 1.5},
+    {"maxOpenDurationMs": -5}, {"failureThreshold": 10**12}, {"openDurationMs": 1e300},
+    {"failureThreshold": True}, {"openDurationMs": 9000, "maxOpenDurationMs": 5000},
+])
+def test_a_breaker_that_makes_no_sense_is_refused(shared: RunningServer, config: Any) -> None:
+    assert code(register(shared, circuitBreaker=config)) == INVALID
+
+
+@pytest.mark.parametrize("config", [
+    {"failureThreshold": 0, "openDurationMs": 0, "maxOpenDurationMs": 0}, {}, None,
+])
+def test_a_breaker_of_zeros_is_the_usual_one(pusher: Pusher, config: Any) -> None:
+    opened(pusher, circuitBreaker=config)
+    assert breaker(pusher)["failures"] == 5
+
+
+def test_a_success_between_failures_begins_the_count_anew(pusher: Pusher) -> None:
+    four = [BAD] * 4
+    run = pusher.outcome(*four, says_failed(retryable=True), *four, DONE, retry=PATIENT)
+    assert (run["status"], run["attempt"]) == ("completed", 10)
+    assert told_of(pusher) == []
+
+
+def test_what_the_handler_says_opens_nothing(pusher: Pusher) -> None:
+    run = pusher.outcome(says_failed(retryable=True), retry=PATIENT | {"maxAttempts": 12})
+    assert (run["status"], run["attempt"]) == ("failed", 12)
+    assert told_of(pusher) == []
+
+
+@pytest.mark.parametrize("answer", [
+    BAD, (404, {"error": {"code": "FUNCTION_NOT_FOUND", "message": "m"}}), None, (200, b""),
+    (301, b""), (200, b"x" * 300_000), b"nonsense",
+], ids=count())
+def test_whatever_is_no_outcome_opens_it(pusher: Pusher, answer: Any) -> None:
+    pusher.endpoint.says(answer)
+    pusher.start(retry=PATIENT, circuitBreaker={"failureThreshold": 2})
+    eventually(lambda: breaker(pusher)["state"] == "open")
+
+
+def test_an_endpoint_that_is_gone_opens_it(pusher: Pusher) -> None:
+    with contextlib.closing(socket.socket()) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/"
+        pusher.start(endpointUrl=url, retry=PATIENT, circuitBreaker={"failureThreshold": 2})
+        eventually(lambda: breaker(pusher)["state"] == "open")
+
+
+def test_when_its_time_is_over_one_run_goes_to_see(pusher: Pusher) -> None:
+    endpoint = pusher.endpoint
+    run_id = opened(pusher, circuitBreaker=BRIEF)
+    run_ids = [run_id, *(pusher.emits() for _ in range(5))]
+    endpoint.says(endpoint.held)
+    sent = len(endpoint.pushes)
+    assert endpoint.has(busy=1)
+    assert breaker(pusher)["state"] in ("half_open", "open")
+    endpoint.gate.set()
+    for run_id in run_ids:
+        assert pusher.end(run_id)["status"] == "completed"
+    assert breaker(pusher) == {"state": "closed", "failures": 0}
+    assert len(endpoint.pushes) >= sent + 6
+
+
+def test_a_probe_that_fails_spends_no_attempt(pusher: Pusher) -> None:
+    run_id = opened(pusher, circuitBreaker=BRIEF)
+    endpoint = pusher.endpoint
+    eventually(lambda: len(endpoint.pushes) >= 5)  # three of them went to see
+    endpoint.says(DONE)
+    assert pusher.end(run_id)["attempt"] == 3
+    assert {push.body["attempt"] for push in endpoint.pushes[2:]} == {3}
+    keys = [push.headers["idempotency-key"] for push in endpoint.pushes]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_journal_says_when_it_opened_and_closed(pusher: Pusher) -> None:
+    other = Pusher(pusher.server, pusher.endpoint)
+    other.registers()
+    run_id = opened(pusher, circuitBreaker=BRIEF | {"openDurationMs": 300})
+    pusher.endpoint.says(DONE)
+    pusher.end(run_id)
+    for each in pusher, other:
+        eventually(lambda each=each: len(told_of(each)) == 2)  # type: ignore[misc]
+        (_, first), (_, last) = told_of(each)
+        assert [verb for verb, _ in told_of(each)] == ["breaker_opened", "breaker_closed"]
+        assert last == {"id": each.name, "endpointUrl": pusher.endpoint.name}
+        until = ironflow.from_rfc3339(first.pop("openUntil"))
+        assert abs(until - time.time()) < DEADLINE_S
+        assert "500" in first.pop("error")
+        assert first == {"id": each.name, "endpointUrl": pusher.endpoint.name, "failures": 2}
+
+
+def test_functions_of_one_endpoint_share_its_breaker(pusher: Pusher) -> None:
+    other = Pusher(pusher.server, pusher.endpoint)
+    opened(pusher, circuitBreaker={"failureThreshold": 3})
+    waits = other.start()
+    assert breaker(other) == breaker(pusher)
+    assert breaker(other)["state"] == "open"
+    elsewhere = Pusher(pusher.server, pusher.endpoint)
+    url = pusher.endpoint.url + "&another=1"
+    pusher.endpoint.says(DONE)
+    assert elsewhere.end(elsewhere.start(endpointUrl=url))["status"] == "completed"
+    assert other.server.run(waits)["status"] == "waiting_for_capacity"
+
+
+def test_a_breaker_outlives_a_restart(tmp_path: Path, endpoint: Endpoint) -> None:
+    with serve(tmp_path, env=SIGNED) as server:
+        pusher = Pusher(server, endpoint)
+        run_id = opened(pusher)
+        before = breaker(pusher)
+        sent = len(endpoint.pushes)
+        for how in server.kill, server.stop:
+            how()
+            server.start()
+            pusher = Pusher(server, endpoint)
+            pusher.name = endpoint.pushes[0].body["function_id"]
+            assert breaker(pusher) == before
+            assert server.run_becomes(run_id, "waiting_for_capacity")["attempt"] == 6
+        assert len(endpoint.pushes) == sent
+
+
+def test_a_run_may_be_cancelled_while_it_waits_for_a_breaker(pusher: Pusher) -> None:
+    run_id = opened(pusher)
+    pusher.server.run_becomes(run_id, "waiting_for_capacity")
+    pusher.server.rpc("CancelRun", {"id": run_id})
+    assert pusher.server.run(run_id)["status"] == "cancelled"
+
+
+def test_a_worker_takes_the_runs_that_wait_for_a_breaker(pusher: Pusher) -> None:
+    run_id = opened(pusher)
+    pusher.server.run_becomes(run_id, "waiting_for_capacity")
+    pusher.server.join(pusher.name, pusher.name)
+    assert pusher.next_job()["run_id"] == run_id
+
+
+def test_a_new_endpoint_has_a_breaker_of_its_own(pusher: Pusher, neighbour: Pusher) -> None:
+    run_id = opened(pusher)
+    pusher.registers(endpointUrl=neighbour.endpoint.url)
+    assert pusher.end(run_id)["status"] == "completed"
+    assert breaker(pusher) == {"state": "closed", "failures": 0}
+
+
+# --- In virtual time -------------------------------------------------------------------
+
+
+def state(stage: Stage, url: str = URL) -> Any:
+    """State, failures and how long it is still open; None for one without any failure."""
+    found = stage.file.tx.find(ironflow.Endpoint, url=url)
+    if found is None:
+        return None
+    left = None if found.open_until is None else round(found.open_until - stage.now, 3)
+    return found.state, found.failures, left
+
+
+def fails(stage: Stage, times: int = 1) -> None:
+    """So many requests in a row fail, one after another."""
+    for _ in range(times):
+        while not (jobs := stage.pushes()):
+            assert stage.next_at < math.inf, "nothing will ever be pushed again"
+            stage.go(max(0.0, stage.next_at - stage.now))
+        for job in jobs:
+            stage.answered(job, reached=False)
+
+
+def test_it_is_open_for_twice_as_long_after_each_probe_up_to_ten_minutes(depot: Stage) -> None:
+    (run_id,) = depot.says()
+    fails(depot, 5)
+    assert state(depot) == ("open", 5, 60)
+    begin, opened_for = depot.now, list[float]()
+    for _ in range(6):
+        at = depot.now
+        fails(depot)
+        opened_for.append(round(depot.now - at, 3))
+    assert opened_for == [60, 120, 240, 480, 600, 600]
+    assert depot.now == begin + sum(opened_for)
+    assert state(depot)[0] == "open"
+    run = ironflow.known(depot.file.tx, ironflow.Run, run_id)
+    assert (run.status, run.attempt) == ("waiting_for_capacity", 6)
+
+
+def test_it_is_open_to_the_second(depot: Stage) -> None:
+    depot.says()
+    fails(depot, 5)
+    depot.go(59.99)
+    assert (depot.pushes(), state(depot)[0]) == ([], "open")
+    depot.go(0.01)
+    assert len(depot.pushes()) == 1
+
+
+@pytest.mark.parametrize(("config", "expected"), [
+    ({"failureThreshold": 1}, [60, 120, 240]),
+    ({"failureThreshold": 1, "openDurationMs": 1000}, [1, 2, 4]),
+    ({"failureThreshold": 1, "openDurationMs": 1000, "maxOpenDurationMs": 3000}, [1, 2, 3]),
+    ({"failureThreshold": 1, "openDurationMs": 3_600_000}, [600, 600, 600]),
+    ({"failureThreshold": 1, "openDurationMs": 3_600_000, "maxOpenDurationMs": 7_200_000},
+     [3600, 7200, 7200]),
+])
+def test_how_long_it_is_open_is_the_functions_to_say(
+    depot: Stage, config: dict[str, int], expected: list[float]
+) -> None:
+    depot.register(endpointUrl=URL, circuitBreaker=config, retry={"maxAttempts": 100})
+    depot.says()
+    found = []
+    for _ in expected:
+        fails(depot)
+        found.append(state(depot)[2])
+    assert found == expected
+
+
+def test_it_opens_after_as_many_failures_as_the_function_says(depot: Stage) -> None:
+    depot.register(endpointUrl=URL, circuitBreaker={"failureThreshold": 8},
+                   retry={"maxAttempts": 100})
+    depot.says()
+    for failures in range(1, 8):
+        fails(depot)
+        assert state(depot) == ("closed", failures, None)
+    fails(depot)
+    assert state(depot) == ("open", 8, 60)
+
+
+def test_failures_of_requests_that_were_under_way_change_nothing(depot: Stage) -> None:
+    """Ten at once to an endpoint that died: five open it, the others only say the same."""
+    run_ids = [depot.says()[0] for _ in range(10)]
+    jobs = depot.pushes()
+    for job in jobs[:5]:
+        depot.answered(job, reached=False)
+    assert state(depot) == ("open", 5, 60)
+    depot.go(30)
+    for job in jobs[5:]:
+        depot.answered(job, reached=False)
+    assert state(depot) == ("open", 5, 30)
+    runs = [ironflow.known(depot.file.tx, ironflow.Run, run_id) for run_id in run_ids]
+    assert [run.attempt for run in runs] == [2] * 5 + [1] * 5
+    assert {run.status for run in runs} == {"waiting_for_capacity"}
+    assert all(run.error and "ENDPOINT" in run.error for run in runs)
+
+
+def test_a_straggler_that_fails_in_a_probes_time_is_no_failed_probe(depot: Stage) -> None:
+    for _ in range(6):
+        depot.says()
+    jobs = depot.pushes()
+    for job in jobs[:5]:
+        depot.answered(job, reached=False)
+    depot.go(60)
+    (probe,) = depot.pushes()
+    depot.answered(jobs[5], reached=False)
+    depot.answered(probe)
+    assert state(depot) is None
+    assert len(depot.pushes()) == 5
+
+
+def test_no_attempt_is_spent_while_it_is_open_however_long(depot: Stage) -> None:
+    depot.register(endpointUrl=URL, retry={"maxAttempts": 6, "initialDelayMs": 1})
+    (run_id,) = depot.says()
+    fails(depot, 5 + 50)
+    assert ironflow.known(depot.file.tx, ironflow.Run, run_id).attempt == 6
+    depot.go(600)
+    (probe,) = depot.pushes()
+    depot.answered(probe)
+    assert depot.status(run_id) == "completed"
+
+
+def test_one_probe_alone_then_all_others(depot: Stage) -> None:
+    run_ids = [depot.says()[0] for _ in range(20)]
+    for job in depot.pushes():
+        depot.answered(job, reached=False)
+    depot.go(59)
+    assert depot.pushes() == []
+    depot.go(1)
+    (probe,) = depot.pushes()
+    depot.says()
+    depot.go(10)
+    assert depot.pushes() == []
+    depot.answered(probe)
+    assert state(depot) is None
+    rest = depot.pushes()
+    assert len(rest) == 20
+    for job in rest:
+        depot.answered(job)
+    assert {depot.status(run_id) for run_id in run_ids} == {"completed"}
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed", "yielded"])
+def test_any_outcome_of_a_probe_closes_it(depot: Stage, outcome: str) -> None:
+    depot.says()
+    fails(depot, 5)
+    depot.go(60)
+    (probe,) = depot.pushes()
+    more: dict[str, Any] = {"yield": ASLEEP} if outcome == "yielded" else {}
+    depot.answered(probe, True, outcome, **more)
+    assert state(depot) is None
+    depot.says()
+    assert len(depot.pushes()) == (2 if outcome == "yielded" else 1)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "never answered", "crash"])
+def test_a_probe_that_comes_to_nothing_blocks_nobody(depot: Stage, how: str) -> None:
+    (run_id,) = depot.says()
+    fails(depot, 5)
+    depot.go(1)
+    others = [depot.says()[0] for _ in range(3)]
+    depot.go(60)
+    (probe,) = depot.pushes()
+    assert probe.run.run_id == run_id
+    if how == "cancelled":
+        depot.do(ironflow.cancel_run, run_id, "")
+        depot.offers.freed(URL)
+    elif how == "crash":
+        depot.file.close()
+        depot.open()
+    if not (found := depot.pushes()):
+        depot.go(60)
+        found = depot.pushes()
+    (second,) = found
+    depot.answered(second)
+    for job in depot.pushes():
+        depot.answered(job)
+    assert {depot.status(run_id) for run_id in others} == {"completed"}
+
+
+def test_a_run_that_always_breaks_the_endpoint_keeps_nobody_waiting_for_ever(
+    depot: Stage,
+) -> None:
+    """Every push of the first run fails, those of others would not: they get their turn."""
+    (poison,) = depot.says()
+    fails(depot, 5)
+    depot.go(1)
+    others, begin = [depot.says()[0] for _ in range(5)], depot.now
+    while {depot.status(run_id) for run_id in others} != {"completed"}:
+        depot.go(max(0.0, depot.next_at - depot.now))
+        assert depot.now < begin + 600
+        for job in depot.pushes():
+            depot.answered(job, reached=job.run.run_id != poison)
+    assert depot.status(poison) != "completed"
+
+
+def test_nothing_is_left_of_an_endpoint_that_no_function_has(depot: Stage) -> None:
+    def left() -> list[Any]:
+        return depot.all("SELECT url FROM endpoint")
+
+    depot.says()
+    fails(depot, 5)
+    assert left() == [URL]
+    depot.register(endpointUrl=URL + "2", retry={"maxAttempts": 100})
+    assert left() == []
+    fails(depot, 2)
+    assert left() == [URL + "2"]
+    depot.do(ironflow.delete_function, "f")
+    assert left() == []
+    depot.go(10_000)
+    assert depot.next_at == math.inf
+
+
+def test_a_request_that_fails_after_its_function_went_elsewhere_leaves_nothing(
+    depot: Stage,
+) -> None:
+    depot.says()
+    (job,) = depot.pushes()
+    depot.register(endpointUrl=URL + "2", retry={"maxAttempts": 100})
+    depot.answered(job, reached=False)
+    assert depot.all("SELECT url FROM endpoint") == []
+
+
+def test_a_success_leaves_nothing_behind(depot: Stage) -> None:
+    depot.says()
+    fails(depot, 3)
+    depot.go(1)
+    (job,) = depot.pushes()
+    depot.answered(job)
+    assert depot.all("SELECT url FROM endpoint") == []
+
+
+@pytest.mark.parametrize("step_s", [-86_400.0, 86_400.0])
+def test_a_clock_that_is_set_keeps_no_breaker_open_for_ever(depot: Stage, step_s: float) -> None:
+    (run_id,) = depot.says()
+    fails(depot, 5)
+    depot.now += step_s
+    depot.do(ironflow.keep_leases, depot.limits)
+    depot.turn()
+    depot.go(61)
+    (new_id,) = depot.says()
+    assert {job.run.run_id for job in depot.pushes()} & {run_id, new_id}
+
+
+def test_a_slot_that_a_rolled_back_batch_took_is_free_again(depot: Stage) -> None:
+    def refuses(tx: ironflow.Transaction, now: float) -> None:
+        ironflow.accept_event(tx, ironflow.NewEvent("e"), now)
+        raise ironflow.InvalidInput("no")
+
+    for _ in range(200):
+        with pytest.raises(ironflow.InvalidInput):
+            depot.do(refuses)
+    run_ids = [depot.says()[0] for _ in range(90)]
+    assert {job.run.run_id for job in depot.pushes()} == {*run_ids}
+
+
+# ======================================================================================
+# Push: where a server may post
+# ======================================================================================
+
+# --- Modes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["endpointUrl", "endpoint_url"])
+@pytest.mark.parametrize(("mode", "found"), [
+    ({}, "push"), ({"preferredMode": "EXECUTION_MODE_PUSH"}, "push"), ({"mode": "push"}, "push"),
+    ({"preferredMode": "push"}, "push"), ({"preferred_mode": "push"}, "push"),
+    ({"preferredMode": ""}, "push"), ({"mode": ""}, "push"),
+    ({"preferredMode": "EXECUTION_MODE_UNSPECIFIED"}, "push"),
+    ({"preferredMode": "EXECUTION_MODE_PULL"}, "pull"), ({"mode": "pull"}, "pull"),
+    ({"preferredMode": "pull"}, "pull"),
+])
+def test_a_function_with_an_endpoint_is_pushed_unless_it_says_pull(
+    pusher: Pusher, spelling: str, mode: dict[str, str], found: str
+) -> None:
+    body = {"id": pusher.name, "triggers": [{"event": pusher.name}], spelling: pusher.endpoint.url}
+    said = pusher.server.rpc("RegisterFunction", body | mode)["function"]
+    assert said["preferredMode"] == f"EXECUTION_MODE_{found.upper()}"
+    assert said["endpointUrl"] == pusher.endpoint.url
+    row = pusher.known()
+    assert (row["preferred_mode"], row["execution_mode"]) == (found, found)
+    assert row["endpoint_url"] == pusher.endpoint.url
+    assert ("breaker" in row) == (found == "push")
+    run_id = pusher.emits()
+    if found == "push":
+        assert pusher.end(run_id)["status"] == "completed"
+    else:
+        assert pusher.server.run(run_id)["status"] == "waiting_for_capacity"
+        assert pusher.server.run(run_id)["execution_mode"] == "pull"
+
+
+def test_a_push_function_without_an_endpoint_waits_for_a_worker(pusher: Pusher) -> None:
+    pusher.server.register(pusher.name, pusher.name, preferredMode="EXECUTION_MODE_PUSH")
+    assert pusher.known()["preferred_mode"] == "push"
+    run_id = pusher.emits()
+    assert pusher.server.run(run_id)["status"] == "waiting_for_capacity"
+    pusher.server.join(pusher.name, pusher.name)
+    assert pusher.next_job()["run_id"] == run_id
+
+
+def test_a_later_registration_for_pull_turns_it_to_pull(pusher: Pusher) -> None:
+    pusher.end(pusher.start())
+    pusher.server.register(pusher.name, pusher.name, preferredMode="EXECUTION_MODE_PULL")
+    assert pusher.known()["preferred_mode"] == "pull"
+    run_id = pusher.emits()
+    pusher.server.join(pusher.name, pusher.name)
+    assert pusher.next_job()["run_id"] == run_id
+    assert len(pusher.endpoint.pushes) == 1
+
+
+def test_a_later_registration_for_push_releases_what_waits(pusher: Pusher) -> None:
+    pusher.server.register(pusher.name, pusher.name)
+    run_ids = [pusher.emits() for _ in range(3)]
+    pusher.registers()
+    for run_id in run_ids:
+        assert pusher.end(run_id)["status"] == "completed"
+
+
+def test_a_worker_that_carries_the_function_gets_its_runs_before_the_endpoint(
+    pusher: Pusher,
+) -> None:
+    pusher.registers()
+    pusher.server.join(pusher.name, pusher.name)
+    run_id = pusher.emits()
+    job = pusher.next_job()
+    assert job["run_id"] == run_id
+    pusher.said(job, "completed", output=1)
+    assert pusher.endpoint.pushes == []
+    assert pusher.server.run(run_id)["worker_id"] == pusher.name
+
+
+def test_a_worker_that_carries_it_no_more_leaves_its_runs_to_the_endpoint(pusher: Pusher) -> None:
+    pusher.registers()
+    pusher.server.join(pusher.name, pusher.name)
+    run_id = pusher.emits()
+    assert pusher.server.run(run_id)["status"] == "waiting_for_capacity"
+    pusher.server.join(pusher.name, "another")
+    assert pusher.end(run_id)["status"] == "completed"
+
+
+def test_after_a_workers_end_the_endpoint_gets_its_runs(depot: Stage) -> None:
+    depot.join("worker", "f")
+    (run_id,) = depot.says()
+    (held,) = depot.jobs(worker_id="worker")
+    (later,) = depot.says()
+    assert depot.pushes() == []
+    depot.do(ironflow.note_worker, "worker", False)
+    (job,) = depot.pushes()
+    assert job.run.run_id == later
+    depot.tell(held)
+    assert depot.status(run_id) == "completed"
+    depot.do(ironflow.note_worker, "worker", True)
+    depot.says()
+    assert depot.pushes() == []
+
+
+def test_a_new_endpoint_gets_the_next_push(pusher: Pusher, neighbour: Pusher) -> None:
+    pusher.endpoint.says(lambda push: yielded(push, sleep_until(push.body, time.time() + 0.2)))
+    run_id = pusher.start()
+    pusher.server.run_becomes(run_id, "waiting")
+    pusher.registers(endpointUrl=neighbour.endpoint.url)
+    run = pusher.end(run_id)
+    assert (run["status"], run["worker_id"]) == ("completed", neighbour.endpoint.name)
+    assert len(pusher.endpoint.pushes) == len(neighbour.endpoint.pushes) == 1
+    assert neighbour.endpoint.push().body["steps"][0]["name"] == "nap"
+    assert pusher.known()["version"] == 2
+
+
+def test_registering_a_pushed_function_again_writes_nothing(pusher: Pusher) -> None:
+    first = pusher.registers()
+    before = stored(pusher.server)
+    assert pusher.registers() == {"function": first["function"], "created": False}
+    assert stored(pusher.server) == before
+
+
+def test_functions_are_listed_by_push(pusher: Pusher) -> None:
+    pusher.registers()
+    for mode, there in ("push", True), ("pull", False):
+        found = pusher.server.rpc("ListFunctions", {"name": pusher.name, "mode": mode})
+        assert bool(found["functions"]) == there
+        rows = pusher.server.yes("GET", f"/api/v1/functions?name={pusher.name}&mode={mode}")
+        assert bool(rows["functions"]) == there
+
+
+# --- What is refused when it is registered ---------------------------------------------
+
+LINK_LOCAL = [
+    "169.254.169.254", "169.254.0.1", "169.254.255.255", "[fe80::1]", "[FEBF::1]",
+    "[::ffff:169.254.169.254]", "[::ffff:a9fe:a9fe]", "[0:0:0:0:0:ffff:a9fe:1]",
+    "[64:ff9b::a9fe:a9fe]", "[64:ff9b::169.254.169.254]", "[2002:a9fe:a9fe::1]",
+    "[fd00:ec2::254]", "[fd00:0ec2:0:0:0:0:0:254]", "100.100.100.200", "168.63.129.16",
+    "192.0.0.192", "0.0.0.0", "[::]", "[::ffff:0.0.0.0]", "224.0.0.1", "239.255.255.255",
+    "[ff02::1]", "[::ffff:100.100.100.200]",
+]
+# Of these a resolver makes an address, or nothing; or they are known at once for what they are.
+IN_DISGUISE = [
+    "2852039166", "0xA9FEA9FE", "0xa9.0xfe.0xa9.0xfe", "0251.0376.0251.0376", "169.254.43518",
+    "169.16689662", "0", "169.254.169.254.", "0x0", "[fe80::1%25lo]", "[fe80::1%lo]",
+    "a..invalid", ".invalid", "a" * 300 + ".invalid",
+]
+NO_URLS = [
+    "ftp://a.example/", "file:///etc/passwd", "gopher://a.example/", "ws://a.example/", "//a/x",
+    "javascript:alert(1)", "a.example/x", "/hook", "http", "http:", "http://", "http:///x",
+    "https://", "http://:80/", "http:a.example", "http:/a.example/", "http://?x", "http://#",
+    "http://user@a.example/", "http://user:pw@a.example/", "http://@a.example/",
+    "http://:@a.example/", "http://a.example/#part", "http://a.example/#", "http://a.example:0/",
+    "http://a.example:65536/", "http://a.example:-1/", "http://a.example:x/",
+    "http://a.example:80:80/", "http://a.example:\u0661/", "http://a example/",
+    "http://a.example/a b", " http://a.example/", "http://a.example/ ", "http://a.example/\n",
+    "http://a.example/\r\nX: y", "http://a.example/\0", "http://a.example/\x7f",
+    "http://a\texample/", "http://\u00e9.example/", "http://a.example/\u00e9",
+    "http://a.example/\u2028", "http://\uff11\uff12\uff17.0.0.1/", "http://[::1/", "http://::1/",
+    "http://[::1]x/", "http://[x]/", "http://[]/", "http://a.example/" + "x" * 2048, "http://\\a/",
+    "http://a.example\\@b.example/", 7, ["http://a.example/"], {"url": "http://a.example/"},
+    True,
+]
+
+
+@pytest.mark.parametrize("url", [
+    *NO_URLS, *(f"http://{host}/" for host in LINK_LOCAL),
+    *(f"https://{host}:8443/x?y" for host in LINK_LOCAL[:5])], ids=count())
+def test_an_endpoint_that_cannot_be_posted_to_is_refused(shared: RunningServer, url: Any) -> None:
+    before = stored(shared)
+    answer = register(shared, endpointUrl=url)
+    assert code(answer) == INVALID, answer
+    assert "endpointUrl" in answer[1]["message"]
+    assert stored(shared) == before
+
+
+@pytest.mark.parametrize("url", [
+    "http://a.example", "https://a.example/", "http://127.0.0.1:80/x", "http://10.0.0.7/",
+    "http://[::1]:8080/", "http://A.EXAMPLE/", "http://a.example:65535/", "http://a_b.example/",
+    "http://a.example/?", "http://a.example/%00", "http://a.example/~x!$&'()*+,;=:@/",
+    "http://xn--9ca.example/", "http://192.168.1.7/", "http://[fd00::1]/", "http://a.example./",
+    "http://a.example/" + "x" * (2048 - 17), "http://localhost", "http://1.2.3.4/",
+    "https://service.namespace.svc.cluster.local:8443/", "http://[::ffff:127.0.0.1]/",
+    "http://100.100.100.201/", "http://[fd00:ec2::253]/",
+])
+def test_an_endpoint_that_can_be_posted_to_is_kept_as_it_is(
+    shared: RunningServer, url: str
+) -> None:
+    status, answer = register(shared, endpointUrl=url)
+    assert (status, answer["function"]["endpointUrl"]) == (200, url)
+
+
+# --- What is refused when it comes to connecting ---------------------------------------
+
+
+@pytest.mark.parametrize("host", IN_DISGUISE)
+def test_an_odd_address_is_refused_sooner_or_later(pusher: Pusher, host: str) -> None:
+    url = f"http://{host}:{pusher.endpoint.port}/"
+    answer = register(pusher.server, endpointUrl=url)
+    if code(answer) != INVALID:
+        found, message = pusher.failure(endpointUrl=url, timeoutMs=5000)
+        assert found in ("ENDPOINT_REFUSED", LOST)
+        assert message.startswith(f"POST {url}: ")
+        assert "what it sent" not in message
+    assert pusher.endpoint.pushes == []
+
+
+@pytest.mark.parametrize("host", LINK_LOCAL)
+def test_a_redirect_to_a_link_local_address_is_refused(pusher: Pusher, host: str) -> None:
+    code, message = pusher.failure((307, b"", {"Location": f"http://{host}/latest/meta-data/"}))
+    assert code == "ENDPOINT_REFUSED"
+    assert message.startswith(f"POST {pusher.endpoint.name}: ")
+    assert len(pusher.endpoint.pushes) == 1
+
+
+def inside(
+    folder: Path, book: dict[str, list[str]], program: Callable[[RunningServer], None],
+    **options: Any,
+) -> None:
+    """Run a test against a server that asks a resolver of ours, which knows some names."""
+    def resolve(host: Any, port: Any, *args: Any) -> Any:
+        return [found for address in book.get(host, [host])
+                for found in socket.getaddrinfo(address, port, *args)]
+
+    async def main() -> None:
+        async with ironflow.Server(db=folder / "journal.db", port=0, signing_key=SIGNING_KEY,
+                                   resolve=resolve, **options) as server:
+            await asyncio.to_thread(program, Inside(server))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("address", [
+    host.strip("[]") for host in LINK_LOCAL])
+def test_a_name_for_a_link_local_address_is_refused(tmp_path: Path, address: str) -> None:
+    def program(server: RunningServer) -> None:
+        with Endpoint() as endpoint:
+            pusher = Pusher(server, endpoint)
+            code, message = pusher.failure(endpointUrl="http://evil.example/hook", timeoutMs=5000)
+            assert code == "ENDPOINT_REFUSED"
+            assert message.startswith("POST http://evil.example/hook: ")
+
+    inside(tmp_path, {"evil.example": [address]}, program)
+
+
+def test_of_several_addresses_only_good_ones_are_tried(tmp_path: Path) -> None:
+    def program(server: RunningServer) -> None:
+        with Endpoint() as endpoint:
+            url = f"http://many.example:{endpoint.port}/hook"
+            run = Pusher(server, endpoint).outcome(DONE, endpointUrl=url, timeoutMs=20_000)
+            assert run["status"] == "completed"
+
+    inside(tmp_path, {"many.example": ["169.254.169.254", "127.0.0.1"]}, program)
+
+
+def test_a_redirect_to_a_name_for_such_an_address_is_refused(tmp_path: Path) -> None:
+    def program(server: RunningServer) -> None:
+        with Endpoint() as endpoint:
+            moved = (307, b"", {"Location": f"http://evil.example:{endpoint.port}/x"})
+            code, message = Pusher(server, endpoint).failure(moved)
+            assert code == "ENDPOINT_REFUSED"
+            assert message.startswith(f"POST {endpoint.name}: ") and "evil.example" in message
+
+    inside(tmp_path, {"evil.example": ["169.254.169.254"]}, program)
+
+
+def test_a_name_that_turns_wicked_is_reached_where_it_was_good_or_not_at_all(
+    tmp_path: Path,
+) -> None:
+    book = {"turncoat.example": ["127.0.0.1"]}
+
+    def program(server: RunningServer) -> None:
+        with Endpoint() as endpoint, Endpoint() as other:
+            pusher = Pusher(server, endpoint)
+            url = "http://turncoat.example:{}/hook"
+            assert pusher.end(pusher.start(endpointUrl=url.format(endpoint.port)))["attempt"] == 1
+            book["turncoat.example"] = ["169.254.169.254"]
+            code, _ = pusher.failure(endpointUrl=url.format(other.port))
+            assert (code, other.pushes) == ("ENDPOINT_REFUSED", [])
+
+    inside(tmp_path, book, program)
+
+
+# --- --push-allow ----------------------------------------------------------------------
+
+
+ALLOWED = ("127.0.0.1/32", "*.good.example", "exact.example", "10.0.0.0/8", "fd00::/8")
+
+
+@pytest.fixture(scope="module")
+def choosy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    flags = [word for each in ALLOWED for word in ("--push-allow", each)]
+    with serve(tmp_path_factory.mktemp("choosy"), *flags, env=SIGNED) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("url", "good"), [
+    ("http://127.0.0.1:8080/", True), ("http://127.0.0.2/", False), ("http://10.255.0.1/", True),
+    ("http://11.0.0.1/", False), ("http://[fd00::7]/", True), ("http://[fe00::7]/", False),
+    ("http://[::1]/", False), ("http://[::ffff:10.0.0.1]/", True),
+    ("http://[::ffff:11.0.0.1]/", False), ("http://a.good.example/", True),
+    ("http://a.b.good.example/", True), ("http://A.GOOD.EXAMPLE/", True),
+    ("http://exact.example/", True), ("http://a.good.example./", True),
+    ("http://[fd00:ec2::254]/", False),  # allowed, were it not for what is there
+])
+def test_only_what_is_allowed_may_be_registered(
+    choosy: RunningServer, url: str, good: bool
+) -> None:
+    answer = register(choosy, endpointUrl=url)
+    assert code(answer) == ((200, None) if good else INVALID)
+    if not good and "ec2" not in url:
+        assert "--push-allow" in answer[1]["message"]
+
+
+@pytest.mark.parametrize("url", [
+    "http://good.example/", "http://xgood.example/", "http://a.good.example.evil.example/",
+    "http://sub.exact.example/", "http://localhost:{port}/", "http://nobody.invalid/",
+])
+def test_a_name_that_is_not_allowed_is_never_posted_to(choosy: RunningServer, url: str) -> None:
+    """It may resolve to a network that is: that is for whoever asks it to say."""
+    with Endpoint() as endpoint:
+        url = url.format(port=endpoint.port)
+        if code(register(choosy, endpointUrl=url)) != INVALID:
+            run = Pusher(choosy, endpoint).outcome(
+                DONE, endpointUrl=url, timeoutMs=5000, retry={"maxAttempts": 1})
+            assert run["status"] == "completed" if "localhost" in url else (
+                run["error"]["code"] in ("ENDPOINT_REFUSED", LOST))
+
+
+def test_what_is_allowed_is_posted_to(choosy: RunningServer) -> None:
+    with Endpoint() as endpoint:
+        pusher = Pusher(choosy, endpoint)
+        assert pusher.end(pusher.start())["status"] == "completed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has one loopback address")
+@pytest.mark.parametrize("host", ["127.0.0.2", "[::1]", "169.254.169.254", "nobody.invalid"])
+def test_a_redirect_to_what_is_not_allowed_is_refused(choosy: RunningServer, host: str) -> None:
+    with Endpoint() as endpoint:
+        there = f"http://{host}:{endpoint.port}/"
+        code, message = Pusher(choosy, endpoint).failure((307, b"", {"Location": there}))
+        assert code in ({LOST, "ENDPOINT_REFUSED"} if "invalid" in host else {"ENDPOINT_REFUSED"})
+        assert message.startswith(f"POST {endpoint.name}: ")
+
+
+def test_a_name_is_allowed_by_itself_or_by_its_addresses(tmp_path: Path) -> None:
+    book = {"a.good.example": ["127.0.0.1"], "stranger.example": ["127.0.0.1"],
+            "inner.example": ["127.0.0.1"], "b.good.example": ["169.254.169.254"]}
+
+    def program(server: RunningServer) -> None:
+        with Endpoint() as endpoint:
+            def outcome(host: str) -> str:
+                pusher = Pusher(server, endpoint)
+                url = f"http://{host}:{endpoint.port}/"
+                if code(register(server, endpointUrl=url)) == INVALID:
+                    return "refused"
+                run = pusher.outcome(DONE, endpointUrl=url, retry={"maxAttempts": 1},
+                                     timeoutMs=5000)
+                return str(run["error"]["code"] if "error" in run else run["status"])
+
+            assert outcome("a.good.example") == "completed"
+            assert outcome("stranger.example") in ("refused", "ENDPOINT_REFUSED")
+            assert outcome("b.good.example") == "ENDPOINT_REFUSED"
+
+    inside(tmp_path, book, program, push_allow=["*.good.example"])
+
+
+@pytest.mark.parametrize("flag", [
+    "--push-allow=", "--push-allow=10.0.0.0/33", "--push-allow=http://a.example",
+    "--push-allow=a b", "--push-allow=fe80::/x", "--push-timeout=0", "--push-timeout=soon",
+    "--push-timeout=-1", "--push-timeout=nan", "--push-concurrency=0", "--push-concurrency=-1",
+    "--push-concurrency=x",
+])
+def test_a_push_flag_that_makes_no_sense_is_a_sentence(tmp_path: Path, flag: str) -> None:
+    said = refusal(tmp_path / "journal.db", flag)
+    assert flag.partition("=")[0] in said or flag.partition("=")[2] in said
+
+
+# ======================================================================================
 # Waits for events
 # ======================================================================================
 
@@ -6101,29 +8876,35 @@ def test_a_cancellation_that_makes_no_sense_is_refused(
 class Stage(Alone):
     """The same with one worker's polls, and a clock that goes on when it is told to.
 
-    What it is told and what it hands out is what goes over the wire.
+    What it is told and what it hands out is what goes over the wire. With push slots,
+    runs of functions with an endpoint go out, and wait for what we say came of it.
     """
 
-    def __init__(self, path: Path, now: float) -> None:
-        self.path, self.now = path, now
+    def __init__(self, path: Path, now: float, push_slots: int = 0) -> None:
+        self.path, self.now, self.push_slots = path, now, push_slots
         self.limits = ironflow.Limits(lease_s=1e11)  # a worker here is never lost
         self.open()
-        self.join("w", "f")
+        self.join("w", *([] if push_slots else ["f"]))
 
     def open(self) -> None:
         """A server starts."""
-        self.offers = ironflow.Offers(self.limits)
+        self.sent: list[ironflow.Job] = []
+        self.offers = ironflow.Offers(self.limits, push=self.sent.extend)
         self.file = ironflow.JournalFile(
             self.path, ironflow.Ids(), now=self.now, offers=self.offers)
         self.file._db.execute("PRAGMA synchronous = OFF")  # nobody cuts the power here
         self.next_at = math.inf
+        self.do(ironflow.resume_pushes, self.limits)
+        self.offers.open_slots(self.push_slots)
         self.next_at = min(self.do(ironflow.keep_leases, self.limits), self.next_at)
 
     def do(self, rule: Callable[..., T], *args: Any) -> T:
         """What a rule returns now, on disk; timers that it set are remembered."""
         done = self.at(self.now, rule, *args)
         self.next_at = min(self.next_at, self.file.tx.alarm)
-        self.offers.committed()
+        for offer in self.offers.committed():
+            if offer.url:
+                offer.answer(offer.jobs)
         return done
 
     def go(self, seconds: float) -> None:
@@ -6174,6 +8955,24 @@ class Stage(Alone):
     def report_on(self, job: Any, status: str, **more: Any) -> ironflow.Report:
         fence = {"execution_seq": job["execution_seq"], "lease_token": job["lease_token"]}
         return ironflow.read_report(ironflow.Fields({"status": status} | fence | more))
+
+    def pushes(self) -> list[ironflow.Job]:
+        """What went out since the last look."""
+        sent, self.sent[:] = list(self.sent), []
+        return sent
+
+    def answered(
+        self, job: ironflow.Job, reached: bool = True, status: str = "completed", **more: Any
+    ) -> None:
+        """An endpoint answered a push; or it was not reached."""
+        assert job.function is not None
+        if not reached:
+            status, more = "failed", {"error": {
+                "code": "ENDPOINT_UNREACHABLE", "message": "gone", "retryable": True}}
+        said = ironflow.read_report(ironflow.Fields({"status": status} | more))
+        said = replace(said, fence=job.run.fence, lease_token=job.run.lease_token)
+        self.offers.freed(job.function.endpoint)
+        self.do(ironflow.push_ended, job, said, reached, self.limits)
 
     def starts(self, seconds: float) -> list[tuple[float, Any]]:
         """What starts, and after how long, at a worker that polls and ends all at once."""
@@ -9630,6 +12429,27 @@ def test_a_full_disk_refuses_what_is_written_until_there_is_room(tmp_path: Path)
             emit()
         assert after_a_crash(server, disk, tmp_path) == kept
         assert len(kept) == 41
+
+
+def test_a_poll_that_fails_is_no_sign_that_its_worker_left(tmp_path: Path) -> None:
+    """It is answered at once, and the worker keeps the actors that it had."""
+    with serve(tmp_path, within=small_disk(tmp_path)) as server, ThreadPoolExecutor(1) as caller:
+        assert server.process is not None
+        disk = Path(f"/proc/{server.process.pid}/root{tmp_path}")
+        one, two = Bench(server), Bench(server)
+        one.said(one.job({"user": "a"}, actorKey="user"), "completed")
+        two.server.join(two.name, one.name)
+        (run_id,) = one.server.emit(one.name, {"user": "a"})["run_ids"]
+        eventually(lambda: (disk / "journal.db-wal").stat().st_size == 0)
+        ballast = fill(disk)
+        waits = caller.submit(
+            ask, server, "GET", f"/api/v1/workers/{one.name}/jobs?available=1&wait=25")
+        eventually(lambda: issues(server)[0] == 503)
+        ballast.unlink()
+        status, _, said = waits.result()
+        assert code((status, said)) == FULL
+        assert two.server.poll(two.name, wait=0) == []
+        assert one.next_job()["run_id"] == run_id
 
 
 @contextlib.contextmanager
