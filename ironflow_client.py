@@ -2068,10 +2068,9 @@ class Worker:
         await self._beside
 
     def start_in_thread(self) -> InThread:
-        """Work in a thread of its own until `stop` is called on what this returns, or
-        its `with` ends, or the main thread does: then running jobs get drain_timeout.
-        For WSGI apps and scripts. If a server is there, we are registered by now;
-        raises what it refused. While it works, the same is returned again.
+        """Work in a thread, for WSGI apps and scripts, until `stop` is called on what
+        this returns, its `with` ends, or the main thread does. If a server is there, we
+        are registered by now; raises what it refused. Once more, it returns the same.
 
         Each process that calls it has a worker. A fork takes no thread along: a child
         has none until it calls this itself, and then one with a name of its own."""
@@ -2135,8 +2134,6 @@ STARTING = threading.Lock()
 class InThread(threading.Thread, contextlib.AbstractContextManager["InThread"]):
     """A worker in a thread of its own, as `Worker.start_in_thread` starts it."""
 
-    loop: asyncio.AbstractEventLoop
-
     def __init__(self, worker: Worker) -> None:
         super().__init__(name="ironflow worker", daemon=True)
         self.worker, self.started = worker, Future[None]()
@@ -2160,12 +2157,11 @@ class InThread(threading.Thread, contextlib.AbstractContextManager["InThread"]):
     def stop(self, timeout: Duration | None = None) -> None:
         """Take no more jobs; returns when the running ones have ended, or soon after
         `timeout` (else `drain_timeout`), as `Worker.drain` does."""
+        limit = self.worker._drain_s if timeout is None else seconds(timeout, "timeout")
         if self.is_alive() and self.started.done():     # not so in a forked process
-            patience_s = self.worker._drain_s if timeout is None else seconds(
-                timeout, "timeout")
             from_thread(self.loop, lambda: self.loop.create_task(
-                self.worker.drain(patience_s)))
-            self.join(patience_s + 2 * FAREWELL_S)
+                self.worker.drain(limit)))
+            self.join(limit + 2 * FAREWELL_S)
             if self.is_alive():             # a handler does not let go of the loop
                 log.warning("the worker's thread, still busy, is left")
 

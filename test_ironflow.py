@@ -11077,6 +11077,16 @@ def test_handle_may_be_called_where_a_loop_runs() -> None:
     assert asyncio.run(inside())["result"] == [1, {"n": 2}, {"n": 7}]
 
 
+def test_a_step_may_run_another_function_inside_it() -> None:
+    @function(id="g")
+    def outer(ctx: Any) -> Any:
+        return ctx.step.run("it", lambda: [
+            outcome_of(plain([]), known("first", 1), known("a while"))["result"],
+            run_inline(plain([])).output])
+
+    assert run_inline(outer).output == [[1, {"n": 2}, {"n": 7}], [[1, 1], {"n": 2}, None]]
+
+
 def ended_by(status: int, code: str, answer: tuple[int, Any]) -> str:
     """The sentence of a refusal."""
     assert answer[0] == status and set(answer[1]) == {"error"}, answer
