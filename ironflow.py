@@ -376,14 +376,14 @@ class Endpoint:
     """Where runs are pushed to, while requests to it fail: its circuit breaker.
 
     Closed while `open_s` is 0; open until an instant; then half open: one run goes to
-    see. What was sent up to `since` says nothing of it any more.
+    see. What was sent before `since`, a place in the journal, says no more of it.
     """
 
     url: str
     failures: int = 0  # in a row
     open_s: float = 0.0
     open_until: Instant | None = None
-    since: Instant = 0.0
+    since: int = 0
 
     @property
     def state(self) -> str:
@@ -422,6 +422,7 @@ class Job:
     steps: list[Step]  # those that a replay finds done
     next_sequence: int
     function: Function | None = None  # as it is registered now
+    seq: int = 0  # the journal's last, when this was leased
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
 @dataclass(frozen=True, slots=True)
@@ -889,19 +890,19 @@ def queued(run: Run, now: float) -> Run:
 BREAKER = {"failureThreshold": 5, "openDurationMs": 60_000,
            "maxOpenDurationMs": 600_000}
 
-def struck(endpoint: Endpoint, breaker: dict[str, int], sent_at: float, now: float
-           ) -> Endpoint:
+def struck(endpoint: Endpoint, breaker: dict[str, int], sent: int, seq: int,
+           now: float) -> Endpoint:
     """An endpoint that a request did not reach: too many in a row open its breaker, a
     failed probe for twice as long. What was sent before it opened changes nothing."""
     bounds, open_s = BREAKER | breaker, endpoint.open_s
-    if open_s and sent_at <= endpoint.since:
+    if open_s and sent <= endpoint.since:
         return endpoint
     failures = endpoint.failures + 1
     if not open_s and failures < bounds["failureThreshold"]:
         return replace(endpoint, failures=failures)
     open_s = min(2 * open_s or bounds["openDurationMs"] / 1000,
                  bounds["maxOpenDurationMs"] / 1000)
-    return Endpoint(endpoint.url, failures, open_s, now + open_s, now)
+    return Endpoint(endpoint.url, failures, open_s, now + open_s, seq)
 
 def cancelled(run: Run, reason: str, now: float) -> Run:
     """Over, from any live status; the fence moves, so that its holder hears of it."""
@@ -2307,6 +2308,7 @@ def note_worker(tx: Transaction, worker_id: str, connected: bool, now: float) ->
     if worker.connected != connected:
         tx.save(replace(worker, connected=int(connected)))
         leave_actors(tx, worker_id, now)
+        tx.miss(worker_id, False)
         tx.touched.update(json.loads(worker.function_ids))  # which may have an endpoint
         verb = "connected" if connected else "disconnected"
         tx.append("worker", verb, worker_id, {"status": verb}, now)
@@ -2315,6 +2317,12 @@ def leave_actors(tx: Transaction, worker_id: str, now: float) -> None:
     """A worker seems to be gone: let the actors it had go to others."""
     if tx.delete_actors(worker_id):
         tx.touched.update(json.loads(known(tx, Worker, worker_id).function_ids))
+
+def hung_up(tx: Transaction, worker_id: str, now: float) -> None:
+    """Its poll broke off: until it asks again, its functions go to their endpoints."""
+    leave_actors(tx, worker_id, now)
+    tx.miss(worker_id, True)
+    tx.touched.update(json.loads(known(tx, Worker, worker_id).function_ids))
 
 # --- Offers: who would take work now --------------------------------------------------
 # Nothing polls the database. A held poll is an offer, and so is a free push slot: as
@@ -2424,6 +2432,7 @@ class Offers:
                 offer.error = error
                 self.take(offer)
                 continue
+            tx.miss(offer.worker_id, False)
             offer.functions = json.loads(worker.function_ids)
             if '"runtime":"python-' in worker.version:
                 offer.which = "told"
@@ -2511,7 +2520,8 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         event = tx.find(Event, seq=run.event_seq)
         assert event is not None, f"{run.run_id} lost its trigger"  # a foreign key ...
         offer.jobs.append(Job(held, event, tx.steps(run.run_id, offer.which),
-                              tx.next_sequence(run.run_id), function, secrets))
+                              tx.next_sequence(run.run_id), function, tx.last_seq,
+                              secrets))
     return some and others
 
 # --- Pushes ---------------------------------------------------------------------------
@@ -2561,7 +2571,7 @@ def push_ended(tx: Transaction, job: Job, said: Report | None, reached: bool,
     elif not reached and tx.functions_at(job.function.endpoint):
         old = endpoint or Endpoint(job.function.endpoint)
         breaker = job.function.asks.get("circuitBreaker", {})
-        new = struck(old, breaker, job.run.updated_at, now)
+        new = struck(old, breaker, job.seq, tx.last_seq, now)
         tx.save(new)
         if new.since != old.since:
             say_of_endpoint(tx, "opened", new.url, {
@@ -2921,6 +2931,7 @@ def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
     So too when somebody set the wall clock: what was leased between that and its
     discovery is in the new time, the rest in the old one, and no row says which.
     """
+    tx.bring_forward(now)
     tx.renew_leases(now + limits.lease_s, acked=True)
     tx.renew_leases(now + limits.reservation_s, acked=False)
     return tx.next_instant()
@@ -3179,7 +3190,7 @@ CREATE TABLE endpoint (
   failures  INTEGER NOT NULL,        -- in a row
   open_s    REAL NOT NULL,           -- 0: closed
   open_until REAL,                   -- unset while open_s is set: half open
-  since     REAL NOT NULL            -- when it was opened, or again
+  since     INTEGER NOT NULL         -- the journal's last seq when it was opened
 ) STRICT;
 """
 MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE, PUSH]  # [n]: from version n to n + 1
@@ -3472,6 +3483,7 @@ class Transaction(Queries):
         self._triggered: dict[str, list[tuple[Function, set[str]]]] = {}
         self._pushed: dict[str, str] | None = None
         self._carried: set[str] | None = None
+        self._missing: set[str] = set()  # workers whose poll broke off
         self._heard: dict[str, set[str]] | None = None  # by event, the tests of waits
         self._gather()
 
@@ -3644,8 +3656,14 @@ class Transaction(Queries):
         """Whether a connected worker carries a function."""
         if self._carried is None:
             self._carried = set[str]().union(*[
-                json.loads(worker.function_ids) for worker in self.connected_workers()])
+                json.loads(worker.function_ids) for worker in self.connected_workers()
+                if worker.worker_id not in self._missing])
         return function_id in self._carried
+
+    def miss(self, worker_id: str, missing: bool) -> None:
+        if missing != (worker_id in self._missing):
+            self._missing ^= {worker_id}
+            self._carried = None
 
     def endpoints_of_functions(self) -> dict[str, str]:
         """Of the functions that have an endpoint, its URL."""
@@ -3665,6 +3683,11 @@ class Transaction(Queries):
 
     def overdue_endpoints(self, now: float) -> list[Endpoint]:
         return self._rows(Endpoint, "endpoint WHERE open_until <= :now", now=now)
+
+    def bring_forward(self, now: float) -> None:
+        """None is open for longer than it is meant to be."""
+        self._db.execute("UPDATE endpoint SET open_until = min(open_until, ? + open_s)"
+                         " WHERE open_until IS NOT NULL", (now,))
 
     def delete_endpoint(self, url: str) -> None:
         self._db.execute("DELETE FROM endpoint WHERE url = ?", (url,))
@@ -4456,7 +4479,7 @@ class PullDesk:
         await asyncio.wait({self.closing}, timeout=GONE_AFTER_S)
         if self.seen.get(worker_id) == seen and not self.closing.done():
             with contextlib.suppress(DiskFull, Unavailable):  # then after 90 s
-                await self.journal.write(leave_actors, worker_id)
+                await self.journal.write(hung_up, worker_id)
 
     async def spare_a_slot(self, worker_id: str, slots: int) -> int:
         """How many jobs to give a worker of JS or Go that has `slots` free.
@@ -4749,7 +4772,7 @@ class PushFailed(Exception):
         super().__init__(code, message)
         self.after_ms = after_ms
 
-ENDPOINT = re.compile(r"(?=[!-~]{1,2048}$)(?i:https?)://[^/?#@\\]+([/?][^#\\]*)?")
+ENDPOINT = re.compile(r"(?=[!-~]{1,2048}\Z)(?i:https?)://[^/?#@\\]+([/?][^#\\]*)?")
 NUMERIC = re.compile(r"(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)\.?$")
 # Link-local addresses are where clouds answer with the machine's own credentials; so
 # are these, which are not link-local. Multicast and 0.0.0.0 are nobody's.
@@ -4945,8 +4968,8 @@ def next_hop(url: str, status: int, location: str) -> str:
     target = urljoin(url, location)
     if status not in (307, 308) or not location:
         raise PushFailed("ENDPOINT_REDIRECT", (
-            f"it answered {status} with the location {location[:200]!r}: only 307 and "
-            "308 keep method and body; register that address"))
+            f"it answered {status} with the location {shown(location)[:200]!r}: only "
+            "307 and 308 keep method and body; register that address"))
     if url.lower().startswith("https:") and not target.lower().startswith("https:"):
         raise PushFailed("ENDPOINT_REDIRECT", (
             f"it redirects to {shown(target)}, which is not encrypted: register the "
@@ -4970,7 +4993,10 @@ def in_words(error: Exception) -> str:
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError
                   | aiohttp.ClientOSError):
         return "the connection broke before its answer was whole: see its log"
-    return f"what it sent is no HTTP ({str(error)[:200]}): is the address right?"
+    if isinstance(error, aiohttp.ClientResponseError):  # whose str() tells the URL
+        said = " ".join(error.message.split())[:200]
+        return f"what it sent is no HTTP ({said}): is the address right?"
+    return f"there is no such host ({type(error).__name__}): is the address right?"
 
 class PushDesk:
     """The requests under way: a task for each, from the lease to the commit."""
