@@ -13036,6 +13036,7 @@ class Witness:
         self.lined_up: set[str] = set()  # functions that asked for other bounds just now
         self.actors: dict[tuple[str, str], str] = {}  # the worker of each
         self.connected: set[str] = set()  # workers, as far as the server knows
+        self.missing: set[str] = set()  # of those, with a poll that broke off
         self.able: dict[str, str] = {}  # of each worker: its functions, and its language
         self.sent: dict[str, Sent] = {}  # to endpoints, by job
         self.requests: dict[str, str] = {}  # under way, by run: the URL
@@ -13071,6 +13072,14 @@ class Witness:
             rows = rows[len(mine):]
             self.read_all(mine)
             self.settle()
+        self.remember(batch)
+
+    def remember(self, batch: Batch) -> None:
+        """Who asks for work, and who broke off: the server's memory, whatever the disk
+        says."""
+        self.missing |= {call.args[0] for call, _ in batch if call.kind == "leave"}
+        self.missing -= {call.script.owner.name for call, _ in batch
+                         if call.kind == "poll" and call.script}
 
     def hear(self, call: Call, wish: ironflow.Wish) -> None:
         if call.kind in ("emit", "invoke"):
@@ -13105,6 +13114,7 @@ class Witness:
             name, connected = call.args
             if connected != (name in self.connected):
                 self.connected ^= {name}
+                self.missing.discard(name)
                 self.leave_actors(name)
         elif call.kind == "leave":
             self.leave_actors(call.args[0])
@@ -13281,7 +13291,11 @@ class Witness:
                 self.seen["request was under way when the server died"] += 1
 
     def leases_start_anew(self) -> None:
-        """It was away and could hear of nobody, or somebody set the clock."""
+        """It was away and could hear of nobody, or somebody set the clock. No breaker is
+        open for longer than it was to be."""
+        for url, target in self.failing.items():
+            until = min(target.open_until or math.inf, self.now + target.open_s)
+            self.failing[url] = replace(target, open_until=target.open_until and until)
         for life in self.lives.values():
             if life.status == "running":
                 self.leased(life, LIMITS.lease_s if life.acked else LIMITS.reservation_s)
@@ -13440,7 +13454,8 @@ class Witness:
         """Where its runs are pushed to, if no worker that is connected does it."""
         asks = self.asks.get(function_id, {})
         pushed = asks.get("preferredMode") == "EXECUTION_MODE_PUSH"
-        done = any(function_id in self.functions_of(name) for name in self.connected)
+        here = self.connected - self.missing
+        done = any(function_id in self.functions_of(name) for name in here)
         return "" if done or not pushed else str(asks.get("endpointUrl", ""))
 
     def functions_at(self, url: str) -> list[str]:
@@ -13465,6 +13480,9 @@ class Witness:
         must(life.url == url, f"{life} went to {life.url!r}, not to {url!r}")
         must(life.run_id not in self.requests, f"two requests of {life} are under way")
         must(self.slot_for(url), f"{life} has no slot: {self.requests}")
+        left = self.connected & self.missing
+        self.seen["run was pushed, its worker having hung up"] += any(
+            life.function_id in self.functions_of(name) for name in left)
         target = self.failing.get(url)
         if target is not None and target.open_s:
             must(target.open_until is None, f"{life} was pushed, its breaker being open")
@@ -14244,6 +14262,7 @@ class World:
         self.seen["disk was full at the start"] += self.full
         self.next_at = math.inf
         self.witness.requests.clear()
+        self.witness.missing.clear()
         self.witness.look(behind=True, all_of_it=True)
 
     def crash(self, batch: Batch, away_s: float = 0.0) -> None:
@@ -14299,6 +14318,7 @@ class World:
         """Nothing of the batch happened, and the offers that it took stand again."""
         batch = self.write()
         self.file.rollback()
+        self.witness.remember(batch)
         self.next_at = min(self.next_at, self.now + 1.0)
         for call, wish in batch:
             wish.error = ironflow.DiskFull("no room")
@@ -14471,12 +14491,13 @@ class World:
         """None may be free while a run waits for it."""
         if self.starting or self.keep:  # there will be another batch at once
             return
-        for url, target in self.witness.failing.items():
-            must(self.next_at <= (target.open_until or math.inf), f"nobody wakes for {url}")
+        shut = {target.url: target.open_until for target in self.witness.failing.values()
+                if target.open_until is not None}
+        for url, until in shut.items():
+            must(self.next_at <= until, f"nobody wakes for {url}")
         for function_id in sorted({function for function, _ in self.witness.ready_runs()}):
             url = self.witness.endpoint_of(function_id)
-            target = self.witness.failing.get(url)
-            idle = url and not (target and target.open_until) and self.witness.slot_for(url)
+            idle = url and url not in shut and self.witness.slot_for(url)
             must(not idle, f"runs of {function_id} lie about: {url} could have them")
 
     def push(self, jobs: Any) -> None:
@@ -14889,7 +14910,7 @@ class World:
             if self.chance(0.5):
                 self.end_poll(offer)
                 self.chores.append(Call("leave", f"{dead.name} seems to be gone",
-                                        ironflow.leave_actors, (dead.name,)))
+                                        ironflow.hung_up, (dead.name,)))
         return f"{dead.name} dies"
 
     def some_worker_comes(self) -> str:
@@ -15195,6 +15216,7 @@ TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
     "run stood in line, actor",
     "run stood in line, gate",
     "actor's run went where its last one was",
+    "run was pushed, its worker having hung up",
     "run went from a worker to an endpoint",
     "run went from an endpoint to a worker",
     "endpoint answered too late, or twice",
