@@ -5093,7 +5093,7 @@ def push_body(job: Job) -> bytes:
     """A job as endpoints read it: absent, never null (JS 0.29, Python 0.53)."""
     return as_javascript(join(members(
         job.run, "run_id function_id attempt max_attempts=policy.max_attempts"
-        " on_exhausted=policy.on_exhausted") | {
+        " on_exhausted=policy.on_exhausted actor_id") | {
             "event": join(members(job.event, EVENT)),
             "steps": listed(map(step_to_push, job.steps)),
             "secrets": dumps(job.secrets) if job.secrets else None})).encode()
@@ -5102,8 +5102,8 @@ def step_to_push(step: Step) -> Json:
     found = members(step, "id=step_id name status") | {"output": step.output or "null"}
     if step.error is not None:  # of a failed call: JSON in a string
         about = json.loads(step.error)
-        cause = {name: about[name] for name in ("function_id", "child_run_id", "cause")}
-        found["error"] = dumps(dumps(cause))
+        whose = {"function_id": step.name, "child_run_id": "", "cause": "it failed"}
+        found["error"] = dumps(dumps(whose | about))
     return join(found)
 
 UNLIKE_JAVASCRIPT = re.compile(r'[\[:,]-?[0-9]+[.eE]|[{,]"[0-9]{1,10}":')
