@@ -4698,7 +4698,7 @@ def read_step(body: Fields) -> ReportedStep:
         step_id, body.text("name") or step_id, body.text("type") or "invoke", status,
         output=None if failed else dumps(body.get("output")),
         error=dumps(read_error(body.get("error"))) if failed else None,
-        duration_ms=round(body.number("durationMs") or 0),
+        duration_ms=round(min(max(body.number("durationMs") or 0, 0), 2**53)),
         compensation_for=body.text("compensationFor") or None,
         started_at=body.instant("startedAt"), ended_at=body.instant("endedAt"),
     )
@@ -4711,7 +4711,8 @@ def read_error(value: Any) -> dict[str, Any]:
     always = {"message": message[:MAX_ERROR_TEXT],
               "retryable": said.all.get("retryable") is True}
     error = {name: value for name, value in said.all.items()
-             if name not in ("retryAfterMs", "retry_after_ms")} | always
+             if name not in ("retryAfterMs", "retry_after_ms")
+             and (name != "code" or isinstance(value, str))} | always
     if len(dumps(error)) > 4 * MAX_ERROR_TEXT:  # a stack like that helps nobody
         error = always
     return error if after is None else error | {"retry_after_ms": max(0.0, after)}
@@ -5042,8 +5043,13 @@ class PushDesk:
                     said = await looked_back(self._journal, job.run.run_id, said)
                 return await self._journal.write(push_ended, job, said, reached,
                                                  self._limits, size=size)
-            except (DiskFull, Unavailable):  # the log has it already
-                await asyncio.sleep(RETRY_S)
+            except (DiskFull, Unavailable):
+                pass  # the log has it already
+            except Exception:  # a mistake of ours: no run may hang by it
+                log.exception("what became of the push of %s", job.run.run_id)
+                said = Report("failed", job.run.fence, job.run.lease_token, error={
+                    "message": "internal error: see the log", "code": "INTERNAL"})
+            await asyncio.sleep(RETRY_S)
 
     async def _ask(self, job: Job) -> tuple[Report, bool, int]:
         """What the endpoint says; whether it was reached; the size of that."""
