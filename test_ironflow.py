@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import base64
 import configparser
 import contextlib
 import copy
@@ -5011,7 +5012,7 @@ def read_by_js(push: Push, key: str | None) -> None:
         assert ("error" in row) == (row["status"] == "failed")
         assert all(type(row[name]) is str for name in row if name != "output")
     assert all(type(value) is str for value in body.pop("secrets", {"some": ""}).values())
-    assert body.keys() == {"event"}
+    assert body.keys() - {"actor_id"} == {"event"}
 
 
 def read_by_python(push: Push, key: str | None) -> None:
@@ -18857,6 +18858,39 @@ def test_the_readmes_client_hears_what_the_readme_says(
     assert waited == "[('process-order', 'completed', 'ord_8 shipped, 5 paid')]"
     assert invoked == "ord_9 shipped, 5 paid"
     assert [line.split(maxsplit=2)[1] for line in listed] == ["order.placed"] * 2
+
+
+def test_the_readmes_lambda_answers_an_api_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (program,) = [each for each in fenced("python") if "lambda_handler" in each]
+    (tmp_path / "worker.py").write_text(fenced("python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "worker", raising=False)
+    monkeypatch.setenv("IRONFLOW_SIGNING_KEY", PUSH_KEY)
+    scope: dict[str, Any] = {}
+    exec(program, scope)
+    text = json.dumps(a_push("process-order", event=a_push()["event"] | {
+        "data": {"orderId": "örd_1", "total": 5}}), ensure_ascii=False)
+    event: dict[str, Any] = {  # API Gateway's format 2.0
+        "version": "2.0", "routeKey": "$default", "rawPath": "/ironflow", "rawQueryString": "",
+        "headers": {"content-type": "application/json",
+                    "x-ironflow-signature": signature(text.encode())},
+        "requestContext": {"http": {"method": "POST", "path": "/ironflow"}},
+        "body": text, "isBase64Encoded": False}
+    coded = base64.b64encode(text.encode()).decode()
+    for asked in event, event | {"body": coded, "isBase64Encoded": True}:
+        answer = scope["lambda_handler"](asked, None)
+        said = json.loads(answer["body"])
+        assert (answer["statusCode"], said["status"]) == (200, "yielded"), said
+        assert said["steps"][0]["output"] == {"paid": 5}
+    refused = scope["lambda_handler"](event | {"headers": {}}, None)
+    assert refused["statusCode"] == 401 and refused["headers"]["Content-Type"]
+    page = event | {"requestContext": {"http": {"method": "GET", "path": "/"}}}
+    del page["body"]
+    assert scope["lambda_handler"](page, None)["statusCode"] == 405
+    monkeypatch.delitem(sys.modules, "worker")
+
 
 
 def test_the_readmes_unit_test_passes(readme_program: Callable[[str], str]) -> None:
