@@ -13039,6 +13039,7 @@ class Witness:
         self.connected: set[str] = set()  # workers, as far as the server knows
         self.missing: set[str] = set()  # of those, with a poll that broke off
         self.able: dict[str, str] = {}  # of each worker: its functions, and its language
+        self.listed: set[tuple[str, str]] = set()  # workers and functions, at any time
         self.sent: dict[str, Sent] = {}  # to endpoints, by job
         self.requests: dict[str, str] = {}  # under way, by run: the URL
         self.failing: dict[str, ironflow.Endpoint] = {}  # by URL
@@ -13274,6 +13275,7 @@ class Witness:
         """Actors leave a worker that no longer does the same, or seems to be gone."""
         able = worker.function_ids + worker.version
         self.connected.add(worker.worker_id)
+        self.listed |= {(worker.worker_id, name) for name in json.loads(worker.function_ids)}
         functions = self.able.get(worker.worker_id, able).partition("]")[0]
         if functions != able.partition("]")[0]:
             self.leave_actors(worker.worker_id)
@@ -13331,8 +13333,8 @@ class Witness:
         if life.url:
             self.pushed(life, job)
             return
-        asked = life.function_id in offer.functions
-        must(asked, f"{life} went to {offer.worker_id}, who does {offer.functions}")
+        mine = (offer.worker_id, life.function_id) in self.listed
+        must(mine, f"{life} went to {offer.worker_id}, who never listed {life.function_id}")
         if "actor" in life.bounds:
             worker, actor = str(job.run.worker_id), (life.function_id, life.bounds["actor"])
             bound_to = self.actors.get(actor)
@@ -14921,11 +14923,12 @@ class World:
         same = self.draw.random() < 0.5
         self.seen["worker came back under its old id"] += same
         self.numbers += 1
-        worker = self.new_worker(old.name if same else f"w{self.numbers}")
+        worker = self.new_worker(old.name if same else f"w{3 + self.numbers}")
         return self.let(worker, worker.name, self.join(worker))
 
     def new_worker(self, name: str) -> Peer:
         able = [f for f in self.programs if f not in self.pushed or self.draw.random() < 0.15]
+        able = able or [*self.programs]
         functions = self.draw.sample(able, min(len(able), self.draw.randint(2, 4)))
         eager, acks, ours = (self.draw.random() < odds for odds in (0.7, 0.6, 0.7))
         runtime = "python-3.12" if ours or self.draw.random() < 0.5 else "node-v22"
