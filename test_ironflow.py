@@ -12849,16 +12849,16 @@ def draw_program(draw: random.Random, below: Sequence[str]) -> Program:
             twin = draw_wait(next(names))
             branches[0].append(twin)
             branches[1].append(replace(twin, name=next(names)))
-        if draw.random() < 0.5:
+        if draw.random() < 0.35:
             one = part()
             one = replace(one, undo=False) if isinstance(one, Do) else one
             branches[1].insert(draw.randint(0, len(branches[1])), one)
-        elif draw.random() < 0.5:  # one goes on, or fails, while the other waits
+        elif draw.random() < 0.75:  # one goes on, or fails, while the other waits
             fails = draw.choice([0, 1])
             branches[0].insert(0, draw_wait(next(names)) if fails or not below else Invoke(
                 next(names), draw.choice(below), "invoke_function", 3.0, catches=True))
             branches[1] = [Sleep(next(names), 0.5 * fails), Do(next(names), fails),
-                           Do(next(names))]
+                           Do(next(names)), Do(next(names))]
         inside = Branches("z", tuple(tuple(branch) for branch in branches))
         parts.insert(draw.randint(0, len(parts)), inside)
     return tuple(parts)
@@ -13078,7 +13078,15 @@ class Witness:
     def remember(self, batch: Batch, asking: set[str]) -> None:
         """Whose poll broke off, and who asked since: the server has that in memory, so
         it does not matter what the disk says."""
-        self.missing |= {call.args[0] for call, _ in batch if call.kind == "leave"}
+        connected = set(self.connected)
+        for call, _ in batch:
+            if call.kind == "leave":
+                self.missing.add(call.args[0])
+            elif call.kind == "join":
+                connected.add(call.args[0].worker_id)
+            elif call.kind == "note" and call.args[1] != (call.args[0] in connected):
+                connected ^= {call.args[0]}
+                self.missing.discard(call.args[0])
         self.missing -= asking
 
     def hear(self, call: Call, wish: ironflow.Wish) -> None:
@@ -13114,7 +13122,6 @@ class Witness:
             name, connected = call.args
             if connected != (name in self.connected):
                 self.connected ^= {name}
-                self.missing.discard(name)
                 self.leave_actors(name)
         elif call.kind == "leave":
             self.leave_actors(call.args[0])
@@ -14910,10 +14917,22 @@ class World:
             script.call = None
         for offer in [o for o in self.held if o.worker_id == dead.name]:
             if self.chance(0.5):
-                self.end_poll(offer)
-                self.chores.append(Call("leave", f"{dead.name} seems to be gone",
-                                        ironflow.hung_up, (dead.name,)))
+                self.break_off(offer)
         return f"{dead.name} dies"
+
+    def break_off(self, offer: ironflow.Offer) -> None:
+        self.end_poll(offer)
+        self.chores.append(Call("leave", f"{offer.worker_id} seems to be gone",
+                                ironflow.hung_up, (offer.worker_id,)))
+
+    def a_poll_breaks_off(self) -> str:
+        """And its worker does not ask again for a while."""
+        offer = self.pick(list(self.held))
+        script = self.held[offer].script
+        assert script is not None
+        script.owner.silent_until = self.now + self.draw.choice([3.0, 10.0, 60.0])
+        self.break_off(offer)
+        return f"{offer.worker_id} hangs up"
 
     def some_worker_comes(self) -> str:
         """In place of one that died, under its id or another."""
@@ -14926,7 +14945,7 @@ class World:
         return self.let(worker, worker.name, self.join(worker))
 
     def new_worker(self, name: str) -> Peer:
-        able = [f for f in self.programs if f not in self.pushed or self.draw.random() < 0.15]
+        able = [f for f in self.programs if f not in self.pushed or self.draw.random() < 0.3]
         able = able or [*self.programs]
         functions = self.draw.sample(able, min(len(able), self.draw.randint(2, 4)))
         eager, acks, ours = (self.draw.random() < odds for odds in (0.7, 0.6, 0.7))
@@ -15142,11 +15161,12 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (2, "", World.somebody_registers),
     (1, "", World.somebody_cancels),
     (1, "", World.somebody_invokes),
-    (0.4, "", World.a_crowd_comes),
+    (0.8, "", World.a_crowd_comes),
     (0.5, "function was paused, or goes on", World.somebody_pauses),
     (0.5, "function was deleted", World.somebody_deletes),
     (2, "silent worker was missed", World.the_server_misses_a_worker),
     (2, "worker died", World.some_worker_dies),
+    (1.5, "poll broke off", World.a_poll_breaks_off),
     (3, "worker came back under some id", World.some_worker_comes),
     (3, "worker fell silent with jobs in hand", World.some_worker_falls_silent),
     (1.5, "endpoint was down", World.an_endpoint_is_down),
