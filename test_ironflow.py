@@ -5328,8 +5328,8 @@ IN_JAVASCRIPT = [
     ("9007199254740991", "9007199254740991"), ("-7", "-7"),
     ('{"b":1,"10":2,"9":3,"a":{"2":0,"1":[{"1":1,"0":0}]}}',
      '{"9":3,"10":2,"b":1,"a":{"1":[{"0":0,"1":1}],"2":0}}'),
-    ('{"4294967295":1,"4294967294":2,"01":3,"-1":4,"1.5":5,"0":6,"":7,"1e3":8}',
-     '{"0":6,"4294967294":2,"4294967295":1,"01":3,"-1":4,"1.5":5,"":7,"1e3":8}'),
+    ('{"01":3,"4294967295":1,"4294967294":2,"-1":4,"1.5":5,"0":6,"":7,"1e3":8}',
+     '{"0":6,"4294967294":2,"01":3,"4294967295":1,"-1":4,"1.5":5,"":7,"1e3":8}'),
     ('{"\u0661":1,"\u00b2":2,"1":3}', '{"1":3,"\u0661":1,"\u00b2":2}'),
     ('{"a":1,"b":2,"a":3}', '{"a":3,"b":2}'), ('{"__proto__":1,"constructor":2}',) * 2,
     (r'"\u2028\u2029\ufeff\u007f\u00e9"', '"\u2028\u2029\ufeff\x7f\u00e9"'),
@@ -7377,6 +7377,34 @@ def test_after_a_workers_end_the_endpoint_gets_its_runs(depot: Stage) -> None:
     depot.do(ironflow.note_worker, "worker", True)
     depot.says()
     assert depot.pushes() == []
+
+
+def test_a_worker_that_hung_up_leaves_its_runs_to_the_endpoint_until_it_asks_again(
+    pusher: Pusher,
+) -> None:
+    """It has its 90 s to be heard of; but its runs need not wait for that."""
+    pusher.registers()
+    pusher.server.join(pusher.name, pusher.name)
+    with held_poll(pusher.server, pusher.name):
+        pass  # its process ends
+    assert pusher.end(pusher.emits())["status"] == "completed"
+    assert len(pusher.endpoint.pushes) == 1
+    assert pusher.server.poll(pusher.name, wait=0) == []
+    run_id = pusher.emits()
+    assert pusher.next_job()["run_id"] == run_id
+
+
+def test_a_run_that_waited_for_a_worker_that_hung_up_is_pushed(pusher: Pusher) -> None:
+    pusher.registers()
+    pusher.server.join(pusher.name, pusher.name)
+    with held_poll(pusher.server, pusher.name) as poll:
+        first = pusher.emits()
+        (job,) = json.loads(poll.getresponse().read())["jobs"]
+        pusher.said(job, "completed")
+    with held_poll(pusher.server, pusher.name):
+        pass
+    assert pusher.end(first)["worker_id"] == pusher.name
+    assert pusher.end(pusher.emits())["worker_id"] == pusher.endpoint.name
 
 
 def test_a_new_endpoint_gets_the_next_push(pusher: Pusher, neighbour: Pusher) -> None:
