@@ -8262,6 +8262,13 @@ def test_a_wait_shows_what_it_is_for(asker: Asker, payload: Any) -> None:
     assert said["input" if isinstance(payload, dict) else "inputValue"] == payload
 
 
+def test_a_deadline_beyond_all_years_is_shown_as_their_end(asker: Asker) -> None:
+    job = asker.job()
+    asker.ask(job, timeout="99999999999d")
+    (row,) = asker.server.steps(job["run_id"])
+    assert row["wait_timeout"] == "9999-12-31T23:59:59.000Z"
+
+
 def test_a_wait_without_a_payload_shows_none(asker: Asker) -> None:
     (row,) = asker.server.steps(asker.asking()["run_id"])
     assert "input" not in row
