@@ -38,14 +38,17 @@ hand when a process dies does, so a step should bear that. What stands between s
 runs on every replay, so whatever touches the world belongs in a step.
 
 Names and shapes are those of the public Python SDK, so that a program moves between
-the two by changing an import. What is not here yet: push endpoints, subscriptions.
+the two by changing an import. `serve`, `serve_wsgi` and `handle` put functions behind a
+URL instead, to which the server posts runs. What is not here yet: subscriptions.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import functools
+import hmac
 import http.client
 import inspect
 import json
@@ -75,7 +78,7 @@ __all__ = ["AsyncClient", "Client", "Context", "Duration", "Emitted", "Event",
            "EventRow", "Function", "InvokeError", "IronflowError", "NonRetryableError",
            "NotJSON", "RetryAfterError", "Row", "Run", "RunInfo", "Step", "StepError",
            "StepRow", "StepTimeoutError", "Worker", "WorkerAuthError", "function",
-           "run_inline"]
+           "handle", "register", "run_inline", "serve", "serve_wsgi"]
 
 T = TypeVar("T")
 Work = Callable[[], Any]
@@ -94,6 +97,8 @@ MAX_EVENTS = 1000           # events in a request
 MAX_WAIT_MS = 2**31 - 1     # that the server waits for runs at a time; 0 means 30 s
 MAX_DEPTH = 190             # nesting of a value; the server takes 200, reports included
 MAX_ERROR_TEXT = 8000       # characters of an error's message that are reported
+MAX_PUSH = 64 << 20         # bytes of a request to an endpoint
+REPLAY_S = 300              # how far the time of its signature may be from ours
 
 # ======================================================================================
 # 1. Words
@@ -452,7 +457,7 @@ class Connection:
     thread uses it at a time; `close` from another ends the request in the air."""
 
     def __init__(self, address: Address) -> None:
-        self._address = address
+        self._address, self._owner = address, os.getpid()
         self._socket: socket.socket | None = None
         self.closed = False
 
@@ -462,6 +467,9 @@ class Connection:
         If a kept connection is closed the request is sent again, perhaps for the second
         time: all here bear that. Raises OSError when there is no sound answer."""
         content = None if body is None else body()
+        if self._owner != os.getpid():      # a fork: the other one goes on using it
+            self.drop()
+            self._owner = os.getpid()
         if self._socket is not None:
             with contextlib.suppress(ConnectionError):
                 return self._exchange(method, path, content, timeout)
@@ -756,6 +764,21 @@ class Calls:
         return Run(await self._send("POST", rest("runs", run_id, "cancel"), body))
 
     @call
+    async def register(self, functions: Sequence[Function], *,
+                       endpoint_url: str) -> list[Row]:
+        """Have the runs of these functions posted to an endpoint (see `serve`). Returns
+        each as the server has it, with `created` and `warnings`, which are logged."""
+        rows = []
+        for each in by_id(functions, "pull").values():
+            body = each.registration | {"preferredMode": "EXECUTION_MODE_PUSH",
+                                        "endpointUrl": endpoint_url}
+            answer = await self._send("POST", f"{RPC}RegisterFunction", body)
+            for warning in answer.get("warnings", ()):
+                log.warning("%s", warning)
+            rows.append(Row(snake(answer.pop("function")) | {"warnings": []} | answer))
+        return rows
+
+    @call
     async def get_function(self, function_id: str) -> Row:
         return Row(await self._send("GET", rest("functions", function_id)))
 
@@ -912,7 +935,8 @@ FIELDS = {                              # of options that are dicts; "!": must b
     "triggers": "event expression cron", "cancel_on": "event! match",
     "retry": "max_attempts initial_delay backoff_factor max_delay on_exhausted",
     "concurrency": "limit! key", "throttle": "limit! period! key",
-    "debounce": "period! key max_wait"}
+    "debounce": "period! key max_wait",
+    "circuit_breaker": "failure_threshold open_duration max_open_duration"}
 
 class Function:
     """A handler and its registration. Call it with a context to test the handler."""
@@ -939,7 +963,7 @@ def function(
     name: str | None = None, description: str | None = None, metadata: Fields = None,
     concurrency: Fields = None, actor_key: str | None = None, throttle: Fields = None,
     debounce: Fields = None, cancel_on: Sequence[Mapping[str, str]] | None = None,
-    secrets: Sequence[str] | None = None,
+    circuit_breaker: Fields = None, secrets: Sequence[str] | None = None,
 ) -> Callable[[Handler], Function]:
     """Make a handler, an `async def` or `def` of one argument, a durable function.
     - `triggers`: what starts it, `[{"event": "order.placed"}]`, also patterns such as
@@ -954,6 +978,8 @@ def function(
     - `throttle`, {limit, period, key}: so many starts in a period; the others wait.
     - `debounce`, {period, key, max_wait}: one run, for the last event before a silence.
     - `cancel_on`, [{event, match}]: cancels runs whose own event is equal at `match`.
+    - `circuit_breaker`, {failure_threshold, open_duration, max_open_duration}: so many
+      posts in a row that fail shut its endpoint off. Else 5, 1 min, at most 10 min.
     - `secrets`: names of values that the server keeps, for `ctx.secrets`.
     - `mode`: "pull" or "push"; when unset, a Worker registers pull.
     Delays, periods and timeouts are durations. Raises ValueError that names function
@@ -972,6 +998,8 @@ def function(
         "metadata": None if metadata is None else dict(metadata),
         "actorKey": actor_key, "secrets": secrets, "recording": recording,
         "triggers": [_wire("triggers", one, at) for one in triggers],
+        "circuitBreaker": circuit_breaker and _wire("circuit_breaker", circuit_breaker,
+                                                    at),
         "cancelOn": cancel_on and [_wire("cancel_on", one, at) for one in cancel_on],
         **{option: None if value is None else _wire(option, value, at)
            for option, value in (("retry", retry), ("concurrency", concurrency),
@@ -990,6 +1018,17 @@ def function(
 
     return decorate
 
+def by_id(functions: Sequence[Function], wrong: str) -> dict[str, Function]:
+    """Functions by their ids; none may have the mode that is wrong here."""
+    for item in functions:
+        if not isinstance(item, Function):
+            raise TypeError(f"functions: {item!r} was not made by @function")
+        check(item.mode != wrong, f"functions: {item.id!r} has mode {wrong!r}")
+    found = {item.id: item for item in functions}
+    check(functions and len(found) == len(functions),
+          "functions must not be empty, and no id may be in it twice")
+    return found
+
 def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
     """An option's fields, checked, as the server spells them."""
     known, wire = FIELDS[option].replace("!", "").split(), {}
@@ -1002,10 +1041,10 @@ def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
         where = f"{at}: {option}[{name!r}]"
         check(name in known, f"{where} is none of {', '.join(known)}")
         spelled = re.sub("_(.)", lambda found: found[1].upper(), name)
-        if name in ("initial_delay", "max_delay", "period", "max_wait"):
-            value = _ms(value, where, 1000 if name == "period" else 0)
+        if re.search("delay|period|wait|duration", name):
+            value = _ms(value, where, {"period": 1000, "open_duration": 1}.get(name, 0))
             spelled += "Ms"
-        elif name in ("max_attempts", "backoff_factor", "limit"):
+        elif name in ("max_attempts", "backoff_factor", "limit", "failure_threshold"):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             check(number and 1 <= value < math.inf, f"{where} must be a number from 1")
             check(name == "backoff_factor" or value == int(value),
@@ -1376,11 +1415,11 @@ async def in_thread(fn: Callable[[], T], name: str) -> T:
 # server's verdicts. Its lock is never held while anything else is called.
 
 class Execution:
-    """A job in hand. `send` takes an update as JSON text and promises the answer;
-    `stand_ins`, by step id or name, are called instead of a step's function."""
+    """A job in hand. `send` takes an update as JSON text and promises the answer; None:
+    `rows` and `end` are for whoever plays it. `stand_ins`, by step id or name, are
+    called instead of a step's function."""
 
-    def __init__(self, job: Job, send: Callable[[Execution, str], Future[Reply]],
-                 publish: Any, checkpoint_s: float = 0,
+    def __init__(self, job: Job, send: Any, publish: Any, checkpoint_s: float = 0,
                  stand_ins: Mapping[str, Work] | None = None) -> None:
         self.job, self.stand_ins, self.publish = job, stand_ins or {}, publish
         self.name = f"run {job.run.id} attempt {job.run.attempt}"
@@ -1388,6 +1427,7 @@ class Execution:
         self.fate: dict[str, Any] | None = None
         self.cancel: Callable[[], None] = lambda: None  # how to wake an async handler
         self.rows: list[str] = []           # of ended steps, not sent yet
+        self.end: dict[str, Any] = {}
         self._sequence = job.sequence_base  # of the first of them
         self._send, self._checkpoint_s, self._timed = send, checkpoint_s, False
         self._lock, self._timer = threading.Lock(), threading.Lock()
@@ -1455,9 +1495,9 @@ class Execution:
     async def record(self, row: str, host: Host, now: bool = False) -> None:
         """Hand in a completed step; with checkpoint_interval=0, wait for the yes."""
         self.keep(row)
-        if not self._checkpoint_s or now:
+        if self._send and (now or not self._checkpoint_s):
             await host.wait(self.flush())
-        elif not self._timed:
+        elif self._send and not self._timed:
             self._timed = True
             later = threading.Timer(self._checkpoint_s, self._flush_in_time)
             later.daemon = True
@@ -1497,6 +1537,7 @@ class Execution:
         """The report of the handler, or of its undos. Raises _Unwind if it has none."""
         run, output, error = self.job.run, None, self.failure
         RUN_ID.set(run.id)
+        _STEP.set(None)
         ctx = Context(self.job.event, run, step, RunLogger(log, {"run": self.name}),
                       self.job.secrets)
         try:
@@ -1552,12 +1593,15 @@ class Execution:
             with self._lock:
                 self._in_air = [*(one for one in self._in_air if not one.done()), sent]
             if not self.rows:
-                return sent
+                return sent  # type: ignore[no-any-return]
 
     async def settle(self, fields: dict[str, Any]) -> None:
         """Report the end, once all steps have ended; returns when the server has it.
         What it refuses to keep (413: a large output) fails the run with its words."""
         await asyncio.wrap_future(self.hush())
+        self.end = fields
+        if self._send is None:
+            return
         with self._timer:
             self._settling = True
         if len(self.rows) > portion(self.rows):
@@ -1899,17 +1943,12 @@ class Worker:
                  max_concurrent_jobs: int = 10, heartbeat_interval: Duration = 30,
                  checkpoint_interval: Duration = 0, drain_timeout: Duration = 60,
                  labels: Mapping[str, str] | None = None) -> None:
-        for item in functions:
-            if not isinstance(item, Function):
-                raise TypeError(f"functions: {item!r} was not made by @function")
-            check(item.mode != "push", f"functions: {item.id!r} has mode 'push'")
-        self._functions = {item.id: item for item in functions}
-        check(functions and len(self._functions) == len(functions),
-              "functions must not be empty, and no id may be in it twice")
+        self._functions = by_id(functions, "push")
         check(isinstance(max_concurrent_jobs, int) and max_concurrent_jobs >= 1,
               "max_concurrent_jobs must be an integer from 1")
         self.worker_id = worker_id or f"worker-{secrets.token_hex(10)}"
         self._client = Client(server_url, api_key)
+        self._publish = functools.partial(published, self._client)
         self._heartbeat_s = seconds(heartbeat_interval, "heartbeat_interval")
         check(self._heartbeat_s, "heartbeat_interval must be more than 0")
         self._checkpoint_s = seconds(checkpoint_interval, "checkpoint_interval")
@@ -1921,7 +1960,8 @@ class Worker:
             "max_concurrent_jobs": max_concurrent_jobs,
             "labels": json_copy(dict(labels or {}), "labels"),
             "version": {"sdk": __version__, "runtime": runtime}}
-        self._running = False
+        self._running, self._process = False, os.getpid()
+        self._in_thread: InThread | None = None
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT, then let running jobs end; a second one stops
@@ -1957,6 +1997,10 @@ class Worker:
     async def start(self) -> None:
         """Work until `drain` or `stop` is called; to cancel it is to stop. Raises
         WorkerAuthError for a refused key, IronflowError for a refused function."""
+        if self._process != os.getpid():    # forked: a worker of its own, by its name
+            self._running, self._process = False, os.getpid()
+            self.worker_id = f"{self.worker_id}-{self._process}"
+            self._registration["worker_id"] = self.worker_id
         if self._running:
             raise RuntimeError("this worker is running already")
         self._running = True
@@ -2004,16 +2048,38 @@ class Worker:
             await self.drain()
 
     async def __aenter__(self) -> Self:
-        """Work beside the caller. If a server is there, we are registered by now."""
-        self._beside = asyncio.create_task(self.start(), name="ironflow worker")
-        await asyncio.sleep(0)              # it has begun: there is a link
-        await asyncio.shield(asyncio.wrap_future(self._link.first_word))
+        """Work beside the caller, such as the lifespan of an app. If a server is there,
+        we are registered by now; raises what it refused, as `start` does."""
+        beside = asyncio.create_task(self.start(), name="ironflow worker")
+        try:
+            await asyncio.sleep(0)          # it has begun: there is a link
+            await asyncio.shield(asyncio.wrap_future(self._link.first_word))
+            if beside.done() or self._fatal is not None:
+                await beside
+        except asyncio.CancelledError:
+            beside.cancel()
+            raise
+        self._beside = beside
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Drain. Raises what ended the worker before, if anything did."""
         await self.drain()
         await self._beside
+
+    def start_in_thread(self) -> InThread:
+        """Work in a thread, for WSGI apps and scripts, until `stop` is called on what
+        this returns, its `with` ends, or the main thread does. If a server is there, we
+        are registered by now; raises what it refused. Once more, it returns the same.
+
+        Each process that calls it has a worker. A fork takes no thread along: a child
+        has none until it calls this itself, and then one with a name of its own."""
+        with STARTING:
+            beside = self._in_thread
+            if beside is None or not beside.is_alive():
+                beside = self._in_thread = InThread(self)
+        beside.started.result()
+        return beside
 
     async def _let_jobs_end(self, poll: asyncio.Task[None]) -> None:
         """Wait for the jobs in hand, those included that the last poll just brought."""
@@ -2034,10 +2100,6 @@ class Worker:
         self._fatal = self._fatal or error
         self._hurry.set()
         self._leave.set()
-
-    def _publish(self, topic: str, data: Any, key: str) -> dict[str, Any]:
-        sent = self._client.publish(topic, data, idempotency_key=key)
-        return {"eventId": sent.event_id, "sequence": sent.sequence}
 
     def _begin(self, job: Job, late: bool) -> None:
         """Take a job in hand, from the polling thread. A poll's answer counts as ack,
@@ -2063,8 +2125,244 @@ class Worker:
         finally:
             self._link.release(execution)
 
+def published(client: Client, topic: str, data: Any, key: str) -> dict[str, Any]:
+    sent = client.publish(topic, data, idempotency_key=key)
+    return {"eventId": sent.event_id, "sequence": sent.sequence}
+
+STARTING = threading.Lock()
+
+class InThread(threading.Thread, contextlib.AbstractContextManager["InThread"]):
+    """A worker in a thread of its own, as `Worker.start_in_thread` starts it."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(name="ironflow worker", daemon=True)
+        self.worker, self.started = worker, Future[None]()
+        self.start()
+        # At exit, but before executors are closed and new threads refused, if we can.
+        getattr(threading, "_register_atexit", atexit.register)(self.stop)
+
+    def run(self) -> None:
+        try:
+            asyncio.run(self._work())
+        except BaseException as error:
+            if not self.started.done():     # else `Worker._fail` has logged it
+                self.started.set_exception(error)
+
+    async def _work(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        async with self.worker:
+            self.started.set_result(None)
+            await self.worker._over.wait()
+
+    def stop(self, timeout: Duration | None = None) -> None:
+        """Take no more jobs; returns when the running ones have ended, or soon after
+        `timeout` (else `drain_timeout`), as `Worker.drain` does."""
+        limit = self.worker._drain_s if timeout is None else seconds(timeout, "timeout")
+        if self.is_alive() and self.started.done():     # not so in a forked process
+            from_thread(self.loop, lambda: self.loop.create_task(
+                self.worker.drain(limit)))
+            self.join(limit + 2 * FAREWELL_S)
+            if self.is_alive():             # a handler does not let go of the loop
+                log.warning("the worker's thread, still busy, is left")
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
 # ======================================================================================
-# 10. Without a server
+# 10. Push
+# ======================================================================================
+# Here it is the server that calls: it posts a run, and the answer is what became of it.
+# No lease, no reports: what an execution would report is kept, and is the answer. If
+# that is lost, or this process dies, the server posts the run again as it knows it. One
+# core judges a request; `handle`, `serve` and `serve_wsgi` only carry bytes to it.
+
+Answer = tuple[int, dict[str, str], bytes]      # status, headers, body
+HUNG_UP = Reply(409, {"message": "the server has hung up"})
+
+class Endpoint:
+    """Functions behind a URL."""
+
+    def __init__(self, functions: Sequence[Function], signing_key: str | None,
+                 server_url: str | None, api_key: str | None) -> None:
+        self._functions = by_id(functions, "pull")
+        check(signing_key != "", "signing_key must not be empty")
+        self._key = signing_key or os.environ.get("IRONFLOW_SIGNING_KEY")
+        self._publish = functools.partial(published, Client(server_url, api_key))
+
+    async def answer(self, method: str, signature: str | None, body: bytes) -> Answer:
+        """Do what is asked. Cancelling it lets go of the run."""
+        try:
+            job = self._asked(method, signature or "", body)
+            status, text = 200, await self._outcome(job)
+        except Exception as error:
+            if not isinstance(error, IronflowError):    # a mistake of ours
+                log.exception("a push could not be answered")
+                error = IronflowError("see the log here", 500, "INTERNAL_ERROR")
+            status, text = error.status or 500, encode({
+                "error": {"code": error.code, "message": error.message}})
+        return status, {"Content-Type": "application/json", "Allow": "POST",
+                        "Content-Length": str(len(text.encode()))}, text.encode()
+
+    def _asked(self, method: str, signature: str, body: bytes) -> Job:
+        """The job that a request brings. Raises IronflowError for one that is none."""
+        expect(method == "POST", 405, "METHOD_NOT_ALLOWED",
+               f"an ironflow server posts runs to this place; it has no {method}")
+        expect(len(body) <= MAX_PUSH, 413, "BODY_TOO_LARGE",
+               f"the body has over {MAX_PUSH} bytes; let steps return less")
+        if self._key is not None:
+            verify(signature, self._key, body)
+        try:
+            job = pushed(json.loads(body))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as why:
+            what, code = "run", "VALIDATION_ERROR"
+            if isinstance(why, (UnicodeError, json.JSONDecodeError)):
+                what, code = "JSON", "INVALID_JSON"
+            raise IronflowError(f"the body is no {what}: {why}", 400, code) from None
+        expect(job.run.function_id in self._functions, 404, "FUNCTION_NOT_FOUND",
+               f"no function {job.run.function_id!r} is here, but "
+               f"{', '.join(self._functions)}; register it for its own endpoint")
+        return job
+
+    async def _outcome(self, job: Job) -> str:
+        execution = Execution(job, None, self._publish)
+        try:
+            await execution.play(self._functions, asyncio.Semaphore(THREADS))
+        except asyncio.CancelledError:
+            execution.judge(HUNG_UP)        # a plain handler ends at its next step
+            raise
+        end = execution.end
+        if "output" in end:
+            end["result"] = end.pop("output")
+        return f'{encode(end)[:-1]},"steps":[{",".join(execution.rows)}]}}'
+
+def expect(fine: object, status: int, code: str, sentence: str) -> None:
+    if not fine:
+        raise IronflowError(sentence, status, code)
+
+def verify(signature: str, key: str, body: bytes) -> None:
+    """Check that the header's `t` and one of its `v1` sign this body, now."""
+    parts = [part.strip().partition("=") for part in signature.split(",")]
+    at = {name: value for name, _, value in parts}.get("t", "")
+    given = [value.encode() for name, _, value in parts if name == "v1"]
+    expect(given, 401, "SIGNATURE_MISSING", "X-Ironflow-Signature has no v1=; start "
+           "the server with the IRONFLOW_SIGNING_KEY of this endpoint")
+    right = hmac.new(key.encode(), f"{at}.".encode() + body, sha256).hexdigest()
+    same = sum(hmac.compare_digest(right.encode(), one) for one in given)
+    expect(same and at.isdecimal(), 401, "SIGNATURE_INVALID", "the signature is wrong; "
+           "have both sides the same key, and is the body as it came?")
+    expect(abs(now().timestamp() - int(at)) <= REPLAY_S, 401, "SIGNATURE_INVALID",
+           f"signed over {REPLAY_S} s from now; an old request, or a clock that is off")
+
+def pushed(body: Any) -> Job:
+    """The job of a posted run. Raises for what is none, as Job does."""
+    check(isinstance(body, dict), "it is not an object")
+    body = {"steps": [], **body}
+    for name, kind in {"run_id": str, "function_id": str, "attempt": int,
+                       "event": dict, "steps": list}.items():
+        check(type(body.get(name)) is kind and (body[name] or kind is list),
+              f"{name} must be a {kind.__name__}, and not {body.get(name)!r:.60}")
+    for name in ("id", "name", "data", "timestamp"):
+        check(name in body["event"], f"its event has no {name}")
+    rows = [{**row, "step_id": row["id"], "output": row.get("output"),
+             "status": row["status"].replace("timed_out", "failed"),
+             "error": child_error(row)} for row in body["steps"]]
+    return Job(body | {"completed_steps": rows, "context": body, "job_id": "",
+                       "execution_seq": 0, "lease_token": ""})
+
+def child_error(row: dict[str, Any]) -> dict[str, Any]:
+    """What InvokeError takes, of a child that failed: it comes as text that is JSON."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        return {"status": row["status"], **json.loads(row["error"])}
+    return {"status": row["status"], "cause": str(row.get("error") or "")}
+
+def alone(work: abc.Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on a loop of its own, in a thread of its own: wherever we are."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(copy_context().run, asyncio.run, work).result()
+
+def handle(functions: Sequence[Function], *, method: str, path: str = "/",
+           headers: Mapping[str, str], body: bytes | str,
+           signing_key: str | None = None, server_url: str | None = None,
+           api_key: str | None = None) -> Answer:
+    """Answer one post of a server: status, headers, body. For any framework, or none
+    (AWS Lambda). Blocks until the handler ends, sleeps or waits; any path will do.
+    - `signing_key`, else IRONFLOW_SIGNING_KEY: only what is signed with it is answered,
+      for 300 s. Without any, whoever can reach the endpoint can run its functions.
+    - `body`: the very bytes that came, for they were signed.
+    - `server_url`, `api_key`: for `ctx.step.publish`, as of a Client."""
+    endpoint = Endpoint(functions, signing_key, server_url, api_key)
+    known = {name.lower(): value for name, value in dict(headers).items()}
+    content = body.encode() if isinstance(body, str) else bytes(body)
+    return alone(endpoint.answer(
+        method.upper(), known.get("x-ironflow-signature"), content))
+
+def serve(functions: Sequence[Function], *, signing_key: str | None = None,
+          server_url: str | None = None, api_key: str | None = None
+          ) -> Callable[[Any, Any, Any], abc.Coroutine[Any, Any, None]]:
+    """An ASGI app that answers as `handle` does, to be mounted or run alone. Async
+    handlers share its loop, plain ones have threads. When the server hangs up, async
+    handlers are cancelled, plain ones end at their next step."""
+    endpoint = Endpoint(functions, signing_key, server_url, api_key)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            for word in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{word}.complete"})
+            return
+        check(scope["type"] == "http", f"ironflow serves http, not {scope['type']}")
+        body, more = bytearray(), True
+        while more and len(body) <= MAX_PUSH:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        signature = dict(scope["headers"]).get(b"x-ironflow-signature", b"")
+        answering = asyncio.create_task(endpoint.answer(
+            scope["method"], signature.decode("latin-1"), bytes(body)))
+        leaving = asyncio.create_task(receive())
+        try:
+            await asyncio.wait([answering, leaving], return_when="FIRST_COMPLETED")
+            if answering.done() or leaving.result()["type"] != "http.disconnect":
+                status, headers, content = await answering
+                lines = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
+                await send({"type": "http.response.start", "status": status,
+                            "headers": lines})
+                await send({"type": "http.response.body", "body": content})
+        finally:
+            answering.cancel()
+            leaving.cancel()
+            await asyncio.wait([answering, leaving])
+
+    return app
+
+def serve_wsgi(functions: Sequence[Function], *, signing_key: str | None = None,
+               server_url: str | None = None, api_key: str | None = None
+               ) -> Callable[[dict[str, Any], Any], list[bytes]]:
+    """A WSGI app that answers as `handle` does, to be mounted or run alone."""
+    endpoint = Endpoint(functions, signing_key, server_url, api_key)
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        length = environ.get("CONTENT_LENGTH") or ""
+        if not length.isdecimal():          # in chunks, if the gateway knows their end
+            length = MAX_PUSH + 1 if environ.get("wsgi.input_terminated") else 0
+        body = environ["wsgi.input"].read(min(int(length), MAX_PUSH + 1))
+        status, headers, content = alone(endpoint.answer(
+            environ["REQUEST_METHOD"], environ.get("HTTP_X_IRONFLOW_SIGNATURE"), body))
+        start_response(f"{status} {http.client.responses[status]}", [*headers.items()])
+        return [content]
+
+    return app
+
+def register(functions: Sequence[Function], *, endpoint_url: str,
+             server_url: str | None = None, api_key: str | None = None) -> list[Row]:
+    """`Client.register`: have the runs of these functions posted to an endpoint."""
+    with Client(server_url, api_key) as client:
+        return client.register(functions, endpoint_url=endpoint_url)
+
+# ======================================================================================
+# 11. Without a server
 # ======================================================================================
 # An execution as a worker has it; but its updates end in a dict, and its answer is yes.
 
@@ -2090,9 +2388,7 @@ def run_inline(function: Function, event: Any = None, *,
         event = {"name": event, "data": None}
     given = {"steps": steps or {}, "events": events or {}, "functions": functions,
              "secrets": secrets or {}, "attempts": attempts}
-    with ThreadPoolExecutor(1) as pool:     # a loop of its own
-        return pool.submit(lambda: asyncio.run(
-            Inline(function, given).play(inline_event(event, function.id)))).result()
+    return alone(Inline(function, given).play(inline_event(event, function.id)))
 
 class Inline:
     """What a server is to a worker, for one `run_inline`."""
@@ -2104,7 +2400,6 @@ class Inline:
         self.mail = {name: list(one) if isinstance(one, list) else [one]
                      for name, one in given["events"].items()}
         self.kept, self.attempt = dict[str, StepRow](), 1
-        self.end: dict[str, Any] = {}
 
     async def play(self, event: dict[str, Any]) -> Run:
         threads, most = asyncio.Semaphore(THREADS), self.given["attempts"]
@@ -2116,9 +2411,11 @@ class Inline:
                 "job_id": "", "execution_seq": 1, "lease_token": "",
                 "max_attempts": most, "on_exhausted": "fail", "attempt": self.attempt,
                 "completed_steps": known, "context": {"secrets": self.given["secrets"]},
-            }), self.send, self.publish, 0, self.stand_ins)
+            }), None, self.publish, 0, self.stand_ins)
             await execution.play({self.function.id: self.function}, threads)
-            end = self.end
+            for text in execution.rows:
+                self.keep(json.loads(text))
+            end = execution.end
             blocks = [end["yield"], *end["yields"]] if "yield" in end else []
             for row in [await self.answer(block) for block in blocks]:
                 self.keep(row)
@@ -2131,14 +2428,6 @@ class Inline:
                 return Run(id="run_inline", function_id=self.function.id, error=error,
                            status=end["status"], output=end.get("output"),
                            attempt=self.attempt, steps=list(self.kept.values()))
-
-    def send(self, execution: Execution, text: str) -> Future[Reply]:
-        self.end = json.loads(text)
-        for row in self.end["steps"]:
-            self.keep(row)
-        answer: Future[Reply] = Future()
-        answer.set_result(Reply(200))
-        return answer
 
     def keep(self, row: dict[str, Any]) -> None:
         old = self.kept.get(row["id"], {"sequence": len(self.kept)})

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import base64
 import configparser
 import contextlib
 import copy
@@ -27,6 +28,7 @@ import hmac
 import http.client
 import http.server
 import inspect
+import io
 import json
 import math
 import os
@@ -52,6 +54,8 @@ import time
 import tomllib
 import urllib.parse
 import urllib.request
+import wsgiref.simple_server
+import wsgiref.util
 from collections import Counter
 from collections.abc import (
     AsyncIterator,
@@ -61,7 +65,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -69,9 +73,12 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, assert_type, cast
+from wsgiref.validate import validator
 
 import croniter
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -5005,7 +5012,7 @@ def read_by_js(push: Push, key: str | None) -> None:
         assert ("error" in row) == (row["status"] == "failed")
         assert all(type(row[name]) is str for name in row if name != "output")
     assert all(type(value) is str for value in body.pop("secrets", {"some": ""}).values())
-    assert body.keys() == {"event"}
+    assert body.keys() - {"actor_id"} == {"event"}
 
 
 def read_by_python(push: Push, key: str | None) -> None:
@@ -8283,6 +8290,13 @@ def test_a_wait_shows_what_it_is_for(asker: Asker, payload: Any) -> None:
     assert said["input" if isinstance(payload, dict) else "inputValue"] == payload
 
 
+def test_a_deadline_beyond_all_years_is_shown_as_their_end(asker: Asker) -> None:
+    job = asker.job()
+    asker.ask(job, timeout="99999999999d")
+    (row,) = asker.server.steps(job["run_id"])
+    assert row["wait_timeout"] == "9999-12-31T23:59:59.000Z"
+
+
 def test_a_wait_without_a_payload_shows_none(asker: Asker) -> None:
     (row,) = asker.server.steps(asker.asking()["run_id"])
     assert "input" not in row
@@ -10886,6 +10900,1037 @@ def test_without_a_file_every_secret_is_unknown(bench: Bench) -> None:
 @pytest.mark.parametrize("secrets", ["key", [7], [""], [None], {"key": "v"}])
 def test_secrets_are_declared_by_name(shared: RunningServer, secrets: Any) -> None:
     assert code(register(shared, secrets=secrets)) == INVALID
+
+
+# ======================================================================================
+# Push handlers
+# ======================================================================================
+# Posts as a server sends them, made by hand, to the three doors of one core.
+
+PUSH_KEY = "a key that both sides know"
+
+
+def a_push(function_id: str = "f", *steps: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The body of a post: `steps` are those that the server knows."""
+    event = {"id": "evt_1", "name": "order.placed", "data": {"n": 7}, "version": 1,
+             "timestamp": "2026-01-31T08:00:00.123Z"}
+    return {"run_id": "run_1", "function_id": function_id, "attempt": 1, "max_attempts": 3,
+            "on_exhausted": "fail", "event": event, "steps": list(steps)} | more
+
+
+def known(name: str, output: Any = None, **more: Any) -> dict[str, Any]:
+    """A step that the server knows of."""
+    return {"id": f"run_1:{name}:0", "name": name, "status": "completed", "output": output} | more
+
+
+def signature(body: bytes, key: str = PUSH_KEY, at: float | None = None) -> str:
+    """The value that suits all three public SDKs."""
+    instant = int(time.time() if at is None else at)
+
+    def sign(what: bytes) -> str:
+        return hmac.new(key.encode(), what, "sha256").hexdigest()
+
+    return f"sha256={sign(body)},t={instant},v1={sign(f'{instant}.'.encode() + body)}"
+
+
+def through_handle(functions: Sequence[Function], request: Any, **options: Any) -> Any:
+    return ironflow_client.handle(functions, **request, **options)
+
+
+def through_asgi(functions: Sequence[Function], request: Any, **options: Any) -> Any:
+    app = ironflow_client.serve(functions, **options)
+    return asyncio.run(asked_of_asgi(app, **request))
+
+
+async def asked_of_asgi(
+    app: Any, method: str, path: str, headers: dict[str, str], body: bytes, chunk: int = 7
+) -> Any:
+    """One request, in pieces; its client stays until it is answered."""
+    pieces = [body[at : at + chunk] for at in range(0, len(body), chunk)] or [b""]
+    answered = asyncio.Event()
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        if not pieces:
+            await answered.wait()
+            return {"type": "http.disconnect"}
+        piece = pieces.pop(0)
+        return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await app({"type": "http", "method": method, "path": path, "headers": lines}, receive, send)
+    start, end = said
+    assert (start["type"], end["type"]) == ("http.response.start", "http.response.body")
+    assert not end.get("more_body")
+    return start["status"], {k.decode(): v.decode() for k, v in start["headers"]}, end["body"]
+
+
+def through_wsgi(functions: Sequence[Function], request: Any, **options: Any) -> Any:
+    """As WSGI asks for: the standard library's validator stands in between."""
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": request["method"], "SCRIPT_NAME": "", "QUERY_STRING": "",
+        "PATH_INFO": request["path"], "CONTENT_LENGTH": str(len(request["body"])),
+        "wsgi.input": io.BytesIO(request["body"])}
+    for name, value in request["headers"].items():
+        environ["HTTP_" + name.upper().replace("-", "_")] = value
+    wsgiref.util.setup_testing_defaults(environ)
+    said: list[Any] = []
+    app: Any = validator(ironflow_client.serve_wsgi(functions, **options))
+    content = app(environ, lambda status, headers, why=None: said.append((status, headers)))
+    (status, headers), body = said[0], b"".join(content)
+    content.close()
+    return int(status.split()[0]), dict(headers), body
+
+
+PUSH_DOORS = pytest.mark.parametrize(
+    "through", [through_handle, through_asgi, through_wsgi],
+    ids=["handle", "asgi", "wsgi"])
+
+
+def post(
+    functions: Sequence[Function], body: Any, through: Any = through_handle,
+    headers: dict[str, str] | None = None, method: str = "POST", **options: Any
+) -> tuple[int, Any]:
+    """Status and JSON of the answer to a request, whose head is looked at as well."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, lines, answer = through(functions, {
+        "method": method, "path": "/any/where", "headers": headers or {}, "body": content,
+    }, **options)
+    head = {name.lower(): value for name, value in lines.items()}
+    assert head["content-type"] == "application/json"
+    assert head["content-length"] == str(len(answer))
+    return status, json.loads(answer)
+
+
+def outcome_of(handler: Function, *steps: Any, **more: Any) -> Any:
+    """What a post becomes, without the times of its steps."""
+    through = more.pop("through", through_handle)
+    status, said = post([handler], a_push("f", *steps, **more), through)
+    assert status == 200, said
+    for row in said["steps"]:
+        assert row.pop("started_at") <= row.pop("ended_at")
+        assert row.pop("duration_ms") >= 0
+    return said
+
+
+EITHER_KIND = pytest.mark.parametrize("kind", ["async", "plain"])
+
+
+@PUSH_DOORS
+@EITHER_KIND
+def test_a_push_runs_what_is_not_known_yet_and_answers_with_it(through: Any, kind: str) -> None:
+    called: list[str] = []
+    handler = both("""
+        async def handler(ctx):
+            first = await ctx.step.run("first", noting(called, "first", 1))
+            second = await ctx.step.run("second", noting(called, "second", (2,)))
+            run = ctx.run
+            return [first, second, ctx.event.data, ctx.event.timestamp.microsecond,
+                    [run.id, run.function_id, run.attempt, run.max_attempts, run.on_exhausted],
+                    ctx.secrets["bank"]]
+        """)(kind, called=called, noting=noting)
+    said = outcome_of(handler, known("first", "old"), through=through, attempt=2,
+                      secrets={"bank": "s3cret"})
+    assert said == {
+        "status": "completed",
+        "result": ["old", [2], {"n": 7}, 123000, ["run_1", "f", 2, 3, "fail"], "s3cret"],
+        "steps": [{"id": "run_1:second:0", "name": "second", "type": "invoke",
+                   "status": "completed", "output": [2]}]}
+    assert called == ["second"]
+
+
+@EITHER_KIND
+def test_a_push_that_waits_answers_with_all_that_it_waits_for(kind: str) -> None:
+    handler = both("""
+        async def handler(ctx):
+            await ctx.step.run("a", lambda: 1)
+            await ctx.step.parallel("g", [
+                lambda step: step.sleep_until("nap", "2030-01-01T00:00:00+01:00"),
+                lambda step: step.wait_for_event("yes", event="approved", match="n"),
+                lambda step: step.invoke("child", {"n": 1}, timeout="1m")])
+            await ctx.step.invoke_async("child")
+        """)(kind)
+    said = outcome_of(handler)
+    assert (said["status"], [row["name"] for row in said["steps"]]) == ("yielded", ["a"])
+    assert [said["yield"], *said["yields"]] == [
+        {"type": "sleep", "step_id": "run_1:g:0:nap:0", "step_name": "nap",
+         "until": "2029-12-31T23:00:00.000000Z"},
+        {"type": "wait_for_event", "step_id": "run_1:g:1:yes:0", "step_name": "yes",
+         "event_filter": {"event": "approved", "match": "n", "timeout": "604800000ms"}},
+        {"type": "invoke_function", "step_id": "run_1:g:2:child:0", "step_name": "child",
+         "function_id": "child", "input": {"n": 1}, "invoke_timeout_ms": 60000}]
+    event = {"id": "evt_2", "name": "approved", "data": 1, "timestamp": "2026-02-01T00:00:00Z"}
+    done = [known("a"), known("g:0:nap"), known("g:1:yes", event), known("g:2:child", [1])]
+    last = outcome_of(handler, *done)
+    assert last["yield"] == {"type": "invoke_function_async", "step_id": "run_1:child:0",
+                             "step_name": "child", "function_id": "child", "input": None}
+    assert (last["yields"], last["steps"]) == ([], [])
+    over = outcome_of(handler, *done, known("child", {"run_id": "run_2"}))
+    assert over == {"status": "completed", "result": None, "steps": []}
+
+
+@PUSH_DOORS
+@EITHER_KIND
+def test_a_push_that_fails_says_whether_to_try_again(through: Any, kind: str) -> None:
+    make = both("""
+        async def handler(ctx):
+            await ctx.step.run("a", lambda: 1)
+            ctx.step.compensate("a", lambda: None)
+            await ctx.step.run("b", fail) if inside else fail()
+        """)
+
+    def told(error: Exception, inside: bool = False, **more: Any) -> Any:
+        def fail() -> None:
+            raise error
+
+        said = outcome_of(make(kind, fail=fail, inside=inside), through=through, **more)
+        assert said["status"] == "failed"
+        return said["error"], [(row["name"], row["status"]) for row in said["steps"]]
+
+    done, undone = ("a", "completed"), [("compensate:", "completed"), ("compensate:a", "completed")]
+    message = {"message": "no", "retryable": True}
+    assert told(OSError("no")) == (message | {"code": "ERROR"}, [done])
+    later = message | {"code": "RETRY_AFTER", "retry_after_ms": 1500}
+    assert told(RetryAfterError("no", 1.5)) == (later, [done])
+    assert told(OSError("no"), inside=True) == (
+        message | {"code": "STEP_FAILED"}, [done, ("b", "failed")])
+    for error, attempt in ((NonRetryableError("no", "ERROR"), 1), (OSError("no"), 3)):
+        assert told(error, attempt=attempt) == (
+            message | {"code": "ERROR", "retryable": attempt == 3}, [done, *undone])
+
+
+@EITHER_KIND
+def test_a_push_brings_what_became_of_children(kind: str) -> None:
+    handler = both("""
+        async def handler(ctx):
+            try:
+                await ctx.step.invoke(ctx.event.data)
+            except InvokeError as error:
+                return [error.code, error.function_id, error.cause, error.run_id]
+        """)(kind)
+
+    def told(status: str, error: Any = None) -> Any:
+        more = {} if error is None else {"error": error}
+        event = a_push()["event"] | {"data": "x"}
+        return outcome_of(handler, known("x", status=status, **more), event=event)["result"]
+
+    child = {"function_id": "c", "child_run_id": "run_c", "cause": "boom"}
+    cancelled = child | {"status": "cancelled"}
+    assert told("failed", json.dumps(child)) == ["INVOKE_FAILED", "c", "boom", "run_c"]
+    assert told("failed", json.dumps(cancelled)) == ["INVOKE_CANCELLED", "c", "boom", "run_c"]
+    assert told("failed", "no JSON") == ["INVOKE_FAILED", "x", "no JSON", None]
+    assert told("timed_out", json.dumps(child)) == ["INVOKE_TIMEOUT", "c", "boom", "run_c"]
+    assert told("timed_out") == ["INVOKE_TIMEOUT", "x", "", None]
+    handler = both("""
+        async def handler(ctx):
+            await ctx.step.invoke("x")
+        """)(kind)
+    error = outcome_of(handler, known("x", status="failed", error=json.dumps(child)))["error"]
+    assert (error["code"], error["retryable"]) == ("INVOKE_FAILED", False)
+
+
+@EITHER_KIND
+def test_a_push_handlers_steps_have_their_timeouts(kind: str) -> None:
+    handler = both("""
+        async def handler(ctx):
+            try:
+                await ctx.step.run("slow", hang)
+            except StepTimeoutError as error:
+                return error.code
+        """, step_timeout="10ms")(kind, hang=partial(asyncio.sleep, 3600))
+    said = outcome_of(handler)
+    assert (said["result"], [row["status"] for row in said["steps"]]) == (
+        "STEP_TIMEOUT", ["failed"])
+
+
+@PUSH_DOORS
+@EITHER_KIND
+def test_a_push_handler_publishes_once(common: RunningServer, through: Any, kind: str) -> None:
+    topic = f"by_push.{through.__name__}.{kind}"
+    handler = both("""
+        async def handler(ctx):
+            return (await ctx.step.publish(topic, {"open": True})).sequence
+        """)(kind, topic=topic)
+    run_id = topic.replace(".", "_")
+    for _ in range(2):
+        status, said = post([handler], a_push(run_id=run_id), through, server_url=common.url)
+        (row,) = said["steps"]
+        assert (status, row["output"]["sequence"]) == (200, said["result"])
+    assert Client(common.url).topic_stats(topic).message_count == 1
+
+
+def test_async_handlers_share_the_apps_loop_and_plain_ones_do_not_hold_it() -> None:
+    free = threading.Event()
+
+    @function(id="plain")
+    def plain_one(ctx: Any) -> bool:
+        return free.wait(DEADLINE_S)
+
+    @function(id="async")
+    async def async_one(ctx: Any) -> int:
+        free.set()
+        return id(asyncio.get_running_loop())
+
+    app = ironflow_client.serve([plain_one, async_one])
+
+    async def ask(function_id: str) -> Any:
+        body = json.dumps(a_push(function_id)).encode()
+        return json.loads((await asked_of_asgi(app, "POST", "/", {}, body))[2])["result"]
+
+    async def both_at_once() -> Any:
+        said = await asyncio.gather(ask("plain"), ask("async"))
+        return [*said, id(asyncio.get_running_loop())]
+
+    waited, theirs, ours = asyncio.run(both_at_once())
+    assert waited is True and theirs == ours
+
+
+def test_handle_may_be_called_where_a_loop_runs() -> None:
+    async def inside() -> Any:
+        return outcome_of(asynchronous([]), known("first", 1), known("a while"))
+
+    assert asyncio.run(inside())["result"] == [1, {"n": 2}, {"n": 7}]
+
+
+def test_a_step_may_run_another_function_inside_it() -> None:
+    @function(id="g")
+    def outer(ctx: Any) -> Any:
+        return ctx.step.run("it", lambda: [
+            outcome_of(plain([]), known("first", 1), known("a while"))["result"],
+            run_inline(plain([])).output])
+
+    assert run_inline(outer).output == [[1, {"n": 2}, {"n": 7}], [[1, 1], {"n": 2}, None]]
+
+
+def ended_by(status: int, code: str, answer: tuple[int, Any]) -> str:
+    """The sentence of a refusal."""
+    assert answer[0] == status and set(answer[1]) == {"error"}, answer
+    assert set(answer[1]["error"]) == {"code", "message"}
+    assert answer[1]["error"]["code"] == code
+    message: str = answer[1]["error"]["message"]
+    return message
+
+
+@function(id="f")
+async def never_called(ctx: Any) -> None:
+    raise AssertionError("it was called")
+
+
+NO_RUNS: list[tuple[Any, str]] = [
+    ([], "not an object"), (7, "not an object"), ({}, "run_id"),
+    (a_push(run_id=""), "run_id"), (a_push(run_id=7), "run_id"), (a_push(""), "function_id"),
+    (a_push(attempt=True), "attempt"), (a_push(attempt=0), "attempt"),
+    (a_push(attempt="1"), "attempt"), (a_push(event=None), "event"), (a_push(event={}), "event"),
+    (a_push(event={"id": "e", "name": "n", "timestamp": "2026-01-31T08:00:00Z"}), "data"),
+    (a_push(event=a_push()["event"] | {"timestamp": "yesterday"}), "timestamp"),
+    (a_push(steps={}), "steps"), (a_push(steps=None), "steps"), (a_push("f", known("a") | {
+        "status": None}), "replace"),
+    (a_push(steps=[{"name": "a", "status": "completed"}]), "id"),
+    (a_push(steps=["a"]), "str"), (a_push(secrets=["a"]), "sequence"),
+]
+
+
+@pytest.mark.parametrize(("body", "words"), NO_RUNS)
+def test_what_is_no_run_is_refused_with_what_is_wrong(body: Any, words: str) -> None:
+    assert words in ended_by(400, "VALIDATION_ERROR", post([never_called], body))
+
+
+@PUSH_DOORS
+def test_other_requests_are_refused_with_a_sentence(through: Any) -> None:
+    def refused(status: int, code: str, body: Any, **more: Any) -> str:
+        return ended_by(status, code, post([never_called], body, through, **more))
+
+    for method in ("GET", "HEAD", "PUT", "OPTIONS"):
+        assert method in refused(405, "METHOD_NOT_ALLOWED", b"", method=method)
+    for body in (b"", b"{", b"\xff{}", json.dumps(a_push()).encode()[:-1]):
+        assert "JSON" in refused(400, "INVALID_JSON", body)
+    assert "'g'" in refused(404, "FUNCTION_NOT_FOUND", a_push("g"))
+    unsigned = refused(401, "SIGNATURE_MISSING", a_push(), signing_key=PUSH_KEY)
+    assert "IRONFLOW_SIGNING_KEY" in unsigned
+
+
+@pytest.mark.parametrize("through", [through_handle, through_wsgi])
+def test_a_body_that_is_too_large_is_refused_unread(through: Any) -> None:
+    body = bytes(ironflow_client.MAX_PUSH + 1)
+    assert "bytes" in ended_by(413, "BODY_TOO_LARGE", post([never_called], body, through))
+
+
+def test_an_asgi_app_stops_reading_a_body_that_does_not_end() -> None:
+    app, asked = ironflow_client.serve([never_called]), 0
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        nonlocal asked
+        asked += 1
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    asyncio.run(app({"type": "http", "method": "POST", "headers": []}, receive, send))
+    assert (said[0]["status"], asked) == (413, 66)  # the last one: is the client still there?
+
+
+def test_a_mistake_of_ours_is_a_500_that_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    @function(id="f")
+    def broken(ctx: Any) -> None: ...
+
+    del broken.is_async
+    assert "log" in ended_by(500, "INTERNAL_ERROR", post([broken], a_push()))
+    assert "is_async" in caplog.text
+
+
+def ping() -> Function:
+    @function(id="f")
+    def answer_it(ctx: Any) -> str:
+        return "pong"
+
+    return answer_it
+
+
+@PUSH_DOORS
+@pytest.mark.parametrize("name", ["X-Ironflow-Signature", "x-ironflow-signature"])
+def test_what_the_server_signed_is_answered(through: Any, name: str) -> None:
+    body = json.dumps(a_push()).encode()
+    bare = signature(body).partition(",")[2]
+    wrong = "v1=" + "0" * 64
+    for value in (signature(body), bare, f"{wrong},{bare},{wrong}", bare.replace(",", " , "),
+                  signature(body, at=time.time() - 290), signature(body, at=time.time() + 290)):
+        status, said = post([ping()], body, through, {name: value}, signing_key=PUSH_KEY)
+        assert (status, said.get("result")) == (200, "pong"), said
+
+
+@PUSH_DOORS
+def test_what_is_signed_otherwise_is_refused(through: Any) -> None:
+    body = json.dumps(a_push()).encode()
+    old, new = (signature(body, at=time.time() + off) for off in (-310, 310))
+    for value in (old, new):
+        late = post([never_called], body, through, {"X-Ironflow-Signature": value},
+                    signing_key=PUSH_KEY)
+        assert "300 s" in ended_by(401, "SIGNATURE_INVALID", late)
+    v1 = signature(body).rpartition("=")[2]
+    untimed = hmac.new(PUSH_KEY.encode(), b"." + body, "sha256").hexdigest()
+    for value in (signature(body, "another key"), signature(body + b" "), f"t=1,v1={v1}",
+                  f"t=soon,v1={v1}", f"v1={untimed}", "v1", "v1=\xe9"):
+        other = post([never_called], body, through, {"X-Ironflow-Signature": value},
+                     signing_key=PUSH_KEY)
+        assert "same key" in ended_by(401, "SIGNATURE_INVALID", other)
+    for value in ("", "t=1", "sha256=" + hmac.new(
+            PUSH_KEY.encode(), body, "sha256").hexdigest()):
+        none = post([never_called], body, through, {"X-Ironflow-Signature": value},
+                    signing_key=PUSH_KEY)
+        ended_by(401, "SIGNATURE_MISSING", none)
+
+
+def test_the_key_is_the_argument_or_that_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = json.dumps(a_push())
+    request: dict[str, Any] = {"method": "post", "body": text, "headers": {
+        "X-IRONFLOW-SIGNATURE": signature(text.encode())}}
+    monkeypatch.setenv("IRONFLOW_SIGNING_KEY", "another")
+    assert ironflow_client.handle([ping()], **request, signing_key=PUSH_KEY)[0] == 200
+    assert ironflow_client.handle([ping()], **request)[0] == 401
+    monkeypatch.setenv("IRONFLOW_SIGNING_KEY", PUSH_KEY)
+    assert ironflow_client.handle([ping()], **request)[0] == 200
+    with pytest.raises(ValueError, match="signing_key"):  # a variable that was forgotten
+        ironflow_client.handle([ping()], **request, signing_key="")
+
+
+def test_a_door_refuses_functions_that_are_none_or_for_workers_alone() -> None:
+    @function(id="f", mode="pull")
+    def pulled(ctx: Any) -> None: ...
+
+    for door in (ironflow_client.serve, ironflow_client.serve_wsgi):
+        for functions in ([], [pulled], [ping(), ping()]):
+            with pytest.raises(ValueError, match="functions"):
+                door(functions)
+        with pytest.raises(TypeError, match="@function"):
+            door([print])  # type: ignore[list-item]
+
+
+def test_an_asgi_app_answers_its_lifespan_and_no_websocket() -> None:
+    app, said = ironflow_client.serve([ping()]), list[Any]()
+    words = ["lifespan.startup", "lifespan.shutdown"]
+
+    async def receive() -> Any:
+        return {"type": words[len(said)]}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    asyncio.run(app({"type": "lifespan"}, receive, send))
+    assert said == [{"type": f"{word}.complete"} for word in words]
+    with pytest.raises(ValueError, match="websocket"):
+        asyncio.run(app({"type": "websocket"}, receive, send))
+
+
+@EITHER_KIND
+def test_a_client_that_hangs_up_ends_the_handler(kind: str) -> None:
+    """It is cancelled; a plain one ends at its next step. Nothing is undone, and nobody
+    is answered."""
+    begun, left, gone = threading.Event(), threading.Event(), threading.Event()
+    done: list[str] = []
+
+    async def work(ctx: Any) -> None:
+        ctx.step.compensate("a", noting(done, "undone", None))
+        begun.set()
+        try:
+            await asyncio.sleep(DEADLINE_S)
+        finally:
+            left.set()
+
+    def plain_work(ctx: Any) -> None:
+        ctx.step.compensate("a", noting(done, "undone", None))
+        begun.set()
+        gone.wait(DEADLINE_S)
+        try:
+            ctx.step.run("more", noting(done, "more", None))
+        finally:
+            left.set()
+
+    app = ironflow_client.serve([function(id="f")(work if kind == "async" else plain_work)])
+    messages = [{"type": "http.request", "body": json.dumps(a_push()).encode()}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await asyncio.to_thread(begun.wait, DEADLINE_S)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        done.append("answered")
+
+    asyncio.run(app({"type": "http", "method": "POST", "headers": []}, receive, send))
+    gone.set()
+    assert left.wait(DEADLINE_S) and done == []
+
+
+def test_a_client_that_hangs_up_in_its_request_is_not_answered() -> None:
+    app, said = ironflow_client.serve([never_called]), []
+    messages = [{"type": "http.disconnect"},
+                {"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> Any:
+        return messages.pop()
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    asyncio.run(app({"type": "http", "method": "POST", "headers": []}, receive, send))
+    assert said == []
+
+
+def test_a_wsgi_app_reads_a_body_in_chunks_whose_end_its_gateway_knows() -> None:
+    body = json.dumps(a_push()).encode()
+    app = ironflow_client.serve_wsgi([ping()])
+
+    def ask(**more: Any) -> str:
+        said: list[str] = []
+        app({"REQUEST_METHOD": "POST", "wsgi.input": io.BytesIO(body), **more},
+            lambda status, headers: said.append(status))
+        return said[0]
+
+    assert ask(**{"wsgi.input_terminated": True}) == "200 OK"
+    assert ask() == ask(CONTENT_LENGTH="-1") == "400 Bad Request"  # it may never end
+
+
+def test_a_circuit_breaker_is_registered_as_the_server_spells_it() -> None:
+    def registered(**breaker: Any) -> Any:
+        made = function(id="f", circuit_breaker=breaker)(lambda ctx: None)
+        return made.registration["circuitBreaker"]
+
+    assert registered(failure_threshold=3, open_duration="1.5s", max_open_duration="1h") == {
+        "failureThreshold": 3, "openDurationMs": 1500, "maxOpenDurationMs": 3_600_000}
+    for breaker, words in (({"failure_threshold": 0}, "number from 1"),
+                           ({"failure_threshold": 1.5}, "whole"), ({"limit": 1}, "none of"),
+                           ({"open_duration": 0}, "1 ms or more")):
+        with pytest.raises(ValueError, match=words):
+            registered(**breaker)
+
+
+def with_checkpoints(
+    handler: Callable[[Any], None], send: Callable[[Any, str], Future[Any]]
+) -> Any:
+    """An execution whose timer is the test: nobody else calls `_flush_in_time`."""
+    job = a_push() | {"job_id": "j", "execution_seq": 1, "lease_token": "t", "completed_steps": []}
+    execution = ironflow_client.Execution(ironflow_client.Job(job), send, None, 3600)
+
+    def play() -> None:
+        functions = {"f": function(id="f")(handler)}
+        asyncio.run(execution.play(functions, asyncio.Semaphore(1)))
+
+    return execution, play
+
+
+def reported(text: str) -> tuple[str, list[str]]:
+    update = json.loads(text)
+    return update["status"], [row["name"] for row in update["steps"]]
+
+
+YES = ironflow_client.Reply(200)
+
+
+def test_a_run_ends_after_the_checkpoint_that_its_timer_is_about_to_send() -> None:
+    taken, ended, sent = threading.Event(), threading.Event(), list[Any]()
+
+    def send(execution: Any, text: str) -> Future[Any]:
+        if reported(text)[0] == "progress":
+            taken.set()
+            ended.wait(0.2)  # an end that does not wait for this would come before it
+        else:
+            ended.set()
+        sent.append(reported(text))
+        answer: Future[Any] = Future()
+        answer.set_result(YES)
+        return answer
+
+    def handler(ctx: Any) -> None:
+        ctx.step.run("a", lambda: 1)
+        threading.Thread(target=execution._flush_in_time).start()
+        assert taken.wait(DEADLINE_S)
+
+    execution, play = with_checkpoints(handler, send)
+    play()
+    assert sent == [("progress", ["a"]), ("completed", [])]
+
+
+def test_a_timer_sends_nothing_once_its_run_is_about_to_end() -> None:
+    sent: list[Any] = []
+    first: Future[Any] = Future()
+
+    def send(execution: Any, text: str) -> Future[Any]:
+        sent.append(reported(text))
+        if len(sent) == 1:
+            return first
+        answer: Future[Any] = Future()
+        answer.set_result(YES)
+        return answer
+
+    def handler(ctx: Any) -> None:
+        ctx.step.run("a", lambda: 1)
+        execution._flush_in_time()
+        ctx.step.run("b", lambda: 1)
+
+    execution, play = with_checkpoints(handler, send)
+    with ThreadPoolExecutor(1) as pool:
+        playing = pool.submit(play)  # its end waits for the answer to the first
+        eventually(lambda: execution._settling)
+        execution._flush_in_time()
+        first.set_result(YES)
+        playing.result(DEADLINE_S)
+    assert sent == [("progress", ["a"]), ("completed", ["b"])]
+
+
+# Push, from the event to the end of the run: a real server, real endpoints
+
+
+@contextlib.contextmanager
+def wsgi_endpoint(functions: Sequence[Function], **options: Any) -> Iterator[str]:
+    """`serve_wsgi` in the standard library's server, in a thread; its URL."""
+
+    class Quiet(wsgiref.simple_server.WSGIRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    app = ironflow_client.serve_wsgi(functions, **options)
+    with wsgiref.simple_server.make_server("127.0.0.1", 0, app, handler_class=Quiet) as endpoint:
+        thread = threading.Thread(target=endpoint.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{endpoint.server_port}/any/where"
+        finally:
+            endpoint.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def asgi_endpoint(functions: Sequence[Function], **options: Any) -> Iterator[str]:
+    """`serve` over aiohttp, on a loop in a thread; its URL."""
+    app = ironflow_client.serve(functions, **options)
+    address: Future[str] = Future()
+
+    async def answered(request: Any) -> Any:
+        head = {name.decode(): value.decode() for name, value in request.raw_headers}
+        status, _, body = await asked_of_asgi(
+            app, request.method, request.path, head, await request.read(), 1 << 16)
+        return web.Response(status=status, body=body)
+
+    async def run() -> None:
+        runner = web.ServerRunner(web.Server(answered))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        ways_out.append(lambda: loop.call_soon_threadsafe(over.set))
+        address.set_result(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        await over.wait()
+        await runner.cleanup()
+
+    ways_out: list[Callable[[], Any]] = []
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    try:
+        yield address.result(DEADLINE_S)
+    finally:
+        ways_out[0]()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def signing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    env = {"IRONFLOW_SIGNING_KEY": PUSH_KEY}
+    with serve(tmp_path_factory.mktemp("signing"), env=env) as running:
+        yield running
+
+
+ENDPOINTS = pytest.mark.parametrize("endpoint", [asgi_endpoint, wsgi_endpoint])
+
+
+@ENDPOINTS
+@EITHER_KIND
+def test_a_pushed_function_says_whatever_a_pulled_one_says(
+    signing: RunningServer, endpoint: Any, kind: str
+) -> None:
+    called: list[str] = []
+    name = f"{endpoint.__name__}-{kind}"
+    handler = both("""
+        async def handler(ctx):
+            await ctx.step.run("a", noting(called, "a", None))
+            await ctx.step.sleep("nap", "20ms")
+            both = await ctx.step.parallel("g", [
+                lambda step: step.wait_for_event("yes", event="yes." + name, match="n"),
+                lambda step: step.invoke(name + "-child", 21)])
+            await ctx.step.publish("from." + name, 1)
+            ctx.step.compensate("a", noting(called, "undo", None))
+            if ctx.run.attempt == 1:
+                raise OSError("once")
+            await ctx.step.run("b", noting(called, "b", None))
+            raise NonRetryableError(f"{both[0].name} and {both[1]}", "THE_END")
+        """, id=name, triggers=[{"event": name}])(kind, name=name, called=called, noting=noting)
+
+    @function(id=f"{name}-child")
+    def child(ctx: Any) -> Any:
+        return ctx.step.run("double", lambda: ctx.event.data * 2)
+
+    client = Client(signing.url)
+    with endpoint([handler, child], signing_key=PUSH_KEY, server_url=signing.url) as url:
+        first, again = (client.register([handler, child], endpoint_url=url) for _ in (1, 2))
+        assert [row.created for row in first + again] == [True, True, False, False]
+        assert [row.warnings for row in first] == [[], []]
+        (run_id,) = client.emit(name, {"n": 1}).run_ids
+        client.emit(f"yes.{name}", {"n": 1})
+        run = signing.run_becomes(run_id, "completed", "failed")
+    assert run["error"] == {"message": f"yes.{name} and 42", "code": "THE_END"}
+    assert (run["attempt"], run["execution_mode"]) == (2, "push")
+    assert called == ["a", "b", "undo"]
+    assert client.topic_stats(f"from.{name}").message_count == 1
+    assert {tuple(each) for each in seen(signing, run_id, "name", "status")} == {
+        (each, "completed") for each in (
+            "a", "nap", "yes", f"{name}-child", f"publish:from.{name}", "b", "compensate:",
+            "compensate:a")}
+
+
+def test_register_is_a_function_and_a_call_of_both_clients(signing: RunningServer) -> None:
+    @function(id="registered", circuit_breaker={"failure_threshold": 2, "open_duration": "1m"})
+    def registered(ctx: Any) -> None: ...
+
+    def where() -> Any:
+        row = Client(signing.url).get_function("registered")
+        return row.endpoint_url, row.preferred_mode, row.circuit_breaker
+
+    async def awaited(url: str) -> list[Row]:
+        async with AsyncClient(signing.url) as client:
+            return await client.register([registered], endpoint_url=url)
+
+    breaker = {"failureThreshold": 2, "openDurationMs": 60000}
+    (row,) = ironflow_client.register(
+        [registered], endpoint_url="http://127.0.0.1:9/a", server_url=signing.url)
+    assert (row.id, row.endpoint_url, row.created) == ("registered", "http://127.0.0.1:9/a", True)
+    assert where() == ("http://127.0.0.1:9/a", "push", breaker)
+    (row,) = asyncio.run(awaited("http://127.0.0.1:9/b"))
+    assert not row.created and where() == ("http://127.0.0.1:9/b", "push", breaker)
+    with pytest.raises(IronflowError, match="endpointUrl"):
+        Client(signing.url).register([registered], endpoint_url="ftp://nowhere")
+
+
+def test_a_registration_that_is_not_safe_is_logged(
+    common: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    @function(id="unsigned")
+    def unsigned(ctx: Any) -> None: ...
+
+    (row,) = Client(common.url).register([unsigned], endpoint_url="http://127.0.0.1:9")
+    assert "not signed" in caplog.text and row.warnings[0] in caplog.text
+
+
+def test_a_server_and_an_endpoint_of_different_keys_say_so(signing: RunningServer) -> None:
+    @function(id="locked", retry={"max_attempts": 1})
+    def locked(ctx: Any) -> None: ...
+
+    client = Client(signing.url)
+    with wsgi_endpoint([locked], signing_key="another") as url:
+        client.register([locked], endpoint_url=url)
+        run = client.get_run(client.invoke_async("locked").run_id)
+        error = signing.run_becomes(run.id, "failed")["error"]
+    assert error["code"] == "SIGNATURE_INVALID" and "have both sides the same key" in str(error)
+
+
+# ======================================================================================
+# Embedded workers
+# ======================================================================================
+
+
+def test_a_web_app_starts_and_stops_its_worker(common: RunningServer) -> None:
+    """Twice in sequence, with the same worker."""
+    begun: list[str] = []
+
+    @on_order()
+    async def handler(ctx: Any) -> str:
+        begun.append(ctx.run.id)
+        await asyncio.sleep(0.2)
+        return "done"
+
+    worker = Worker([handler], common.url)
+
+    async def lifespan(app: web.Application) -> AsyncIterator[None]:
+        async with worker:
+            yield
+
+    async def emit(request: web.Request) -> web.Response:
+        async with AsyncClient(common.url) as client:
+            return web.json_response((await client.emit("order.placed")).run_ids)
+
+    async def app_lives() -> str:
+        app = web.Application()
+        app.router.add_post("/", emit)
+        app.cleanup_ctx.append(lifespan)
+        async with TestClient(TestServer(app)) as browser:
+            (run_id,) = await (await browser.post("/")).json()
+            while run_id not in begun:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        return str(run_id)
+
+    for _ in (1, 2):
+        assert common.run(asyncio.run(app_lives()))["status"] == "completed"
+
+
+def test_an_app_whose_worker_is_refused_does_not_start(common: RunningServer) -> None:
+    @function(id="f", triggers=[{"cron": "not a cron"}])
+    def handler(ctx: Any) -> None: ...
+
+    async def program() -> None:
+        async with Worker([handler], common.url):
+            raise AssertionError("it started")
+
+    with pytest.raises(IronflowError, match="cron"):
+        asyncio.run(program())
+    with pytest.raises(IronflowError, match="cron"):
+        Worker([handler], common.url).start_in_thread()
+
+
+def test_a_worker_works_once_at_a_time(common: RunningServer) -> None:
+    @on_order()
+    def handler(ctx: Any) -> None: ...
+
+    async def program() -> Any:
+        async with Worker([handler], common.url) as worker:
+            with pytest.raises(RuntimeError, match="running already"):
+                async with worker:
+                    raise AssertionError("it started")
+            return (await AsyncClient(common.url).emit_sync("order.placed")).results[0].status
+
+    assert asyncio.run(program()) == "completed"
+
+
+@pytest.mark.parametrize("way", ["with", "thread"])
+def test_an_app_does_not_wait_for_jobs_longer_than_it_says(
+    common: RunningServer, way: str
+) -> None:
+    begun = threading.Event()
+
+    @on_order()
+    async def handler(ctx: Any) -> None:
+        begun.set()
+        await asyncio.sleep(3600)
+
+    worker = Worker([handler], common.url, drain_timeout="50ms")
+
+    async def program() -> None:
+        async with worker:
+            Client(common.url).emit("order.placed")
+            await asyncio.to_thread(begun.wait, DEADLINE_S)
+
+    def script() -> None:
+        with worker.start_in_thread():
+            Client(common.url).emit("order.placed")
+            assert begun.wait(DEADLINE_S)
+
+    started = time.monotonic()
+    asyncio.run(program()) if way == "with" else script()
+    assert time.monotonic() - started < DEADLINE_S
+
+
+def test_a_start_that_is_cancelled_leaves_no_worker(server: RunningServer) -> None:
+    """A server that does not answer holds it up."""
+
+    @on_order()
+    def handler(ctx: Any) -> None: ...
+
+    async def program() -> set[str]:
+        with socket.create_server(("127.0.0.1", 0)) as deaf:
+            worker = Worker([handler], f"http://127.0.0.1:{deaf.getsockname()[1]}")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2), worker:
+                    raise AssertionError("it started")
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.wait(others)
+            return {one.get_name() for one in others}
+
+    assert "ironflow worker" in asyncio.run(program())
+
+
+def test_a_worker_in_a_thread_works_until_it_is_stopped(common: RunningServer) -> None:
+    threads: list[threading.Thread] = []
+
+    @on_order()
+    async def handler(ctx: Any) -> str:
+        threads.append(threading.current_thread())
+        return "done"
+
+    worker, client = Worker([handler], common.url), Client(common.url)
+    with worker.start_in_thread() as beside:
+        with ThreadPoolExecutor(8) as pool:  # the first requests of a threaded server
+            others = list(pool.map(lambda _: worker.start_in_thread(), range(8)))
+        assert set(others) == {beside}
+        assert client.emit_sync("order.placed").results[0].output == "done"
+    beside.stop()
+    assert not beside.is_alive()
+    with worker.start_in_thread() as again:
+        assert again is not beside
+        assert client.emit_sync("order.placed").results[0].output == "done"
+    assert set(threads) == {beside, again}
+
+
+def test_a_thread_waits_for_a_server_that_is_not_there_yet(server: RunningServer) -> None:
+    @on_order()
+    def handler(ctx: Any) -> None: ...
+
+    server.stop()
+    with Worker([handler], server.url).start_in_thread():
+        server.start()
+        eventually(lambda: Client(server.url).list_workers())
+        assert Client(server.url).emit_sync("order.placed").results[0].status == "completed"
+
+
+def program(server: RunningServer, *text: str, **env: str) -> tuple[int, str, str]:
+    """What a Python program prints that knows `worker`, of a function `f`, and `client`;
+    `handler(ctx)` is what it says it is."""
+    head = """
+        import asyncio, os, sys, threading, time
+        from ironflow_client import Client, Worker, function
+        client, begun = Client(URL), threading.Event()
+        """
+    code = textwrap.dedent(head).replace("URL", repr(server.url)) + "\n".join(
+        map(textwrap.dedent, text))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code], cwd=HERE, text=True,
+        capture_output=True, timeout=DEADLINE_S, env=own_environment(env))
+    return done.returncode, done.stdout, done.stderr
+
+
+LATER_STEPS = """
+    @function(id="f", triggers=[{"event": "order.placed"}])
+    async def handler(ctx):
+        begun.set()
+        await asyncio.sleep(0.3)
+        await ctx.step.run("a thread of its own", lambda: 1)
+        await ctx.step.run("an executor", lambda: asyncio.to_thread(int))
+        return "done"
+    """
+PLAIN_STEPS = """
+    @function(id="f", triggers=[{"event": "order.placed"}])
+    def handler(ctx):
+        begun.set()
+        time.sleep(0.3)
+        ctx.step.parallel("g", [lambda step, n=n: step.run("n", lambda: n) for n in (1, 2)])
+        return "done"
+    """
+ENDS_WITH_A_JOB = """
+    Worker([handler], client._address.url, drain_timeout=TIMEOUT).start_in_thread()
+    print(client.emit("order.placed").run_ids[0])
+    begun.wait()
+    """
+
+
+AT_EXIT = pytest.mark.skipif(
+    (3, 12) <= sys.version_info < (3, 12, 2), reason="CPython gh-113964: no thread starts there")
+
+
+@AT_EXIT
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ValueError('the end')"])
+@pytest.mark.parametrize("steps", [LATER_STEPS, PLAIN_STEPS])
+def test_a_program_that_ends_lets_its_job_end(
+    common: RunningServer, steps: str, end: str
+) -> None:
+    script = ENDS_WITH_A_JOB.replace("TIMEOUT", "30")
+    status, run_id, errors = program(common, steps, script, end)
+    run = common.run(run_id.strip())
+    assert (run["status"], run["output"], run["attempt"]) == ("completed", "done", 1), errors
+    assert status == (3 if "exit" in end else 1 if end else 0)
+    assert ("Traceback" in errors) == ("ValueError" in end), errors
+
+
+@AT_EXIT
+@pytest.mark.parametrize("hang", [
+    "async def handler(ctx): begun.set(); await asyncio.sleep(3600)",
+    "async def handler(ctx): begun.set(); time.sleep(3600)",
+    "def handler(ctx): begun.set(); time.sleep(3600)"])
+def test_a_job_that_does_not_end_holds_no_program(common: RunningServer, hang: str) -> None:
+    decorator = "@function(id='f', triggers=[{'event': 'order.placed'}])"
+    script = ENDS_WITH_A_JOB.replace("TIMEOUT", "0.1")
+    status, _, errors = program(common, decorator, hang, script)
+    assert status == 0 and "Traceback" not in errors, errors
+
+
+def test_a_forked_process_has_a_worker_of_its_own_once_it_asks(server: RunningServer) -> None:
+    """As under `gunicorn --preload`: the app is loaded, then the process forks."""
+    status, said, errors = program(server, LATER_STEPS, """
+        worker = Worker([handler], client._address.url, worker_id="w", drain_timeout=5)
+        theirs = worker.start_in_thread()
+        assert client.emit_sync("order.placed").results[0].output == "done"
+        child = os.fork()
+        if not child:
+            theirs.stop()
+            assert not theirs.is_alive()
+            with worker.start_in_thread() as ours:
+                assert ours is not theirs and ours is worker.start_in_thread()
+                print(os.getpid(), *sorted(one.id for one in client.list_workers()), flush=True)
+                assert client.emit_sync("order.placed").results[0].output == "done"
+            sys.exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert theirs.is_alive() and worker.start_in_thread() is theirs
+        assert client.emit_sync("order.placed").results[0].output == "done"
+        theirs.stop()
+        """)
+    assert status == 0, errors
+    child, *workers = said.split()
+    assert workers == ["w", f"w-{child}"]
+
+
+def test_a_forked_process_does_not_use_its_parents_connections(server: RunningServer) -> None:
+    """Both would read each other's answers."""
+    status, said, errors = program(server, """
+        client.emit("a")
+        child = os.fork()
+        names = [client.get_event(client.emit(f"{child > 0}").event_id).name
+                 for _ in range(50)]
+        assert set(names) == {str(child > 0)}
+        if child:
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """)
+    assert (status, said) == (0, ""), errors
 
 
 # ======================================================================================
@@ -14064,7 +15109,7 @@ def an_execution() -> ironflow_client.Execution:
                   "timestamp": "2026-01-01T00:00:00.123456789Z"},
         "completed_steps": [], "execution_seq": 1, "lease_token": "t",
     }
-    return ironflow_client.Execution(ironflow_client.Job(job), send=None, publish=None)  # type: ignore[arg-type]
+    return ironflow_client.Execution(ironflow_client.Job(job), send=None, publish=None)
 
 
 @pytest.mark.parametrize(
@@ -17343,6 +18388,39 @@ def test_the_readmes_client_hears_what_the_readme_says(
     assert waited == "[('process-order', 'completed', 'ord_8 shipped, 5 paid')]"
     assert invoked == "ord_9 shipped, 5 paid"
     assert [line.split(maxsplit=2)[1] for line in listed] == ["order.placed"] * 2
+
+
+def test_the_readmes_lambda_answers_an_api_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (program,) = [each for each in fenced("python") if "lambda_handler" in each]
+    (tmp_path / "worker.py").write_text(fenced("python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "worker", raising=False)
+    monkeypatch.setenv("IRONFLOW_SIGNING_KEY", PUSH_KEY)
+    scope: dict[str, Any] = {}
+    exec(program, scope)
+    text = json.dumps(a_push("process-order", event=a_push()["event"] | {
+        "data": {"orderId": "örd_1", "total": 5}}), ensure_ascii=False)
+    event: dict[str, Any] = {  # API Gateway's format 2.0
+        "version": "2.0", "routeKey": "$default", "rawPath": "/ironflow", "rawQueryString": "",
+        "headers": {"content-type": "application/json",
+                    "x-ironflow-signature": signature(text.encode())},
+        "requestContext": {"http": {"method": "POST", "path": "/ironflow"}},
+        "body": text, "isBase64Encoded": False}
+    coded = base64.b64encode(text.encode()).decode()
+    for asked in event, event | {"body": coded, "isBase64Encoded": True}:
+        answer = scope["lambda_handler"](asked, None)
+        said = json.loads(answer["body"])
+        assert (answer["statusCode"], said["status"]) == (200, "yielded"), said
+        assert said["steps"][0]["output"] == {"paid": 5}
+    refused = scope["lambda_handler"](event | {"headers": {}}, None)
+    assert refused["statusCode"] == 401 and refused["headers"]["Content-Type"]
+    page = event | {"requestContext": {"http": {"method": "GET", "path": "/"}}}
+    del page["body"]
+    assert scope["lambda_handler"](page, None)["statusCode"] == 405
+    monkeypatch.delitem(sys.modules, "worker")
+
 
 
 def test_the_readmes_unit_test_passes(readme_program: Callable[[str], str]) -> None:
