@@ -11778,17 +11778,17 @@ def test_a_start_that_is_cancelled_leaves_no_worker(server: RunningServer) -> No
     @on_order()
     def handler(ctx: Any) -> None: ...
 
-    async def program() -> set[str]:
+    async def program() -> list[str]:
         with socket.create_server(("127.0.0.1", 0)) as deaf:
             worker = Worker([handler], f"http://127.0.0.1:{deaf.getsockname()[1]}")
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2), worker:
                     raise AssertionError("it started")
             others = asyncio.all_tasks() - {asyncio.current_task()}
-            await asyncio.wait(others)
-            return {one.get_name() for one in others}
+            _, left = await asyncio.wait(others, timeout=DEADLINE_S)
+            return [one.get_name() for one in left]
 
-    assert "ironflow worker" in asyncio.run(program())
+    assert asyncio.run(program()) == []
 
 
 def test_a_worker_in_a_thread_works_until_it_is_stopped(common: RunningServer) -> None:
@@ -11800,10 +11800,15 @@ def test_a_worker_in_a_thread_works_until_it_is_stopped(common: RunningServer) -
         return "done"
 
     worker, client = Worker([handler], common.url), Client(common.url)
-    with worker.start_in_thread() as beside:
-        with ThreadPoolExecutor(8) as pool:  # the first requests of a threaded server
-            others = list(pool.map(lambda _: worker.start_in_thread(), range(8)))
-        assert set(others) == {beside}
+    together = threading.Barrier(8)  # as the first requests of a threaded server
+
+    def start(_: int) -> Any:
+        together.wait(DEADLINE_S)
+        return worker.start_in_thread()
+
+    with ThreadPoolExecutor(8) as pool:
+        (beside,) = set(pool.map(start, range(8)))
+    with beside:
         assert client.emit_sync("order.placed").results[0].output == "done"
     beside.stop()
     assert not beside.is_alive()
