@@ -4739,7 +4739,7 @@ def test_a_backup_that_cannot_be_made_says_why_and_leaves_nothing(
 
 
 # Files that these wrote are out there: a schema that was released stays as it was.
-RELEASED = ["6d6fd6f930edb290", "3ef5f25ac5cdd589", "1db48f11fec8b7ea"]
+RELEASED = ["6d6fd6f930edb290", "3ef5f25ac5cdd589", "1db48f11fec8b7ea", "d4995bc5ff65051b"]
 
 
 def test_a_released_schema_never_changes() -> None:
@@ -6471,6 +6471,49 @@ def test_an_outcome_waits_for_room_on_a_full_disk(tmp_path: Path, endpoint: Endp
         assert pusher.end(pusher.emits())["status"] == "completed"
 
 
+@pytest.mark.slow
+def test_pushed_runs_outlive_kills(tmp_path: Path, endpoint: Endpoint) -> None:
+    """Steps that were once told as done stay so, fences only grow, no run is lost."""
+    draw = random.Random(7)
+
+    def answer(push: Push) -> Any:
+        done = {row["name"] for row in push.body["steps"]}
+        steps = []
+        for name in "abc":
+            if name not in done:
+                steps.append(step(push.body, name))
+                time.sleep(draw.random() / 50)
+                if f"nap {name}" not in done and draw.random() < 0.4:
+                    nap = sleep_until(push.body, time.time() + draw.random() / 10, f"nap {name}")
+                    return yielded(push, nap, *steps)
+        return BAD if draw.random() < 0.1 else DONE | {"steps": steps}
+
+    brief = {"failureThreshold": 5, "openDurationMs": 50, "maxOpenDurationMs": 100}
+    with serve(tmp_path, env=SIGNED) as server:
+        name = (pusher := Pusher(server, endpoint)).name
+        endpoint.says(answer)
+        pusher.registers(retry=PATIENT, circuitBreaker=brief)
+        run_ids = []
+        for _ in range(15):
+            run_ids += [server.emit(name)["run_ids"][0] for _ in range(draw.randrange(30))]
+            sent = len(endpoint.pushes) + draw.randrange(20)
+            eventually(lambda sent=sent: len(endpoint.pushes) >= sent or not server.rows(  # type: ignore[misc]
+                "SELECT 1 FROM run WHERE status != 'completed'"))
+            server.kill()
+            server.start()
+        for run_id in run_ids:
+            assert server.run_becomes(run_id, "completed")
+            assert {row["name"] for row in server.steps(run_id)} >= {*"abc"}
+        fences, told = Counter[str](), dict[str, set[str]]()
+        for push in endpoint.pushes:
+            run_id, fence = push.headers["idempotency-key"].split(":")
+            assert int(fence) > fences[run_id]
+            fences[run_id] = int(fence)
+            names = {row["name"] for row in push.body["steps"]}
+            assert names >= told.get(run_id, set())
+            told[run_id] = names
+
+
 # ======================================================================================
 # Push: hostile endpoints
 # ======================================================================================
@@ -6608,6 +6651,36 @@ def test_a_hostile_endpoint_harms_only_its_own_run(
 def test_an_answer_that_is_only_unusual_is_taken(pusher: Pusher, answer: Any) -> None:
     run = pusher.outcome(answer, retry={"maxAttempts": 1})
     assert run["status"] == "completed", run["error"]
+
+
+BYTES = [
+    b"\r\n", b"\n", b"\0", b"\xff", b":", b" ", b"9" * 30, b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n",
+    b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Location: http://\r\n",
+]
+
+
+def odd_answer(draw: random.Random) -> bytes:
+    """An answer in HTTP with something wrong in it, here and there."""
+    text = bytearray(draw.choice([
+        http_answer(200, DONE), http_answer(307, b"", {"Location": "/x"}), http_answer(503, b"oh"),
+        OK + b"Transfer-Encoding: chunked\r\n\r\n16\r\n" + TELLS + b"\r\n0\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n" + http_answer(200, DONE),
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n\r\n" + TELLS]))
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        at = draw.randrange(len(text) + 1)
+        cut = draw.choice([0, 0, 1, 5, len(text)])
+        text[at:at + cut] = draw.choice([*BYTES, b"", bytes([draw.randrange(256)])])
+    return bytes(text)
+
+
+def test_whatever_bytes_an_endpoint_sends_its_run_comes_to_an_end(pusher: Pusher) -> None:
+    pusher.endpoint.says(lambda push: odd_answer(
+        random.Random(f"{push.body['event']['data']} {push.body['attempt']}")))
+    pusher.registers(circuitBreaker={"failureThreshold": 10**6}, timeoutMs=2000)
+    pusher.server.yes("POST", "/api/v1/events", [
+        {"name": pusher.name, "data": {"n": n}} for n in range(300)])
+    sql = "SELECT status, count(*) FROM run WHERE function_id = ? GROUP BY status"
+    eventually(lambda: [*dict(pusher.server.rows(sql, pusher.name))] == ["completed", "failed"])
 
 
 def test_an_answer_that_nobody_asked_for_is_no_answer(pusher: Pusher) -> None:
