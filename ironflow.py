@@ -2424,7 +2424,8 @@ class Offers:
     def hand_out(self, tx: Transaction, now: float) -> None:
         """Lease due runs of the functions this batch touched, and to the new offers."""
         with self._lock:
-            fresh, self._fresh = self._fresh, []
+            fresh = [offer for offer in self._fresh if offer.state != "over"]
+            self._fresh = []
         for offer in fresh:
             try:
                 worker = known(tx, Worker, offer.worker_id)
