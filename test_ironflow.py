@@ -14611,7 +14611,7 @@ class World:
                 if target.open_until is not None}
         for url, until in shut.items():
             must(self.next_at <= until, f"nobody wakes for {url}")
-        for function_id in sorted({function for function, _ in self.witness.ready_runs()}):
+        for function_id in sorted({each for each, _ in self.witness.ready_runs()}):
             url = self.witness.endpoint_of(function_id)
             idle = url and url not in shut and self.witness.slot_for(url)
             must(not idle, f"runs of {function_id} lie about: {url} could have them")
