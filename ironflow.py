@@ -5623,7 +5623,7 @@ def push_timeout_s(text: str) -> float:
 
 def signing_key(name: str) -> str:
     """The key in a file. Raises as `private_text`: it must not start without one."""
-    if key := private_text(Path(name)).strip():
+    if (key := private_text(Path(name)).rstrip("\r\n")).strip():
         return key
     raise ValueError(f"{name} is empty: write the key into it")
 
