@@ -508,8 +508,8 @@ class Ids:
         return "".join([cls.PAIRS[number >> at & 1023] for at in range(90, -1, -10)])
 
 def to_rfc3339(instant: float) -> str:
-    """2026-01-01T00:00:00.123Z"""
-    moment = datetime.fromtimestamp(instant, UTC)
+    """2026-01-01T00:00:00.123Z; what is beyond the year 9999 as its end."""
+    moment = datetime.fromtimestamp(min(instant, 253_402_300_799.0), UTC)
     return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
 
 def from_rfc3339(text: str) -> float:
@@ -2424,7 +2424,8 @@ class Offers:
     def hand_out(self, tx: Transaction, now: float) -> None:
         """Lease due runs of the functions this batch touched, and to the new offers."""
         with self._lock:
-            fresh, self._fresh = self._fresh, []
+            fresh = [offer for offer in self._fresh if offer.state != "over"]
+            self._fresh = []
         for offer in fresh:
             try:
                 worker = known(tx, Worker, offer.worker_id)
@@ -4698,7 +4699,7 @@ def read_step(body: Fields) -> ReportedStep:
         step_id, body.text("name") or step_id, body.text("type") or "invoke", status,
         output=None if failed else dumps(body.get("output")),
         error=dumps(read_error(body.get("error"))) if failed else None,
-        duration_ms=round(body.number("durationMs") or 0),
+        duration_ms=round(min(max(body.number("durationMs") or 0, 0), 2**53)),
         compensation_for=body.text("compensationFor") or None,
         started_at=body.instant("startedAt"), ended_at=body.instant("endedAt"),
     )
@@ -4711,7 +4712,8 @@ def read_error(value: Any) -> dict[str, Any]:
     always = {"message": message[:MAX_ERROR_TEXT],
               "retryable": said.all.get("retryable") is True}
     error = {name: value for name, value in said.all.items()
-             if name not in ("retryAfterMs", "retry_after_ms")} | always
+             if name not in ("retryAfterMs", "retry_after_ms")
+             and (name != "code" or isinstance(value, str))} | always
     if len(dumps(error)) > 4 * MAX_ERROR_TEXT:  # a stack like that helps nobody
         error = always
     return error if after is None else error | {"retry_after_ms": max(0.0, after)}
@@ -4968,8 +4970,8 @@ def next_hop(url: str, status: int, location: str) -> str:
     target = urljoin(url, location)
     if status not in (307, 308) or not location:
         raise PushFailed("ENDPOINT_REDIRECT", (
-            f"it answered {status} with the location {shown(location)[:200]!r}: only 307 and "
-            "308 keep method and body; register that address"))
+            f"it answered {status} with the location {shown(location)[:200]!r}: only "
+            "307 and 308 keep method and body; register that address"))
     if url.lower().startswith("https:") and not target.lower().startswith("https:"):
         raise PushFailed("ENDPOINT_REDIRECT", (
             f"it redirects to {shown(target)}, which is not encrypted: register the "
@@ -5042,8 +5044,13 @@ class PushDesk:
                     said = await looked_back(self._journal, job.run.run_id, said)
                 return await self._journal.write(push_ended, job, said, reached,
                                                  self._limits, size=size)
-            except (DiskFull, Unavailable):  # the log has it already
-                await asyncio.sleep(RETRY_S)
+            except (DiskFull, Unavailable):
+                pass  # the log has it already
+            except Exception:  # a mistake of ours: no run may hang by it
+                log.exception("what became of the push of %s", job.run.run_id)
+                said = Report("failed", job.run.fence, job.run.lease_token, error={
+                    "message": "internal error: see the log", "code": "INTERNAL"})
+            await asyncio.sleep(RETRY_S)
 
     async def _ask(self, job: Job) -> tuple[Report, bool, int]:
         """What the endpoint says; whether it was reached; the size of that."""
@@ -5093,7 +5100,7 @@ def push_body(job: Job) -> bytes:
     """A job as endpoints read it: absent, never null (JS 0.29, Python 0.53)."""
     return as_javascript(join(members(
         job.run, "run_id function_id attempt max_attempts=policy.max_attempts"
-        " on_exhausted=policy.on_exhausted") | {
+        " on_exhausted=policy.on_exhausted actor_id") | {
             "event": join(members(job.event, EVENT)),
             "steps": listed(map(step_to_push, job.steps)),
             "secrets": dumps(job.secrets) if job.secrets else None})).encode()
@@ -5102,8 +5109,8 @@ def step_to_push(step: Step) -> Json:
     found = members(step, "id=step_id name status") | {"output": step.output or "null"}
     if step.error is not None:  # of a failed call: JSON in a string
         about = json.loads(step.error)
-        cause = {name: about[name] for name in ("function_id", "child_run_id", "cause")}
-        found["error"] = dumps(dumps(cause))
+        whose = {"function_id": step.name, "child_run_id": "", "cause": "it failed"}
+        found["error"] = dumps(dumps(whose | about))
     return join(found)
 
 UNLIKE_JAVASCRIPT = re.compile(r'[\[:,]-?[0-9]+[.eE]|[{,]"[0-9]{1,10}":')

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import base64
 import configparser
 import contextlib
 import copy
@@ -4739,7 +4740,7 @@ def test_a_backup_that_cannot_be_made_says_why_and_leaves_nothing(
 
 
 # Files that these wrote are out there: a schema that was released stays as it was.
-RELEASED = ["6d6fd6f930edb290", "3ef5f25ac5cdd589", "1db48f11fec8b7ea"]
+RELEASED = ["6d6fd6f930edb290", "3ef5f25ac5cdd589", "1db48f11fec8b7ea", "d4995bc5ff65051b"]
 
 
 def test_a_released_schema_never_changes() -> None:
@@ -4825,6 +4826,7 @@ def test_a_file_of_an_older_ironflow_is_brought_up_to_date(
 SIGNING_KEY = "whsec_sign-and-seal"  # no other text of these tests holds it
 SIGNED = {"IRONFLOW_SIGNING_KEY": SIGNING_KEY}
 DONE = {"status": "completed"}
+ASLEEP = {"type": "sleep", "step_id": "s", "until": "2020-01-01T00:00:00Z"}
 
 
 @dataclass(frozen=True)
@@ -5011,7 +5013,7 @@ def read_by_js(push: Push, key: str | None) -> None:
         assert ("error" in row) == (row["status"] == "failed")
         assert all(type(row[name]) is str for name in row if name != "output")
     assert all(type(value) is str for value in body.pop("secrets", {"some": ""}).values())
-    assert body.keys() == {"event"}
+    assert body.keys() - {"actor_id"} == {"event"}
 
 
 def read_by_python(push: Push, key: str | None) -> None:
@@ -5334,8 +5336,8 @@ IN_JAVASCRIPT = [
     ("9007199254740991", "9007199254740991"), ("-7", "-7"),
     ('{"b":1,"10":2,"9":3,"a":{"2":0,"1":[{"1":1,"0":0}]}}',
      '{"9":3,"10":2,"b":1,"a":{"1":[{"0":0,"1":1}],"2":0}}'),
-    ('{"4294967295":1,"4294967294":2,"01":3,"-1":4,"1.5":5,"0":6,"":7,"1e3":8}',
-     '{"0":6,"4294967294":2,"4294967295":1,"01":3,"-1":4,"1.5":5,"":7,"1e3":8}'),
+    ('{"01":3,"4294967295":1,"4294967294":2,"-1":4,"1.5":5,"0":6,"":7,"1e3":8}',
+     '{"0":6,"4294967294":2,"01":3,"4294967295":1,"-1":4,"1.5":5,"":7,"1e3":8}'),
     ('{"\u0661":1,"\u00b2":2,"1":3}', '{"1":3,"\u0661":1,"\u00b2":2}'),
     ('{"a":1,"b":2,"a":3}', '{"a":3,"b":2}'), ('{"__proto__":1,"constructor":2}',) * 2,
     (r'"\u2028\u2029\ufeff\u007f\u00e9"', '"\u2028\u2029\ufeff\x7f\u00e9"'),
@@ -5455,14 +5457,21 @@ def test_the_key_is_read_from_a_file_first(tmp_path: Path, text: str, key: str) 
     ("\n", 0o600, "empty"), (None, 0o600, "No such file"),
 ])
 def test_a_key_file_that_is_no_good_is_a_sentence(
-    tmp_path: Path, text: str | None, mode: int, words: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, mode: int, words: str
 ) -> None:
     file = tmp_path / "signing.key"
     if text is not None:
         secrets_in(file, text, mode)
+    with pytest.raises(SystemExit) as end:
+        ironflow.parser().parse_args(["serve", "--signing-key-file", str(file)])
+    said = capsys.readouterr().err
+    assert (end.value.code, str(file) in said, words in said) == (2, True, True)
+
+
+def test_a_server_does_not_start_without_its_signing_key(tmp_path: Path) -> None:
+    file = secrets_in(tmp_path / "key", SIGNING_KEY, 0o644)
     said = refusal(tmp_path / "j.db", "--signing-key-file", str(file), **SIGNED)
-    assert str(file) in said and words in said
-    assert SIGNING_KEY not in said
+    assert "chmod 600" in said and SIGNING_KEY not in said
 
 
 def test_the_key_is_written_nowhere(tmp_path: Path, endpoint: Endpoint) -> None:
@@ -5634,20 +5643,6 @@ def test_many_requests_take_no_thread_each(server: RunningServer) -> None:
         endpoint.gate.set()
         eventually(lambda: server.rows(
             "SELECT count(*) FROM run WHERE status = 'completed'") == [(101,)])
-
-
-def test_an_idle_server_pushes_nothing_and_writes_nothing(
-    tmp_path: Path, endpoint: Endpoint
-) -> None:
-    with serve(tmp_path, env=SIGNED) as server:
-        pusher = Pusher(server, endpoint)
-        pusher.end(pusher.start())
-        eventually(lambda: os.stat(f"{server.db}-wal").st_size == 0)
-        before = written(server)
-        for _ in range(50):
-            server.yes("GET", "/api/v1/functions")
-        assert written(server) == before
-        assert len(endpoint.pushes) == 1
 
 
 # ======================================================================================
@@ -5897,7 +5892,6 @@ def test_an_error_of_any_shape_is_an_error(pusher: Pusher, body: Any) -> None:
     assert " 500" in message and len(message) < 10_000
 
 
-ASLEEP = {"type": "sleep", "step_id": "s", "until": "2020-01-01T00:00:00Z"}
 NO_OUTCOME = [
     b"", b" ", b"<html>ok</html>", b"ok", b"null", b"[]", b'"completed"', b"7", b"true", b"{}",
     {"status": "done"}, {"status": 7}, {"status": None}, {"status": ["completed"]},
@@ -5942,6 +5936,86 @@ def test_an_outcome_that_cannot_be_read_fails_the_run_as_a_workers_would(
     assert run["error"]["code"] == "INVALID_REPORT"
     message = run["error"]["message"]
     assert len(message) < 1000 and message.isprintable()
+
+
+@pytest.mark.parametrize("more", [
+    {"duration_ms": 1e308}, {"duration_ms": 2**63}, {"duration_ms": -1},
+    {"type": "invoke_function", "status": "failed", "error": {"message": "m"}},
+    {"type": "invoke_function", "status": "failed", "error": "m"},
+    {"type": "wait_for_event"}, {"type": "sleep", "status": "failed"}, {"name": "a\0b"},
+    {"compensation_for": "x" * 9999, "type": "compensate"}, {"started_at": "0001-01-01T00:00:00Z"},
+    {"ended_at": "9999-12-31T23:59:59Z"},
+])
+def test_a_strange_step_is_no_reason_to_wait_for_ever(pusher: Pusher, more: Any) -> None:
+    """It fails the run, or the next push goes out as ever."""
+    run = pusher.outcome(
+        lambda push: yielded(push, sleep_until(push.body, 1.0), step(push.body, "a") | more), DONE)
+    if run["status"] == "failed":
+        assert run["error"]["code"] == "INVALID_REPORT"
+    else:
+        assert (run["attempt"], len(pusher.endpoint.pushes)) == (1, 2)
+
+
+@pytest.mark.parametrize("code", [7, ["E"], {"a": 1}, None, True])
+def test_the_code_of_an_error_is_a_text(pusher: Pusher, code: Any) -> None:
+    run = pusher.outcome({"status": "failed", "error": {"message": "m", "code": code}})
+    assert run["error"]["message"] == "m"
+    assert type(run["error"].get("code", "")) is str
+
+
+ODDITIES: list[Any] = [
+    None, True, 0, -1, 1.5, 1e308, 2**53, 2**63, 2**70, -2**63, "", "\0", "x" * 2000, "\u2028",
+    [], {}, [None], {"": None}, "2020-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "-7d", "1e9d",
+    "99999999999d", "*", ">", "a..b", {"event": "x"}, ["a"],
+]
+
+
+def odd_outcome(draw: random.Random, run_id: str) -> dict[str, Any]:
+    """An outcome with everything in it, some of which is something else."""
+    def step_id(name: str) -> str:
+        return f"{run_id}:{name}:0"
+
+    wishes = [
+        ASLEEP | {"step_id": step_id("nap")},
+        {"type": "wait_for_event", "step_id": step_id("wait"), "event_filter": {
+            "event": "never", "match": "data.a", "match_value": 1, "timeout": "20ms"}},
+        {"type": "invoke_function", "step_id": step_id("call"), "function_id": "nowhere"},
+        {"type": "invoke_function_async", "step_id": step_id("start"), "function_id": "nowhere"}]
+    steps = [{"id": step_id(f"s{n}"), "name": f"s{n}", "duration_ms": 1, "output": n,
+              "type": draw.choice(["invoke", "compensate", "invoke_function"]),
+              "status": draw.choice(["completed", "failed"]), "error": {"message": "m"},
+              "started_at": "2026-01-01T00:00:00Z"} for n in range(2)]
+    said = {"status": draw.choice(["completed", "failed", "yielded", "yielded"]), "result": 1,
+            "error": {"message": "m", "retryable": True, "retry_after_ms": 1}, "steps": steps,
+            "yield": draw.choice(wishes), "yields": draw.sample(wishes, 2)}
+    for _ in range(draw.choice([0, 1, 1, 2])):
+        inner: Any = said
+        while isinstance(inner, dict | list) and inner:
+            place = draw.choice([*inner] if isinstance(inner, dict) else range(len(inner)))
+            if not isinstance(inner[place], dict | list) or draw.random() < 0.2:
+                inner[place] = copy.deepcopy(draw.choice(ODDITIES))
+                break
+            inner = inner[place]
+    return said
+
+
+def test_whatever_an_endpoint_says_its_run_comes_to_an_end(tmp_path: Path) -> None:
+    said: dict[str, list[Any]] = {}
+
+    def answer(push: Push) -> Any:
+        run_id = push.body["run_id"]
+        told = said.setdefault(run_id, [])
+        told.append(DONE if len(told) > 5 else odd_outcome(
+            random.Random(f"{push.body['event']['data']} {len(told)}"), run_id))
+        return told[-1]
+
+    with serve(tmp_path, env=SIGNED) as server, Endpoint() as endpoint:
+        pusher = Pusher(server, endpoint)
+        endpoint.says(answer)
+        pusher.registers(circuitBreaker={"failureThreshold": 10**6}, retry=PATIENT)
+        run_ids = [pusher.emits({"n": n}) for n in range(200)]
+        for run_id in run_ids:
+            assert pusher.end(run_id)["status"] in ("completed", "failed"), said[run_id]
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "text/plain", "image/png", ""])
@@ -6398,6 +6472,49 @@ def test_an_outcome_waits_for_room_on_a_full_disk(tmp_path: Path, endpoint: Endp
         assert pusher.end(pusher.emits())["status"] == "completed"
 
 
+@pytest.mark.slow
+def test_pushed_runs_outlive_kills(tmp_path: Path, endpoint: Endpoint) -> None:
+    """Steps that were once told as done stay so, fences only grow, no run is lost."""
+    draw = random.Random(7)
+
+    def answer(push: Push) -> Any:
+        done = {row["name"] for row in push.body["steps"]}
+        steps = []
+        for name in "abc":
+            if name not in done:
+                steps.append(step(push.body, name))
+                time.sleep(draw.random() / 50)
+                if f"nap {name}" not in done and draw.random() < 0.4:
+                    nap = sleep_until(push.body, time.time() + draw.random() / 10, f"nap {name}")
+                    return yielded(push, nap, *steps)
+        return BAD if draw.random() < 0.1 else DONE | {"steps": steps}
+
+    brief = {"failureThreshold": 5, "openDurationMs": 50, "maxOpenDurationMs": 100}
+    with serve(tmp_path, env=SIGNED) as server:
+        name = (pusher := Pusher(server, endpoint)).name
+        endpoint.says(answer)
+        pusher.registers(retry=PATIENT, circuitBreaker=brief)
+        run_ids = []
+        for _ in range(15):
+            run_ids += [server.emit(name)["run_ids"][0] for _ in range(draw.randrange(30))]
+            sent = len(endpoint.pushes) + draw.randrange(20)
+            eventually(lambda sent=sent: len(endpoint.pushes) >= sent or not server.rows(  # type: ignore[misc]
+                "SELECT 1 FROM run WHERE status != 'completed'"))
+            server.kill()
+            server.start()
+        for run_id in run_ids:
+            assert server.run_becomes(run_id, "completed")
+            assert {row["name"] for row in server.steps(run_id)} >= {*"abc"}
+        fences, told = Counter[str](), dict[str, set[str]]()
+        for push in endpoint.pushes:
+            run_id, fence = push.headers["idempotency-key"].split(":")
+            assert int(fence) > fences[run_id]
+            fences[run_id] = int(fence)
+            names = {row["name"] for row in push.body["steps"]}
+            assert names >= told.get(run_id, set())
+            told[run_id] = names
+
+
 # ======================================================================================
 # Push: hostile endpoints
 # ======================================================================================
@@ -6535,6 +6652,36 @@ def test_a_hostile_endpoint_harms_only_its_own_run(
 def test_an_answer_that_is_only_unusual_is_taken(pusher: Pusher, answer: Any) -> None:
     run = pusher.outcome(answer, retry={"maxAttempts": 1})
     assert run["status"] == "completed", run["error"]
+
+
+BYTES = [
+    b"\r\n", b"\n", b"\0", b"\xff", b":", b" ", b"9" * 30, b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n",
+    b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Location: http://\r\n",
+]
+
+
+def odd_answer(draw: random.Random) -> bytes:
+    """An answer in HTTP with something wrong in it, here and there."""
+    text = bytearray(draw.choice([
+        http_answer(200, DONE), http_answer(307, b"", {"Location": "/x"}), http_answer(503, b"oh"),
+        OK + b"Transfer-Encoding: chunked\r\n\r\n16\r\n" + TELLS + b"\r\n0\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n" + http_answer(200, DONE),
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n\r\n" + TELLS]))
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        at = draw.randrange(len(text) + 1)
+        cut = draw.choice([0, 0, 1, 5, len(text)])
+        text[at:at + cut] = draw.choice([*BYTES, b"", bytes([draw.randrange(256)])])
+    return bytes(text)
+
+
+def test_whatever_bytes_an_endpoint_sends_its_run_comes_to_an_end(pusher: Pusher) -> None:
+    pusher.endpoint.says(lambda push: odd_answer(
+        random.Random(f"{push.body['event']['data']} {push.body['attempt']}")))
+    pusher.registers(circuitBreaker={"failureThreshold": 10**6}, timeoutMs=2000)
+    pusher.server.yes("POST", "/api/v1/events", [
+        {"name": pusher.name, "data": {"n": n}} for n in range(300)])
+    sql = "SELECT status, count(*) FROM run WHERE function_id = ? GROUP BY status"
+    eventually(lambda: [*dict(pusher.server.rows(sql, pusher.name))] == ["completed", "failed"])
 
 
 def test_an_answer_that_nobody_asked_for_is_no_answer(pusher: Pusher) -> None:
@@ -7313,6 +7460,34 @@ def test_after_a_workers_end_the_endpoint_gets_its_runs(depot: Stage) -> None:
     assert depot.pushes() == []
 
 
+def test_a_worker_that_hung_up_leaves_its_runs_to_the_endpoint_until_it_asks_again(
+    pusher: Pusher,
+) -> None:
+    """It has its 90 s to be heard of; but its runs need not wait for that."""
+    pusher.registers()
+    pusher.server.join(pusher.name, pusher.name)
+    with held_poll(pusher.server, pusher.name):
+        pass  # its process ends
+    assert pusher.end(pusher.emits())["status"] == "completed"
+    assert len(pusher.endpoint.pushes) == 1
+    assert pusher.server.poll(pusher.name, wait=0) == []
+    run_id = pusher.emits()
+    assert pusher.next_job()["run_id"] == run_id
+
+
+def test_a_run_that_waited_for_a_worker_that_hung_up_is_pushed(pusher: Pusher) -> None:
+    pusher.registers()
+    pusher.server.join(pusher.name, pusher.name)
+    with held_poll(pusher.server, pusher.name) as poll:
+        first = pusher.emits()
+        (job,) = json.loads(poll.getresponse().read())["jobs"]
+        pusher.said(job, "completed")
+    with held_poll(pusher.server, pusher.name):
+        pass
+    assert pusher.end(first)["worker_id"] == pusher.name
+    assert pusher.end(pusher.emits())["worker_id"] == pusher.endpoint.name
+
+
 def test_a_new_endpoint_gets_the_next_push(pusher: Pusher, neighbour: Pusher) -> None:
     pusher.endpoint.says(lambda push: yielded(push, sleep_until(push.body, time.time() + 0.2)))
     run_id = pusher.start()
@@ -7442,17 +7617,17 @@ def inside(
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("address", [
-    host.strip("[]") for host in LINK_LOCAL])
-def test_a_name_for_a_link_local_address_is_refused(tmp_path: Path, address: str) -> None:
+def test_a_name_for_a_link_local_address_is_refused(tmp_path: Path) -> None:
+    book = {f"evil-{n}.example": [host.strip("[]")] for n, host in enumerate(LINK_LOCAL)}
+
     def program(server: RunningServer) -> None:
         with Endpoint() as endpoint:
-            pusher = Pusher(server, endpoint)
-            code, message = pusher.failure(endpointUrl="http://evil.example/hook", timeoutMs=5000)
-            assert code == "ENDPOINT_REFUSED"
-            assert message.startswith("POST http://evil.example/hook: ")
+            for host in book:
+                url = f"http://{host}/hook"
+                code, message = Pusher(server, endpoint).failure(endpointUrl=url, timeoutMs=5000)
+                assert (code, host in message) == ("ENDPOINT_REFUSED", True), book[host]
 
-    inside(tmp_path, {"evil.example": [address]}, program)
+    inside(tmp_path, book, program)
 
 
 def test_of_several_addresses_only_good_ones_are_tried(tmp_path: Path) -> None:
@@ -7583,9 +7758,18 @@ def test_a_name_is_allowed_by_itself_or_by_its_addresses(tmp_path: Path) -> None
     "--push-timeout=-1", "--push-timeout=nan", "--push-concurrency=0", "--push-concurrency=-1",
     "--push-concurrency=x",
 ])
-def test_a_push_flag_that_makes_no_sense_is_a_sentence(tmp_path: Path, flag: str) -> None:
-    said = refusal(tmp_path / "journal.db", flag)
-    assert flag.partition("=")[0] in said or flag.partition("=")[2] in said
+def test_a_push_flag_that_makes_no_sense_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        ironflow.parser().parse_args(["serve", flag])
+    said = capsys.readouterr().err
+    name, _, value = flag.partition("=")
+    assert (end.value.code, name in said, value in said) == (2, True, True)
+
+
+def test_a_server_does_not_start_with_a_network_that_is_none(tmp_path: Path) -> None:
+    assert "10.0.0.0/33" in refusal(tmp_path / "j.db", "--push-allow", "10.0.0.0/33")
 
 
 # ======================================================================================
@@ -8178,6 +8362,13 @@ def test_a_wait_shows_what_it_is_for(asker: Asker, payload: Any) -> None:
         "STEP_TYPE_WAIT_FOR_EVENT", "STEP_STATUS_WAITING", asker.question)
     assert said["waitTimeout"] == row["wait_timeout"]
     assert said["input" if isinstance(payload, dict) else "inputValue"] == payload
+
+
+def test_a_deadline_beyond_all_years_is_shown_as_their_end(asker: Asker) -> None:
+    job = asker.job()
+    asker.ask(job, timeout="99999999999d")
+    (row,) = asker.server.steps(job["run_id"])
+    assert row["wait_timeout"] == "9999-12-31T23:59:59.000Z"
 
 
 def test_a_wait_without_a_payload_shows_none(asker: Asker) -> None:
@@ -12653,8 +12844,8 @@ def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
 # The simulator
 # ======================================================================================
 # Years of bad weather in seconds: the real rules and the real journal file, but a clock
-# that is a number, ids that come from a seed, and workers that are generators. All in
-# one thread, so that the same seed gives the same life, move by move.
+# that is a number, ids that come from a seed, workers and endpoints that are generators.
+# All in one thread, so that the same seed gives the same life, move by move.
 #
 # `World` is the server, its clients, the network between them, and the weather: a table
 # of moves from which the seed draws. `Witness` looks on. It believes what was answered,
@@ -12669,7 +12860,7 @@ def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
 # Nobody cuts the power here, so the file may lie in memory with `synchronous` off; for
 # kills of the real process see the kill tests.
 
-SEEDS, MOVES = 60, 180  # lives in a test run, and moves of bad weather in each
+SEEDS, MOVES = 60, 200  # lives in a test run, and moves of bad weather in each
 CALM_ROUNDS = 3_000  # how long it may take after that until every run is over
 LIMITS = ironflow.Limits(lease_s=20.0, lost_leases=3, step_bytes=2_000)
 START = 1_767_225_600.0  # the first of January 2026
@@ -12678,6 +12869,9 @@ TRIGGERS = (*EVENT_NAMES, "order.*", "stock.>", "*.low", "order.>")
 ANSWERS = ("answer.given", "answer.late")  # what runs wait for most often
 VALUES: tuple[Any, ...] = ("a", 7, "7")  # of `k` in an event's data, if it is there
 CRON = {"*/5 * * * *": 300, "7 * * * *": 3600}  # with the seconds between two ticks
+CROWD = 10  # runs that are asked for at once
+URLS = ("http://one.example/run", "https://two.example/?key=7", "http://three.example")
+PUSH_TIMEOUT_S = 600.0  # of a request, if its function does not say
 
 class Broken(AssertionError):
     """A promise that did not hold."""
@@ -12864,6 +13058,8 @@ class Life:
     leased_until: float = 0.0  # at least: nobody may take it away sooner
     lost: int = 0  # leases in a row that ended without a new step
     worker: str = ""  # that was handed it last
+    url: str = ""  # of the endpoint that was, if it was none
+    struck: set[int] = field(default_factory=set)  # attempts that did not reach one
     queued_at: float = 0.0
     started_at: float | None = None
     news: bool = False  # something ended that it asked for, since it was handed out
@@ -12877,6 +13073,11 @@ class Life:
     @property
     def number(self) -> int:
         return int(self.event.data.get("n", 0))
+
+    @property
+    def marker(self) -> str:
+        """The step that says: this run is being undone, and why."""
+        return f"{self.run_id}:compensate::0"
 
     def repeats(self, said: ironflow.Report) -> str:
         """Whether it says what was accepted as an end already.
@@ -12946,14 +13147,23 @@ class Burst:
     latest: float = math.inf
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A request to an endpoint: how many went before, what its breaker was to be."""
+
+    url: str
+    number: int
+    breaker: dict[str, int]
+
+
 class Witness:
     """Knows what was promised; reads the file with a connection of its own."""
 
     def __init__(
-        self, path: Path, programs: dict[str, Program], seen: Counter[str]
+        self, path: Path, programs: dict[str, Program], slots: int, seen: Counter[str]
     ) -> None:
         self.db = sqlite3.connect(path, isolation_level=None)
-        self.programs, self.seen = programs, seen
+        self.programs, self.slots, self.seen = programs, slots, seen
         self.now = START
         self.functions: dict[str, ironflow.NewFunction] = {}
         self.asks: dict[str, dict[str, Any]] = {}  # of their runs, by function
@@ -12968,7 +13178,13 @@ class Witness:
         self.lined_up: set[str] = set()  # functions that asked for other bounds just now
         self.actors: dict[tuple[str, str], str] = {}  # the worker of each
         self.connected: set[str] = set()  # workers, as far as the server knows
+        self.missing: set[str] = set()  # of those, with a poll that broke off
         self.able: dict[str, str] = {}  # of each worker: its functions, and its language
+        self.listed: set[tuple[str, str]] = set()  # workers and functions, at any time
+        self.sent: dict[str, Sent] = {}  # to endpoints, by job
+        self.requests: dict[str, str] = {}  # under way, by run: the URL
+        self.failing: dict[str, ironflow.Endpoint] = {}  # by URL
+        self.opened_after: dict[str, int] = {}  # so many requests, its breaker; by URL
         self.rows: list[tuple[Any, ...]] = []  # of the journal, all that were ever seen
         self.bodies: Counter[str] = Counter()  # how often each step was run
         self.recorded: set[str] = set()  # steps whose row says: completed
@@ -12981,8 +13197,11 @@ class Witness:
         self.moved: set[str] = set()  # runs
         self.let_go: set[str] = set()  # runs whose holder reported an end
         self.vanished: set[str] = set()  # runs whose holder did, before its ack
+        self.past: set[Life] = set()  # those of answers that come too late to count
         self.doomed: dict[str, str] = {}  # runs that have to end now, and why
+        self.due_again: set[Life] = set()  # those whose request died with the server
         self.owed: list[tuple[Life, Asked]] = []  # answers to waits
+        self.breakers: list[tuple[str, dict[str, Any]]] = []  # rows of functions
 
     # What was answered, in the order of the batch
 
@@ -12996,6 +13215,14 @@ class Witness:
             rows = rows[len(mine):]
             self.read_all(mine)
             self.settle()
+        self.remember(batch)
+
+    def remember(self, batch: Batch) -> None:
+        """Who asks for work, and who broke off: the server's memory, whatever the disk
+        says."""
+        self.missing |= {call.args[0] for call, _ in batch if call.kind == "leave"}
+        self.missing -= {call.script.owner.name for call, _ in batch
+                         if call.kind == "poll" and call.script}
 
     def hear(self, call: Call, wish: ironflow.Wish) -> None:
         if call.kind in ("emit", "invoke"):
@@ -13005,15 +13232,21 @@ class Witness:
         elif call.kind == "register":
             self.registered(call.args[0], wish)
         elif call.kind == "pause":
-            function_id, status = call.args
-            self.new_functions += (status == "paused") != (function_id in self.paused)
-            self.paused = self.paused - {function_id} | {function_id} & {
-                function_id if status == "paused" else ""}
+            self.was_paused(call.args[0], call.args[1], wish)
+        elif call.kind == "delete":
+            self.deleted(call.args[0], wish)
         elif call.kind == "cancel":
             self.cancelled(self.life(call.args[0]), wish)
         elif call.kind == "report":
             run_id, _ = ironflow.run_and_fence(call.args[0])
             self.reported(self.life(run_id), call.args[1], wish)
+        elif call.kind == "outcome":
+            must(wish.error is None, f"{call.label}: {wish.error}")
+            self.push_ended(*call.args[:3])
+        elif call.kind == "start":
+            self.started()
+        elif call.kind == "keep":
+            self.leases_start_anew()
         elif call.kind == "give back":
             self.given_back(self.life(call.args[0]), call.args[1], call.args[2])
         elif call.kind == "beat":
@@ -13024,6 +13257,7 @@ class Witness:
             name, connected = call.args
             if connected != (name in self.connected):
                 self.connected ^= {name}
+                self.missing.discard(name)
                 self.leave_actors(name)
         elif call.kind == "leave":
             self.leave_actors(call.args[0])
@@ -13035,18 +13269,22 @@ class Witness:
         """The rows of one call were read: whatever it had to bring has come."""
         must(not self.new_events, "an acknowledged event is not in the journal")
         must(self.new_functions == 0, "a change of a function is not in the journal")
+        must(not self.breakers, f"the journal does not say: {self.breakers}")
         for life, asked in self.owed:
             late = f"{life}: {asked.answer} answers {asked.wish.name}, which waits on"
             must(asked.state != "waiting" or life.verdict == "cancelled", late)
         for run_id, why in self.doomed.items():
             life = self.lives[run_id]
             must(life.status in ironflow.TERMINAL, f"{life} goes on, though {why}")
+        for life in self.due_again:
+            must(life.status != "running", f"{life} is not sent again: its request is lost")
         for life in map(self.life, self.moved):
             idle = life.status == "waiting" and self.yielded(life) and life.news
             must(not idle, f"{life} waits, but something that it asked for is over")
         if self.turns:
             self.nobody_overslept()
         self.moved, self.let_go, self.vanished = set(), set(), set()
+        self.past, self.due_again = set(), set()
         self.doomed, self.owed = {}, []
 
     def life(self, run_id: str) -> Life:
@@ -13064,10 +13302,10 @@ class Witness:
     ) -> None:
         """All of them or none, and none if a key belongs to another event."""
         if events[0].source == "invoke":
-            paused = events[0].name in self.paused
-            must(paused == (error is not None), f"{events[0].name} was invoked: {error}")
-            self.seen["paused function was invoked"] += paused
-            if paused:
+            idle = events[0].name not in self.functions.keys() - self.paused
+            must(idle == (error is not None), f"{events[0].name} was invoked: {error}")
+            self.seen["paused function was invoked"] += events[0].name in self.paused
+            if idle:
                 return
         names = {key: name for key, (name, _) in self.keys.items()}
         conflict = any(
@@ -13117,6 +13355,7 @@ class Witness:
         self.new_functions += new != old
         if new != old:
             self.lined_up.add(new.function_id)
+            self.forget_endpoints()
         self.seen["function was changed"] += old is not None and old != new
         self.seen["function was registered again, unchanged"] += old == new
         ticks = {(new.function_id, each.cron, each.event) for each in new.triggers if each.cron}
@@ -13125,6 +13364,27 @@ class Witness:
                 del self.ticks[key]
         for key in ticks - self.ticks.keys():
             self.ticks[key] = self.tick_after(key, self.now)
+
+    def was_paused(self, function_id: str, status: str, wish: ironflow.Wish) -> None:
+        """Or goes on."""
+        known = function_id in self.functions
+        must(known == (wish.error is None), f"{function_id} {status}: {wish.error}")
+        if known and (status == "paused") != (function_id in self.paused):
+            self.new_functions += 1
+            self.paused ^= {function_id}
+
+    def deleted(self, function_id: str, wish: ironflow.Wish) -> None:
+        """What it was to start is forgotten; its runs stay, and have no bounds any more."""
+        known = self.functions.pop(function_id, None) is not None
+        must(known == (wish.error is None), f"{function_id} deleted: {wish.error}")
+        self.new_functions += known
+        self.asks.pop(function_id, None)
+        self.paused.discard(function_id)
+        self.lined_up.add(function_id)
+        self.ticks = {key: at for key, at in self.ticks.items() if key[0] != function_id}
+        self.bursts = {key: at for key, at in self.bursts.items() if key[0] != function_id}
+        self.actors = {key: at for key, at in self.actors.items() if key[0] != function_id}
+        self.forget_endpoints()
 
     @staticmethod
     def tick_after(key: tuple[str, str, str], now: float) -> float:
@@ -13156,6 +13416,7 @@ class Witness:
         """Actors leave a worker that no longer does the same, or seems to be gone."""
         able = worker.function_ids + worker.version
         self.connected.add(worker.worker_id)
+        self.listed |= {(worker.worker_id, name) for name in json.loads(worker.function_ids)}
         functions = self.able.get(worker.worker_id, able).partition("]")[0]
         if functions != able.partition("]")[0]:
             self.leave_actors(worker.worker_id)
@@ -13164,12 +13425,24 @@ class Witness:
     def leave_actors(self, worker_id: str) -> None:
         self.actors = {actor: name for actor, name in self.actors.items() if name != worker_id}
 
-    def started(self, now: float) -> None:
-        """While it was away it could hear of nobody: every lease starts anew."""
+    def started(self) -> None:
+        """What was under way to endpoints when the server died has to go out again."""
         for life in self.lives.values():
-            length_s = LIMITS.lease_s if life.acked else LIMITS.reservation_s
+            if life.status == "running" and life.url:
+                life.held = False
+                self.let_go.add(life.run_id)
+                self.due_again.add(life)
+                self.seen["request was under way when the server died"] += 1
+
+    def leases_start_anew(self) -> None:
+        """It was away and could hear of nobody, or somebody set the clock. No breaker is
+        open for longer than it was to be."""
+        for url, target in self.failing.items():
+            until = min(target.open_until or math.inf, self.now + target.open_s)
+            self.failing[url] = replace(target, open_until=target.open_until and until)
+        for life in self.lives.values():
             if life.status == "running":
-                life.leased_until = max(life.leased_until, now + length_s)
+                self.leased(life, LIMITS.lease_s if life.acked else LIMITS.reservation_s)
 
     def clock_was_set(self, step_s: float) -> None:
         """A lease is a length of time, and no shorter for that."""
@@ -13179,19 +13452,30 @@ class Witness:
     def leased(self, life: Life, seconds: float) -> None:
         life.leased_until = max(life.leased_until, self.now + seconds)
 
-    def handed_out(self, job: ironflow.Job, acked: bool) -> None:
-        """A job went out to a worker: from here on no older one counts."""
+    def handed_out(self, job: ironflow.Job, offer: ironflow.Offer) -> None:
+        """A job went out, to a worker or an endpoint: from here on no older one counts."""
         life = self.life(job.run.run_id)
         must(life.verdict is None, f"{life} is {life.verdict}, but was handed out")
         must(job.run.fence > life.fence, f"{life} went out twice as {job.run.fence}")
+        must(job.run.attempt == life.attempt, f"{life} went out as {job.run.attempt}")
         got = json.loads(job.event.data)
         must(got == life.event.data, f"{life} got {got}, not {life.event.data}")
-        life.fence, life.held, life.acked, life.news = job.run.fence, True, acked, False
-        length_s = LIMITS.lease_s if acked else LIMITS.reservation_s
-        life.leased_until = self.now + length_s
+        life.fence, life.held, life.acked = job.run.fence, True, offer.acked
+        life.news = False
+        self.seen["run went from a worker to an endpoint"] += bool(
+            offer.url and not life.url and life.started_at)
+        self.seen["run went from an endpoint to a worker"] += bool(life.url and not offer.url)
+        life.url = offer.url
+        length_s = LIMITS.lease_s if offer.acked else LIMITS.reservation_s
+        life.leased_until = math.inf if life.url else self.now + length_s
         self.check_replay(life, job)
         if life.started_at is None:
             self.started_first(life)
+        if life.url:
+            self.pushed(life, job)
+            return
+        mine = (offer.worker_id, life.function_id) in self.listed
+        must(mine, f"{life} went to {offer.worker_id}, who never listed {life.function_id}")
         if "actor" in life.bounds:
             worker, actor = str(job.run.worker_id), (life.function_id, life.bounds["actor"])
             bound_to = self.actors.get(actor)
@@ -13206,15 +13490,22 @@ class Witness:
         due = {step_id for step_id, asked in life.asked.items() if asked.state in states}
         sent = {step.step_id for step in job.steps if step.step_id in life.asked}
         must(sent == due, f"{life} was sent {sent} of what it asked for, due are {due}")
+        told = {step.step_id for step in job.steps}
+        must(not life.url or told >= life.done.keys(), f"{life} was told {told} of {life.done}")
 
     def knows_failures(self, job: ironflow.Job) -> bool:
-        return "python" in self.able[str(job.run.worker_id)]
+        worker = str(job.run.worker_id)
+        return worker not in self.able or "python" in self.able[worker]
+
+    def functions_of(self, worker_id: str) -> list[str]:
+        found: list[str] = json.loads(self.able[worker_id].partition("]")[0] + "]")
+        return found
 
     def started_first(self, life: Life) -> None:
         """Its place in a throttle is taken for a period from now on."""
         life.started_at = self.now
         if "gate" in life.bounds:
-            throttle = self.asks[life.function_id].get("throttle", {})
+            throttle = self.asks.get(life.function_id, {}).get("throttle", {})
             gate = (life.function_id, "gate", life.bounds["gate"])
             until = self.now + throttle.get("periodMs", 0) / 1000
             self.starts.setdefault(gate, {})[life.run_id] = until
@@ -13301,6 +13592,112 @@ class Witness:
         self.ended(life, said, None)
         return None
 
+    # Endpoints, and their breakers
+
+    def endpoint_of(self, function_id: str) -> str:
+        """Where its runs are pushed to, if no worker that is connected does it."""
+        asks = self.asks.get(function_id, {})
+        pushed = asks.get("preferredMode") == "EXECUTION_MODE_PUSH"
+        here = self.connected - self.missing
+        done = any(function_id in self.functions_of(name) for name in here)
+        return "" if done or not pushed else str(asks.get("endpointUrl", ""))
+
+    def functions_at(self, url: str) -> list[str]:
+        return [function_id for function_id, asks in self.asks.items()
+                if asks.get("endpointUrl") == url
+                and asks["preferredMode"] == "EXECUTION_MODE_PUSH"]
+
+    def forget_endpoints(self) -> None:
+        for url in [url for url in self.failing if not self.functions_at(url)]:
+            self.seen["endpoint was forgotten, its breaker being open"] += bool(
+                self.failing.pop(url).open_s)
+
+    def slot_for(self, url: str) -> bool:
+        """Whether it may have another request: the last tenth is for others."""
+        free = self.slots - len(self.requests)
+        mine = [*self.requests.values()].count(url)
+        self.seen["endpoint was refused the last slot"] += 0 < 9 * free <= mine
+        return mine < 9 * free
+
+    def pushed(self, life: Life, job: ironflow.Job) -> None:
+        url = self.endpoint_of(life.function_id)
+        must(life.url == url, f"{life} went to {life.url!r}, not to {url!r}")
+        must(life.run_id not in self.requests, f"two requests of {life} are under way")
+        must(self.slot_for(url), f"{life} has no slot: {self.requests}")
+        left = self.connected & self.missing
+        self.seen["run was pushed, its worker having hung up"] += any(
+            life.function_id in self.functions_of(name) for name in left)
+        target = self.failing.get(url)
+        if target is not None and target.open_s:
+            must(target.open_until is None, f"{life} was pushed, its breaker being open")
+            self.failing[url] = replace(target, open_until=self.now + target.open_s)
+        self.requests[life.run_id] = url
+        breaker = self.asks[life.function_id].get("circuitBreaker", {})
+        self.sent[job.run.job_id] = Sent(url, len(self.sent), breaker)
+
+    def push_ended(self, job: ironflow.Job, said: ironflow.Report, reached: bool) -> None:
+        """An endpoint's outcome; or how a request failed. That spends an attempt, but not
+        while the breaker is open."""
+        life, sent = self.life(job.run.run_id), self.sent[job.run.job_id]
+        target = self.failing.get(sent.url, ironflow.Endpoint(sent.url))
+        if reached:
+            self.heard_from(target)
+        elif self.functions_at(sent.url):
+            self.failing[sent.url] = self.failed_to_reach(target, sent, said)
+        if not life.held or life.fence != job.run.fence:
+            self.past.add(life)
+            self.seen["endpoint answered too late, or twice"] += reached
+            self.seen["request failed when its run was over"] += not reached
+        elif reached:
+            self.believe(life, said)
+        elif target.open_s:
+            self.seen["request failed while the breaker was open"] += 1
+            life.held = False
+            self.let_go.add(life.run_id)
+        else:
+            self.seen["request failed, and spent an attempt"] += 1
+            life.struck.add(life.attempt)
+            self.ended(life, said, self.failed(life, said.error))
+
+    def heard_from(self, target: ironflow.Endpoint) -> None:
+        self.failing.pop(target.url, None)
+        if target.open_s:
+            self.seen["breaker closed"] += 1
+            self.owe_rows("breaker_closed", target.url, {})
+
+    def failed_to_reach(
+        self, target: ironflow.Endpoint, sent: Sent, said: ironflow.Report
+    ) -> ironflow.Endpoint:
+        """What becomes of a breaker. Requests of before it opened change nothing."""
+        asks = {"failureThreshold": 5, "openDurationMs": 60_000, "maxOpenDurationMs": 600_000}
+        asks |= sent.breaker
+        if target.open_s and sent.number < self.opened_after[sent.url]:
+            self.seen["request of before the breaker opened failed"] += 1
+            return target
+        target = replace(target, failures=target.failures + 1)
+        if not target.open_s and target.failures < asks["failureThreshold"]:
+            return target
+        self.seen["breaker stayed open for longer" if target.open_s else "breaker opened"] += 1
+        longest_s = asks["maxOpenDurationMs"] / 1000
+        open_s = min(2 * target.open_s or asks["openDurationMs"] / 1000, longest_s)
+        self.seen["breaker was open for the longest time"] += 2 * target.open_s > longest_s
+        until = self.now + open_s
+        self.opened_after[sent.url] = len(self.sent)
+        self.owe_rows("breaker_opened", sent.url, {
+            "failures": target.failures, "openUntil": ironflow.to_rfc3339(until),
+            "error": said.error["message"]})
+        return replace(target, open_s=open_s, open_until=until)
+
+    def owe_rows(self, verb: str, url: str, about: dict[str, Any]) -> None:
+        self.breakers += [
+            (verb, {"id": function_id, "endpointUrl": url.partition("?")[0], **about})
+            for function_id in self.functions_at(url)]
+
+    def check_endpoints(self) -> None:
+        kept = {row[0]: ironflow.Endpoint(*row) for row in self.all(
+            "SELECT url, failures, open_s, open_until FROM endpoint")}
+        must(kept == self.failing, f"of endpoints the file has {kept}, due are {self.failing}")
+
     def ended(
         self, life: Life, said: ironflow.Report, verdict: str | None, fated: bool = True
     ) -> None:
@@ -13315,25 +13712,29 @@ class Witness:
 
         Crashes, lost workers and lost messages spend no attempt, so a run ends like
         this in any weather, unless it was cancelled, lost every worker, or waited in
-        vain. Only what became of the runs that it calls is not its own affair.
+        vain. Only what became of the runs that it calls is not its own affair, nor in
+        which attempts its endpoint was out of reach.
         """
-        attempt = 1
+        policy, struck = life.policy, life.struck
+        spent = exhausted(policy), policy.max_attempts
+        if struck and life.marker in life.done:
+            return spent if life.attempt in struck else ("failed", life.attempt)
+        tries = (n for n in range(1, policy.max_attempts + 1) if n not in struck)
+        attempt = next(tries, 0)
         for part, step_id in steps_of(self.programs[life.function_id], life.run_id):
             if isinstance(part, Invoke) and not part.catches:
                 asked = life.asked.get(step_id)
-                if asked is not None and asked.state == "failed":
+                if asked is not None and asked.state == "failed" and attempt:
                     return "failed", attempt
             if not isinstance(part, Do):
                 continue
-            while attempt <= part.fails:
+            while 0 < attempt <= part.fails:
                 if not part.retryable:
                     return "failed", attempt
-                if attempt == life.policy.max_attempts:
-                    return exhausted(life.policy), attempt
-                attempt += 1
-            if part.too_large:
+                attempt = next(tries, 0)
+            if attempt and part.too_large:
                 return "failed", attempt
-        return "completed", attempt
+        return ("completed", attempt) if attempt else spent
 
     def ran(self, job: ironflow.Job, step_id: str) -> int:
         """A worker runs a step's body, for the n-th time. Never one that is done, and
@@ -13343,7 +13744,7 @@ class Witness:
         done with it. All others were sent the result.
         """
         life = self.lives[job.run.run_id]
-        marker = life.done.get(f"{life.run_id}:compensate::0")
+        marker = life.done.get(life.marker)
         undoing = marker is not None and job.run.fence >= marker[0]
         must(not undoing or ":compensate:" in step_id, f"{life} is being undone, but {step_id}")
         if step_id in life.done:
@@ -13369,6 +13770,7 @@ class Witness:
         for run_id in sorted(self.lives if all_of_it else self.touched):
             self.check(self.life(run_id))
         self.check_places(behind)
+        self.check_endpoints()
         self.touched = set()
 
     def all(self, sql: str, *params: Any) -> list[Any]:
@@ -13392,6 +13794,10 @@ class Witness:
             heard = Heard(seq, at, name, json.loads(data), event_id, source)
             self.heard[seq] = heard
             self.happened(heard, subject)
+        elif kind == "function" and name.startswith("breaker_"):
+            row = name, json.loads(data)
+            must(row in self.breakers, f"{subject} {row}, due are {self.breakers}")
+            self.breakers.remove(row)
         elif kind == "function":
             self.new_functions -= 1
         elif kind == "worker":
@@ -13532,6 +13938,7 @@ class Witness:
 
     def became(self, life: Life, change: dict[str, Any], at: float) -> None:
         """A run changed its status, so says the journal."""
+        must(life not in self.past, f"{life} was answered too late, and that counts: {change}")
         old, new = life.status, change["status"]
         after: dict[Any, Any] = {"": {"waiting_for_capacity"}, **ironflow.NEXT}
         must(new in after[old], f"{life}: {old or 'nothing'} -> {new}")
@@ -13657,6 +14064,9 @@ class Witness:
         for burst in self.bursts.values():
             in_time = burst.due_at > self.now or burst.last.at == self.now  # a tick's
             must(in_time, f"there was silence, and no run started: {burst}")
+        for url, target in self.failing.items():
+            if (target.open_until or math.inf) <= self.now:
+                self.failing[url] = replace(target, open_until=None)
         for life in self.live():
             if life.status == "waiting" and self.yielded(life):
                 late = [asked.wish.name for asked in life.asked.values()
@@ -13668,7 +14078,7 @@ class Witness:
     # Bounds
 
     def limit(self, function_id: str, kind: str) -> float:
-        asks = self.asks[function_id]
+        asks = self.asks.get(function_id, {})
         if kind == "actor":
             return 1 if "actorKey" in asks else math.inf
         asked = asks.get({"lane": "concurrency", "gate": "throttle"}[kind], {})
@@ -13810,7 +14220,7 @@ class Witness:
 
 @dataclass(eq=False)
 class Peer:
-    """A process out there: a worker, or a caller that has no functions."""
+    """A process out there: a worker, an endpoint, or a caller without functions."""
 
     name: str
     functions: Sequence[str] = ()
@@ -13819,6 +14229,8 @@ class Peer:
     acks: bool = True  # a job before it starts; others take the poll's answer for that
     ours: bool = True  # tells of all that its branches wait for; others of one at a time
     runtime: str = "python-3.12"
+    url: str = ""  # of an endpoint
+    down_until: float = 0.0
     alive: bool = True
     silent_until: float = 0.0
     polling: bool = False
@@ -13836,6 +14248,16 @@ class Call:
     args: tuple[Any, ...] = ()
     slots: int = 0  # of a poll
     script: Script | None = None  # who listens for the answer
+
+
+@dataclass(eq=False)
+class Post:
+    """A request to an endpoint, until the server has an answer, or gives up."""
+
+    job: ironflow.Job
+    peer: Peer
+    deadline: float
+    script: Script | None = None  # of the endpoint, if the request came there
 
 
 @dataclass(slots=True, eq=False)
@@ -13879,14 +14301,10 @@ class Execution:
     worker: Peer
     job: ironflow.Job
     done: dict[str, ironflow.Step]
+    undoing: str  # the step that says: this run is being undone, and why
     tail: list[ironflow.ReportedStep] = field(default_factory=list)  # finished, not reported
     blocks: list[ironflow.Yield] = field(default_factory=list)  # what its branches wait for
     undos: list[Do] = field(default_factory=list)
-
-    @property
-    def undoing(self) -> str:
-        """The step that says: this run is being undone, and why."""
-        return f"{self.job.run.run_id}:compensate::0"
 
 
 class Impossible(Exception):
@@ -13929,6 +14347,8 @@ def words_of(batch: Batch) -> str:
 class World:
     """Everything there is: one server, its file, its clients, and the weather."""
 
+    PUSHED = 0.4  # of the functions, as a rule
+
     def __init__(self, seed: int, folder: Path) -> None:
         self.draw = random.Random(seed)
         self.ids = random.Random(f"ids of {seed}")
@@ -13947,8 +14367,13 @@ class World:
         names = [f"f{i}" for i in range(1, 6)]
         self.programs = {name: draw_program(self.draw, names[i + 1:])
                          for i, name in enumerate(names)}
+        self.pushed = [name for name in names if self.draw.random() < self.PUSHED]
+        self.endpoints = {url: Peer(f"e{i}", url=url, eager=False, acks=False,
+                                    ours=self.draw.random() < 0.7)
+                          for i, url in enumerate(URLS, 1)}
+        self.slots = self.draw.choice([1, 2, 3, CROWD])
         self.path = folder / "journal.db"
-        self.witness = Witness(self.path, self.programs, self.seen)
+        self.witness = Witness(self.path, self.programs, self.slots, self.seen)
         self.open()
 
     def chance(self, odds: float) -> bool:
@@ -13963,23 +14388,26 @@ class World:
 
     def open(self) -> None:
         """Start: what was in memory is gone, every lease that is held starts anew."""
-        self.offers = ironflow.Offers(LIMITS)
+        self.offers = ironflow.Offers(LIMITS, push=self.push)
         ids = ironflow.Ids(self.ids.getrandbits)
         self.file = ironflow.JournalFile(
             self.path, ids, now=self.now, offers=self.offers
         )
         self.file._db.execute("PRAGMA synchronous = OFF")
         self.held: dict[ironflow.Offer, Call] = {}  # polls
+        self.posts: dict[str, Post] = {}  # by job
         self.chores: list[Call] = []
         self.reading: list[Call] = []  # reports that the server reads about
         self.looks: dict[Call, ironflow.Report] = {}  # what it read
         self.clock_set = False
-        keep = ironflow.Wish(ironflow.keep_leases, (LIMITS,))
-        self.file.execute([keep], self.now)
-        self.file.commit()
-        self.next_at: float = keep.result
+        self.keep = False  # `keep_leases` is to be written next
+        self.starting = True  # until `resume_pushes` is written ...
+        self.full = self.chance(0.2)  # ... for which there is no room at first
+        self.seen["disk was full at the start"] += self.full
+        self.next_at = math.inf
+        self.witness.requests.clear()
+        self.witness.missing.clear()
         self.witness.look(behind=True, all_of_it=True)
-        self.witness.started(self.now)
 
     def crash(self, batch: Batch, away_s: float = 0.0) -> None:
         """Whoever waits for an answer waits in vain; what was committed is there."""
@@ -13999,7 +14427,7 @@ class World:
             if call.kind == "poll":
                 self.hold(call)
             if call in self.looks:
-                wish.args = (call.args[0], self.looks.pop(call), LIMITS)
+                wish.args = (call.args[0], self.looks.pop(call), *call.args[2:])
         self.file.execute([wish for _, wish in batch], self.now)
         self.while_writing(batch)
         return batch
@@ -14011,17 +14439,19 @@ class World:
         filled = self.offers.committed()
         for offer in filled:
             for job in offer.jobs:
-                self.witness.handed_out(job, offer.acked)
+                self.witness.handed_out(job, offer)
         return filled
 
     def a_batch(self, *more: Call) -> str:
-        if not (self.wire or self.slow or self.chores or self.reading
-                or self.next_at <= self.now):
+        if not (self.wire or self.slow or self.chores or self.reading or self.starting
+                or self.keep or self.next_instant() <= self.now):
             raise Impossible
         batch = self.write(*more)
-        self.reply(batch, self.commit(batch))
+        filled = self.commit(batch)
         self.witness.look(behind=self.next_at <= self.now)
         self.look_at_offers()
+        self.look_at_slots()
+        self.reply(batch, filled)
         return f"commit: {words_of(batch)}"
 
     def a_batch_with_a_mistake(self) -> str:
@@ -14032,10 +14462,13 @@ class World:
         """Nothing of the batch happened, and the offers that it took stand again."""
         batch = self.write()
         self.file.rollback()
+        self.witness.remember(batch)
         self.next_at = min(self.next_at, self.now + 1.0)
         for call, wish in batch:
             wish.error = ironflow.DiskFull("no room")
-            if call.kind != "poll":
+            if call.kind in ("outcome", "drop"):
+                self.reading.append(call)  # it is kept until there is room
+            elif call.kind != "poll":
                 self.answer(call, wish)
         return f"the disk is full: {words_of(batch)}"
 
@@ -14058,13 +14491,22 @@ class World:
         slow, self.slow = self.slow, []
         for call in slow:
             (self.slow if self.chance(0.9) else calls).append(call)
+        calls = [call for call in calls if self.is_wanted(call)]
+        for post in [post for post in self.posts.values() if post.deadline <= self.now]:
+            self.seen["request to an endpoint took too long"] += 1
+            self.give_up(post, "TIMEOUT")
         calls = self.looked_back(calls) + self.chores
         self.chores = []
+        if self.starting:
+            start = Call("start", "start", ironflow.resume_pushes, (LIMITS,))
+            full, self.full = self.full, self.chance(0.3)
+            return [*self.heard_of(calls), *calls] if full else [
+                start, *self.heard_of(calls), *calls]
         due = self.next_at <= self.now
         if due:  # before what the others say, or after it
             turn = Call("turn", "turn the clock", ironflow.turn_clock, (LIMITS,))
             calls.insert(len(calls) if self.chance(0.5) else 0, turn)
-        if self.clock_set and (due or not self.chance(0.5)):
+        if self.keep or (self.clock_set and (due or not self.chance(0.5))):
             keep = Call("keep", "leases start anew", ironflow.keep_leases, (LIMITS,))
             calls.insert(0, keep)
         return [*self.heard_of(calls), *calls]
@@ -14074,11 +14516,12 @@ class World:
         other batches may be written meanwhile."""
         ready, self.reading = self.reading, []
         for call in calls:
-            reads = call.kind == "report" and any(
+            reads = call.kind in ("report", "outcome") and any(
                 wish.kind == "wait_for_event" for wish in call.args[1].yields)
             if reads:
-                job_id, said, _ = call.args
-                run_id, _ = ironflow.run_and_fence(job_id)
+                job, said, *_ = call.args
+                run_id = ironflow.run_and_fence(job)[0] if isinstance(job, str) else (
+                    job.run.run_id)
                 queries = ironflow.Queries(self.witness.db)
                 self.looks[call] = ironflow.look_back(queries, run_id, said)
             (self.reading if reads and self.chance(0.5) else ready).append(call)
@@ -14104,21 +14547,29 @@ class World:
         """It is on disk: what was answered has to be true from here on."""
         self.witness.now = self.now
         for call, wish in batch:
-            if call.kind in ("turn", "keep"):
+            if call.kind in ("turn", "keep", "start"):
                 self.next_at = wish.result
+            if call.kind == "start":  # from now on requests may go out
+                self.starting, self.keep = False, True
+                self.offers.open_slots(self.slots)
             if call.kind == "keep":
-                self.clock_set = False  # if the disk refused it, it is tried again
+                self.keep = self.clock_set = False  # if the disk refused it, it is tried again
             if not isinstance(wish.error, ironflow.IronflowError | None):
                 must(call.kind == "clumsy", f"{call.label}: {wish.error!r}")
         self.witness.follow(batch)
         self.next_at = min(self.next_at, self.file.tx.alarm)  # as `Timekeeper` reckons
+
+    def next_instant(self) -> float:
+        """When the server has something to do by itself."""
+        return min([self.next_at, *(post.deadline for post in self.posts.values())])
 
     def look_at_offers(self) -> None:
         """None may stand while a run waits for it."""
         ready = self.witness.ready_runs()
         for offer, call in self.held.items():
             both = {function for function, worker in ready if function in offer.functions
-                    and worker in (None, offer.worker_id)}
+                    and worker in (None, offer.worker_id)
+                    and not self.witness.endpoint_of(function)}
             idle = offer.state == "open" and both
             must(not idle, f"{call.label}, and there are runs of {both} that wait")
 
@@ -14128,6 +14579,12 @@ class World:
                 self.answer(call, wish)
         for offer in filled:
             offer.answer(offer.error or offer.jobs)
+        for run_id in self.file.tx.ended:
+            for post in [p for p in self.posts.values() if p.job.run.run_id == run_id]:
+                self.seen["request was dropped, its run being cancelled"] += 1
+                self.is_over(post)
+                self.chores.append(Call("drop", f"{self.name(post.job)} is dropped",
+                                        ironflow.push_ended, (post.job, None, False, LIMITS)))
 
     def answer(self, call: Call, wish: ironflow.Wish | None) -> bool:
         """Tell whoever still listens; None: nothing came back. Whether it was heard."""
@@ -14172,6 +14629,73 @@ class World:
         else:
             self.seen["poll ended too late, its jobs were on the way"] += 1
 
+    # Requests to endpoints
+
+    def look_at_slots(self) -> None:
+        """None may be free while a run waits for it."""
+        if self.starting or self.keep:  # there will be another batch at once
+            return
+        shut = {target.url: target.open_until for target in self.witness.failing.values()
+                if target.open_until is not None}
+        for url, until in shut.items():
+            must(self.next_at <= until, f"nobody wakes for {url}")
+        for function_id in sorted({function for function, _ in self.witness.ready_runs()}):
+            url = self.witness.endpoint_of(function_id)
+            idle = url and url not in shut and self.witness.slot_for(url)
+            must(not idle, f"runs of {function_id} lie about: {url} could have them")
+
+    def push(self, jobs: Any) -> None:
+        """A slot was filled: here the request goes out."""
+        for job in jobs:
+            peer, asks = self.endpoints[job.function.endpoint], job.function.asks
+            timeout_s = asks["timeoutMs"] / 1000 or PUSH_TIMEOUT_S
+            self.posts[job.run.job_id] = post = Post(job, peer, self.now + timeout_s)
+            if peer.down_until > self.now:
+                self.give_up(post, "UNREACHABLE")
+                continue
+            peer.jobs[job.run.job_id], peer.doing[job.run.job_id] = job, "in a step"
+            self.let(peer, peer.name, self.carry_on(peer, job))
+            post.script = self.scripts[-1]
+
+    def is_over(self, post: Post) -> None:
+        """The request is over, as far as the server is concerned."""
+        del self.posts[post.job.run.job_id], self.witness.requests[post.job.run.run_id]
+        self.offers.freed(post.peer.url)
+
+    def give_up(self, post: Post, why: str, after_ms: float | None = None) -> None:
+        """No outcome; the endpoint may go on all the same, or not."""
+        run, text = post.job.run, f"POST {post.peer.name}: {why.lower()}"
+        error = {"code": f"ENDPOINT_{why}", "message": text, "retryable": True,
+                 "retry_after_ms": after_ms}
+        said = ironflow.Report("failed", run.fence, run.lease_token, error=error)
+        self.chores.append(self.outcome(post.job, said, reached=False))
+        self.is_over(post)
+        if self.chance(0.5):
+            self.never_answer(post)
+
+    def never_answer(self, post: Post) -> None:
+        """It is not worked on any more, and nobody says so."""
+        if post.script is not None and post.script in self.scripts:
+            self.scripts.remove(post.script)
+            post.script.call = None
+
+    def outcome(self, job: ironflow.Job, said: ironflow.Report, reached: bool) -> Call:
+        label = f"{self.name(job)} {said.status if reached else said.error['code']}"
+        return Call("outcome", label, ironflow.push_ended, (job, said, reached, LIMITS))
+
+    def is_wanted(self, call: Call) -> bool:
+        """An answer ends its request. Nobody may wait for it any more, or it came before;
+        some of those are given to the rule all the same: it has to know them."""
+        if call.kind != "outcome":
+            return True
+        post = self.posts.get(call.args[0].run.job_id)
+        if post is not None:
+            self.is_over(post)
+        elif self.starting or not self.chance(0.5):
+            self.answer(call, None)
+            return False
+        return True
+
     # The clients: what they do, as scripts
 
     def name(self, job: ironflow.Job) -> str:
@@ -14210,17 +14734,22 @@ class World:
 
     def register(self, new: ironflow.NewFunction) -> Moves[None]:
         asks = {name: value for name, value in json.loads(new.config).items()
-                if name in ("triggers", *BOUNDS)}
+                if name in ("triggers", *BOUNDS, *REACHED)}
         label = f"{new.function_id} asks {asks}"
         yield from insist(Call("register", label, ironflow.register_function, (new,)))
 
-    def invoke(self, event: ironflow.NewEvent) -> Moves[None]:
-        label = f"invoke {event.name} {event.data}"
-        yield Call("invoke", label, ironflow.accept_event, (event,))
+    def invoke(self, event: ironflow.NewEvent, times: int = 1) -> Moves[None]:
+        label = f"invoke {event.name} {event.data}, {times} times"
+        yield Call("invoke", label, ironflow.accept_events, ([event] * times,))
 
     def pause(self, function_id: str, status: str) -> Moves[None]:
         args = (function_id, status)
         yield from insist(Call("pause", f"{function_id} is {status}", ironflow.set_status, args))
+
+    def delete(self, function_id: str) -> Moves[None]:
+        args = (function_id,)
+        label = f"{function_id} is deleted"
+        yield from insist(Call("delete", label, ironflow.delete_function, args))
 
     def cancel(self, life: Life) -> Moves[None]:
         args = (life.run_id, "nobody wants it")
@@ -14260,7 +14789,8 @@ class World:
 
     def work(self, worker: Peer, job: ironflow.Job) -> Moves[None]:
         """Steps whose result came with the job are not run again."""
-        hand = Execution(worker, job, {step.step_id: step for step in job.steps})
+        marker = self.witness.lives[job.run.run_id].marker
+        hand = Execution(worker, job, {step.step_id: step for step in job.steps}, marker)
         program = self.programs[job.run.function_id]
         with contextlib.suppress(Dropped):
             if worker.acks:
@@ -14376,13 +14906,19 @@ class World:
     def tell(self, hand: Execution, status: Any, **more: Any) -> Moves[None]:
         """Report until there is an answer, with the steps that were not told yet.
 
-        Raises Dropped if the job is not this worker's any more.
+        Raises Dropped if the job is not this worker's any more. An endpoint tells all of
+        it at once, with its outcome, and does not hear what becomes of that.
         """
         run = hand.job.run
+        if status == "progress" and hand.worker.url:
+            return
         if status != "ack":
             hand.worker.doing[run.job_id] = "while it waited for an answer"
         steps, hand.tail = hand.tail, []
         said = ironflow.Report(status, run.fence, str(run.lease_token), steps, **more)
+        if hand.worker.url:
+            yield self.outcome(hand.job, said, reached=True)
+            return
         label, args = f"{self.name(hand.job)} {status}", (run.job_id, said, LIMITS)
         wish = yield from insist(Call("report", label, ironflow.report, args))
         if wish.error is not None:
@@ -14440,8 +14976,9 @@ class World:
         return self.let(self.caller, "caller", self.emit([event]))
 
     def somebody_registers(self) -> str:
-        old = self.draw.choice(list(self.witness.functions.values()))
-        new = old if self.chance(0.3) else self.new_function(old.function_id)
+        function_id = self.draw.choice(list(self.programs))
+        old = self.witness.functions.get(function_id)
+        new = old if old and self.chance(0.3) else self.new_function(function_id)
         return self.let(self.caller, "caller", self.register(new))
 
     def new_function(self, function_id: str) -> ironflow.NewFunction:
@@ -14457,8 +14994,22 @@ class World:
             "maxDelayMs": draw.choice([2_000, 300_000]),
             "onExhausted": draw.choice(["fail", "pause"])}
         asks = {name: ask(draw) for name, (odds, ask) in BOUNDS.items() if draw.random() < odds}
+        if draw.random() < (0.85 if function_id in self.pushed else 0.08):
+            asks |= {name: ask(draw) for name, ask in REACHED.items()}
         body = {"id": function_id, "triggers": triggers, "retry": retry, **asks}
         return ironflow.read_function(ironflow.Fields(body))
+
+    def a_crowd_comes(self) -> str:
+        """To an endpoint that must not have every slot."""
+        self.pick([CROWD] if self.slots == CROWD else [])
+        name = self.pick([name for name in self.witness.functions
+                          if self.witness.endpoint_of(name)])
+        event = ironflow.NewEvent(name, '{"n":0}', source="invoke")
+        return self.let(self.caller, "caller", self.invoke(event, CROWD))
+
+    def somebody_deletes(self) -> str:
+        function_id = self.pick(list(self.witness.functions))
+        return self.let(self.caller, "caller", self.delete(function_id))
 
     def somebody_pauses(self) -> str:
         """A function, so that it starts no runs; or lets it go on."""
@@ -14484,7 +15035,8 @@ class World:
         lives = self.witness.lives.values()
         callers = [life for life in lives if any(
             asked.child and asked.state == "waiting" for asked in life.asked.values())]
-        life = self.pick(callers or list(lives)[-20:])
+        pushed = [life for life in lives if life.run_id in self.witness.requests]
+        life = self.pick(self.draw.choice([callers, pushed]) or list(lives)[-20:])
         return self.let(self.caller, "caller", self.cancel(life))
 
     def some_worker_dies(self) -> str:
@@ -14502,7 +15054,7 @@ class World:
             if self.chance(0.5):
                 self.end_poll(offer)
                 self.chores.append(Call("leave", f"{dead.name} seems to be gone",
-                                        ironflow.leave_actors, (dead.name,)))
+                                        ironflow.hung_up, (dead.name,)))
         return f"{dead.name} dies"
 
     def some_worker_comes(self) -> str:
@@ -14512,11 +15064,13 @@ class World:
         same = self.draw.random() < 0.5
         self.seen["worker came back under its old id"] += same
         self.numbers += 1
-        worker = self.new_worker(old.name if same else f"w{self.numbers}")
+        worker = self.new_worker(old.name if same else f"w{3 + self.numbers}")
         return self.let(worker, worker.name, self.join(worker))
 
     def new_worker(self, name: str) -> Peer:
-        functions = self.draw.sample(list(self.programs), self.draw.randint(2, 4))
+        able = [f for f in self.programs if f not in self.pushed or self.draw.random() < 0.15]
+        able = able or [*self.programs]
+        functions = self.draw.sample(able, min(len(able), self.draw.randint(2, 4)))
         eager, acks, ours = (self.draw.random() < odds for odds in (0.7, 0.6, 0.7))
         runtime = "python-3.12" if ours or self.draw.random() < 0.5 else "node-v22"
         return Peer(name, functions, self.draw.randint(1, 3), eager, acks, ours, runtime)
@@ -14529,6 +15083,33 @@ class World:
         worker.silent_until = self.now + seconds
         return f"{worker.name} is silent for {seconds} s"
 
+    def an_endpoint_is_down(self) -> str:
+        """Nobody can reach it for a while; what is under way may break as well."""
+        peer = self.pick([p for p in self.endpoints.values() if p.down_until <= self.now])
+        seconds = self.draw.choice([2.0, 30.0, 200.0, 2000.0])
+        peer.down_until = self.now + seconds
+        for post in [p for p in self.posts.values() if p.peer is peer and self.chance(0.6)]:
+            self.give_up(post, "UNREACHABLE")
+        return f"{peer.name} is down for {seconds} s"
+
+    def an_endpoint_answers_wrongly(self) -> str:
+        """Not with an outcome."""
+        post = self.pick(list(self.posts.values()))
+        self.give_up(post, self.draw.choice(["STATUS", "ANSWER", "TOO_LARGE"]),
+                     self.draw.choice([None, None, 2_500.0]))
+        return f"{post.peer.name} answers {self.name(post.job)} wrongly"
+
+    def an_endpoint_never_answers(self) -> str:
+        post = self.pick([p for p in self.posts.values() if p.script in self.scripts])
+        self.never_answer(post)
+        return f"{post.peer.name} never answers {self.name(post.job)}"
+
+    def an_endpoint_is_slow(self) -> str:
+        peer = self.pick([p for p in self.endpoints.values() if p.jobs and self.awake(p)])
+        seconds = self.draw.choice([3.0, 10.0, 100.0, 1000.0])
+        peer.silent_until = self.now + seconds
+        return f"{peer.name} is silent for {seconds} s"
+
     def lose(self) -> Call:
         """A request whose client gives up, and sends another if it insists."""
         call = self.pick(self.wire)
@@ -14537,7 +15118,11 @@ class World:
         return call
 
     def a_request_is_lost(self) -> str:
-        return f"lost on its way: {self.lose().label}"
+        call = self.lose()
+        post = self.posts.get(call.args[0].run.job_id) if call.kind == "outcome" else None
+        if post is not None and self.chance(0.5):
+            self.give_up(post, "UNREACHABLE")  # its connection broke
+        return f"lost on its way: {call.label}"
 
     def a_request_comes_late(self) -> str:
         self.slow.append(self.lose())
@@ -14553,7 +15138,7 @@ class World:
         return f"the server is away for {hours} h"
 
     def time_passes(self) -> str:
-        soon = min(max(self.next_at - self.now, 0.0), LIMITS.lease_s)
+        soon = min(max(self.next_instant() - self.now, 0.0), LIMITS.lease_s)
         seconds = self.draw.choice([1.0, 5.0, 20.0, 1.1 * LIMITS.lease_s, soon])
         self.now = round(self.now + seconds, 3)
         return f"{seconds:.3f} s pass"
@@ -14565,6 +15150,8 @@ class World:
         seconds = self.draw.choice([-7200.0, -100.0, 45.0, 7200.0])
         self.now = round(self.now + seconds, 3)
         self.witness.clock_was_set(seconds)
+        for post in self.posts.values():
+            post.deadline += seconds
         return f"the clock is set by {seconds:+} s"
 
     # A life, from the first move to the last
@@ -14598,7 +15185,12 @@ class World:
 
     def clear_up(self) -> None:
         """No more trouble, and somebody for every function: now every run must end."""
-        helper = Peer("helper", list(self.programs), slots=100)
+        for peer in self.endpoints.values():
+            peer.down_until = peer.silent_until = 0.0
+        for _ in range(3):  # registrations may be on their way
+            self.a_calm_round()
+        functions = [name for name in self.programs if not self.witness.endpoint_of(name)]
+        helper = Peer("helper", functions, slots=100)
         self.let(helper, "helper", self.join(helper))
         awake = {worker.name for worker in self.workers if self.awake(worker)}
         for name in sorted(self.witness.connected - awake):
@@ -14619,8 +15211,9 @@ class World:
             over = all(life.verdict for life in self.witness.lives.values())
             if over and not self.witness.bursts:
                 return self.wake_the_silent()
-            must(self.next_at < math.inf, f"stuck: {self.witness.open_runs()}")
-            self.now = round(max(self.now, self.next_at), 3)
+            instant = self.next_instant()
+            must(instant < math.inf, f"stuck: {self.witness.open_runs()}")
+            self.now = round(max(self.now, instant), 3)
         raise Broken(f"stuck: {self.witness.open_runs()}")
 
     def stop_ticks(self, function_id: str) -> str:
@@ -14636,6 +15229,8 @@ class World:
             pass
         for offer, call in self.held.items():
             must(self.offers.withdraw(offer), f"{call.label}, and is never answered")
+        free = self.offers.free_slots()
+        must(free == self.slots and not self.posts, f"{free} of {self.slots} slots are left")
         self.witness.look(behind=False, all_of_it=True)
 
     def a_calm_round(self) -> bool:
@@ -14662,6 +15257,16 @@ BOUNDS: dict[str, tuple[float, Callable[[random.Random], Any]]] = {
         "event": draw.choice([*EVENT_NAMES, *ANSWERS]), "match": draw.choice(["k", "k", ""])}]),
 }
 
+# How an endpoint is reached, if there is one.
+REACHED: dict[str, Callable[[random.Random], Any]] = {
+    "endpointUrl": lambda draw: draw.choice(URLS),
+    "preferredMode": lambda draw: draw.choice(["", "push", "push", "push", "pull"]),
+    "timeoutMs": lambda draw: draw.choice([0, 4_000, 30_000]),
+    "circuitBreaker": lambda draw: {} if draw.random() < 0.4 else {
+        "failureThreshold": draw.randint(1, 3), "openDurationMs": draw.choice([1_500, 20_000]),
+        "maxOpenDurationMs": draw.choice([20_000, 30_000])}}
+
+
 def draw_key(draw: random.Random) -> dict[str, str]:
     return draw.choice([{}, {"key": "k"}, {"key": "data.k"}])
 
@@ -14679,11 +15284,17 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (2, "", World.somebody_registers),
     (1, "", World.somebody_cancels),
     (1, "", World.somebody_invokes),
+    (0.4, "", World.a_crowd_comes),
     (0.5, "function was paused, or goes on", World.somebody_pauses),
+    (0.5, "function was deleted", World.somebody_deletes),
     (2, "silent worker was missed", World.the_server_misses_a_worker),
     (2, "worker died", World.some_worker_dies),
     (3, "worker came back under some id", World.some_worker_comes),
     (3, "worker fell silent with jobs in hand", World.some_worker_falls_silent),
+    (1.5, "endpoint was down", World.an_endpoint_is_down),
+    (1, "endpoint answered wrongly", World.an_endpoint_answers_wrongly),
+    (0.5, "endpoint never answered", World.an_endpoint_never_answers),
+    (0.5, "endpoint was slow", World.an_endpoint_is_slow),
     (2, "request was lost", World.a_request_is_lost),
     (3, "request came twice", World.a_request_comes_twice),
     (2, "request came when its client had given up", World.a_request_comes_late),
@@ -14750,6 +15361,24 @@ TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
     "run stood in line, actor",
     "run stood in line, gate",
     "actor's run went where its last one was",
+    "run was pushed, its worker having hung up",
+    "run went from a worker to an endpoint",
+    "run went from an endpoint to a worker",
+    "endpoint answered too late, or twice",
+    "endpoint was refused the last slot",
+    "endpoint was forgotten, its breaker being open",
+    "request to an endpoint took too long",
+    "request was dropped, its run being cancelled",
+    "request was under way when the server died",
+    "request failed, and spent an attempt",
+    "request failed while the breaker was open",
+    "request failed when its run was over",
+    "request of before the breaker opened failed",
+    "breaker opened",
+    "breaker stayed open for longer",
+    "breaker was open for the longest time",
+    "breaker closed",
+    "disk was full at the start",
     "event repeated its key",
     "event used the key of another",
     "array was refused as a whole",
@@ -14973,15 +15602,85 @@ def test_the_simulator_sees_a_call_that_outlives_its_cancelled_caller(
 class ForgetfulWorld(World):
     """What is put off is put off for ever when the server starts again."""
 
+    FORGETS = "timer WHERE kind = 'debounce'"
+
     def open(self) -> None:
         if self.witness.rows:
             with contextlib.closing(sqlite3.connect(self.path)) as db, db:
-                db.execute("DELETE FROM timer WHERE kind = 'debounce'")
+                db.execute(f"DELETE FROM {self.FORGETS}")
         super().open()
 
 
 def test_the_simulator_sees_a_debounce_that_forgets_on_restart() -> None:
     caught("there was silence, and no run started", ForgetfulWorld)
+
+
+class PushedWorld(World):
+    """All functions are behind endpoints, as a rule."""
+
+    PUSHED = 1.0
+
+
+class HopefulWorld(PushedWorld, ForgetfulWorld):
+    """Every endpoint is well when the server starts again."""
+
+    FORGETS = "endpoint"
+
+
+def test_the_simulator_sees_a_breaker_that_forgets_on_restart() -> None:
+    caught("of endpoints the file has {}", HopefulWorld)
+
+
+def test_the_simulator_sees_a_probe_that_others_go_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ironflow, "slot_at", lambda tx, offers, url, *_: offers.slot(url))
+    caught("was pushed, its breaker being open", PushedWorld)
+
+
+def test_the_simulator_sees_an_attempt_that_an_open_breaker_spends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.queued
+
+    def queued(run: ironflow.Run, now: float) -> ironflow.Run:
+        unreached = "ENDPOINT_" in (run.error or "") and run.status == "running"
+        return real(replace(run, attempt=run.attempt + unreached), now)
+
+    monkeypatch.setattr(ironflow, "queued", queued)
+    caught("is in attempt 2, though 0 failures were reported", PushedWorld)
+
+
+def test_the_simulator_sees_a_request_that_is_not_sent_again_after_a_crash(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        ironflow, "resume_pushes", lambda tx, limits, now: tx.next_instant())
+    caught("is not sent again: its request is lost", PushedWorld)
+
+
+def test_the_simulator_sees_a_slot_that_is_never_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ironflow.Offers, "freed", lambda offers, url: None)
+    caught("lie about: .* could have them", PushedWorld)
+
+
+def test_the_simulator_sees_a_late_answer_that_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.push_ended
+
+    def push_ended(
+        tx: ironflow.Transaction, job: ironflow.Job, said: ironflow.Report | None, *more: Any
+    ) -> None:
+        if said and (run := tx.find(ironflow.Run, run_id=job.run.run_id)):
+            job = replace(job, run=run)
+            said = replace(said, fence=run.fence, lease_token=run.lease_token)
+        real(tx, job, said, *more)
+
+    monkeypatch.setattr(ironflow, "push_ended", push_ended)
+    caught("was answered too late, and that counts", PushedWorld)
 
 
 # ======================================================================================
@@ -18303,6 +19002,39 @@ def test_the_readmes_client_hears_what_the_readme_says(
     assert waited == "[('process-order', 'completed', 'ord_8 shipped, 5 paid')]"
     assert invoked == "ord_9 shipped, 5 paid"
     assert [line.split(maxsplit=2)[1] for line in listed] == ["order.placed"] * 2
+
+
+def test_the_readmes_lambda_answers_an_api_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (program,) = [each for each in fenced("python") if "lambda_handler" in each]
+    (tmp_path / "worker.py").write_text(fenced("python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "worker", raising=False)
+    monkeypatch.setenv("IRONFLOW_SIGNING_KEY", PUSH_KEY)
+    scope: dict[str, Any] = {}
+    exec(program, scope)
+    text = json.dumps(a_push("process-order", event=a_push()["event"] | {
+        "data": {"orderId": "örd_1", "total": 5}}), ensure_ascii=False)
+    event: dict[str, Any] = {  # API Gateway's format 2.0
+        "version": "2.0", "routeKey": "$default", "rawPath": "/ironflow", "rawQueryString": "",
+        "headers": {"content-type": "application/json",
+                    "x-ironflow-signature": signature(text.encode())},
+        "requestContext": {"http": {"method": "POST", "path": "/ironflow"}},
+        "body": text, "isBase64Encoded": False}
+    coded = base64.b64encode(text.encode()).decode()
+    for asked in event, event | {"body": coded, "isBase64Encoded": True}:
+        answer = scope["lambda_handler"](asked, None)
+        said = json.loads(answer["body"])
+        assert (answer["statusCode"], said["status"]) == (200, "yielded"), said
+        assert said["steps"][0]["output"] == {"paid": 5}
+    refused = scope["lambda_handler"](event | {"headers": {}}, None)
+    assert refused["statusCode"] == 401 and refused["headers"]["Content-Type"]
+    page = event | {"requestContext": {"http": {"method": "GET", "path": "/"}}}
+    del page["body"]
+    assert scope["lambda_handler"](page, None)["statusCode"] == 405
+    monkeypatch.delitem(sys.modules, "worker")
+
 
 
 def test_the_readmes_unit_test_passes(readme_program: Callable[[str], str]) -> None:
