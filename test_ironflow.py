@@ -66,6 +66,7 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -11265,6 +11266,23 @@ def test_async_handlers_share_the_apps_loop_and_plain_ones_do_not_hold_it() -> N
     assert waited is True and theirs == ours
 
 
+@EITHER_KIND
+def test_a_handler_sees_the_context_of_its_caller(kind: str) -> None:
+    language: ContextVar[str] = ContextVar("language", default="?")
+    language.set("de")  # as a web framework does for each request
+    handler = both("""
+        async def handler(ctx):
+            return [language.get(), await ctx.step.run("a", language.get)]
+        """)(kind, language=language)
+    assert outcome_of(handler)["result"] == ["de", "de"]
+
+
+def test_a_push_without_steps_is_a_first_one() -> None:
+    body = a_push()
+    del body["steps"]
+    assert post([ping()], body) == (200, {"status": "completed", "result": "pong", "steps": []})
+
+
 def test_handle_may_be_called_where_a_loop_runs() -> None:
     async def inside() -> Any:
         return outcome_of(asynchronous([]), known("first", 1), known("a while"))
@@ -11342,6 +11360,7 @@ def test_an_asgi_app_stops_reading_a_body_that_does_not_end() -> None:
     async def receive() -> Any:
         nonlocal asked
         asked += 1
+        assert asked < 100
         return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
 
     async def send(message: Any) -> None:
@@ -11513,6 +11532,15 @@ def test_a_wsgi_app_reads_a_body_in_chunks_whose_end_its_gateway_knows() -> None
 
     assert ask(**{"wsgi.input_terminated": True}) == "200 OK"
     assert ask() == ask(CONTENT_LENGTH="-1") == "400 Bad Request"  # it may never end
+    asked: list[int] = []
+
+    class Endless:
+        def read(self, size: int) -> bytes:
+            asked.append(size)
+            return b"{"
+
+    assert ask(CONTENT_LENGTH=str(1 << 40), **{"wsgi.input": Endless()}) == "400 Bad Request"
+    assert asked == [ironflow_client.MAX_PUSH + 1]
 
 
 def test_a_circuit_breaker_is_registered_as_the_server_spells_it() -> None:
