@@ -13219,14 +13219,12 @@ class Witness:
             rows = rows[len(mine):]
             self.read_all(mine)
             self.settle()
-        self.remember(batch)
 
-    def remember(self, batch: Batch) -> None:
-        """Who asks for work, and who broke off: the server's memory, whatever the disk
-        says."""
+    def remember(self, batch: Batch, asking: set[str]) -> None:
+        """Whose poll broke off, and who asked since: the server has that in memory, so
+        it does not matter what the disk says."""
         self.missing |= {call.args[0] for call, _ in batch if call.kind == "leave"}
-        self.missing -= {call.script.owner.name for call, _ in batch
-                         if call.kind == "poll" and call.script}
+        self.missing -= asking
 
     def hear(self, call: Call, wish: ironflow.Wish) -> None:
         if call.kind in ("emit", "invoke"):
@@ -14432,7 +14430,9 @@ class World:
                 self.hold(call)
             if call in self.looks:
                 wish.args = (call.args[0], self.looks.pop(call), *call.args[2:])
+        asking = {offer.worker_id for offer in self.offers._fresh if offer.state == "open"}
         self.file.execute([wish for _, wish in batch], self.now)
+        self.witness.remember(batch, asking)
         self.while_writing(batch)
         return batch
 
@@ -14466,7 +14466,6 @@ class World:
         """Nothing of the batch happened, and the offers that it took stand again."""
         batch = self.write()
         self.file.rollback()
-        self.witness.remember(batch)
         self.next_at = min(self.next_at, self.now + 1.0)
         for call, wish in batch:
             wish.error = ironflow.DiskFull("no room")
