@@ -508,8 +508,8 @@ class Ids:
         return "".join([cls.PAIRS[number >> at & 1023] for at in range(90, -1, -10)])
 
 def to_rfc3339(instant: float) -> str:
-    """2026-01-01T00:00:00.123Z"""
-    moment = datetime.fromtimestamp(instant, UTC)
+    """2026-01-01T00:00:00.123Z; what is beyond the year 9999 as its end."""
+    moment = datetime.fromtimestamp(min(instant, 253_402_300_799.0), UTC)
     return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
 
 def from_rfc3339(text: str) -> float:
@@ -5623,7 +5623,7 @@ def push_timeout_s(text: str) -> float:
 
 def signing_key(name: str) -> str:
     """The key in a file. Raises as `private_text`: it must not start without one."""
-    if key := private_text(Path(name)).strip():
+    if (key := private_text(Path(name)).rstrip("\r\n")).strip():
         return key
     raise ValueError(f"{name} is empty: write the key into it")
 

@@ -2198,7 +2198,7 @@ class Endpoint:
             if not isinstance(error, IronflowError):    # a mistake of ours
                 log.exception("a push could not be answered")
                 error = IronflowError("see the log here", 500, "INTERNAL_ERROR")
-            status, text = error.status or 500, encode({
+            status, text = error.status, encode({
                 "error": {"code": error.code, "message": error.message}})
         return status, {"Content-Type": "application/json", "Allow": "POST",
                         "Content-Length": str(len(text.encode()))}, text.encode()
