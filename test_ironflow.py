@@ -12341,12 +12341,15 @@ def test_a_worker_killed_between_two_steps_is_resumed_by_another(
 
 # --- Random programs ------------------------------------------------------------------
 # A program is a list of what a handler does, as JSON: it travels in the event that starts
-# its run. The same programs are played twice, by our client's workers: once in peace, and
-# once while server and workers are killed. What became of each run has to be the same.
+# its run. The same programs are played twice, by our client's workers and by an endpoint
+# of it: once in peace, and once while server, workers and endpoint are killed. What became
+# of each run has to be the same; only how often the endpoint was out of reach has not.
 
 PLAYER = """
 import inspect, sys
-from ironflow_client import InvokeError, NonRetryableError, Worker, function
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIServer, make_server
+from ironflow_client import InvokeError, NonRetryableError, Worker, function, serve_wsgi
 def at_once(coroutine):
     try:
         coroutine.send(None)
@@ -12397,8 +12400,20 @@ async def plays(ctx):
 @function(id="plain", triggers=[{"event": "play.plain"}], retry=retry)
 def plays_plainly(ctx):
     return player(ctx, at_once)
+@function(id="pushed")
+async def answers(ctx):
+    return await player(ctx, lambda coroutine: coroutine)
+@function(id="plain.pushed")
+def answers_plainly(ctx):
+    return player(ctx, at_once)
+class Threads(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+if sys.argv[1:2] == ["at"]:
+    app = serve_wsgi([answers, answers_plainly])
+    make_server("127.0.0.1", int(sys.argv[2]), app, Threads).serve_forever()
 Worker([plays, plays_plainly], sys.argv[1], heartbeat_interval=0.2, max_concurrent_jobs=20).run()
 """
+PLAYERS = ("async", "plain", "pushed", "plain.pushed")
 
 
 def draw_parts(draw: random.Random, numbers: Iterator[int], depth: int) -> list[Any]:
@@ -12424,7 +12439,7 @@ def draw_more(
 ) -> list[Any]:
     """What a part has besides its kind and its name."""
     inner = partial(draw_parts, draw, numbers, depth + 1)
-    function_id = draw.choice(["async", "plain"])
+    function_id = draw.choice(PLAYERS)
     if kind == "do":
         return [int(draw.random() < 0.1)]  # attempts that fail
     if kind == "sleep":
@@ -12446,7 +12461,7 @@ def draw_story(seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
     program = draw_parts(draw, count(), 0) + draw_parts(draw, count(100), 0)
     program += [["fail", "end"]] if draw.random() < 0.3 else []
-    return {"name": draw.choice(["play.async", "play.plain"]),
+    return {"name": f"play.{draw.choice(PLAYERS)}",
             "data": {"n": seed, "program": program}, "idempotency_key": f"program {seed}"}
 
 
@@ -12455,7 +12470,8 @@ def what_became(server: RunningServer) -> dict[str, Any]:
     found, names = dict[str, Any](), dict[str, str]()
     for run_id, parent_id, parent_step, *end, n in server.rows(
         """
-        SELECT run_id, parent_run_id, parent_step_id, status, attempt, output,
+        SELECT run_id, parent_run_id, parent_step_id, status,
+               iif(function_id LIKE '%pushed', 'some', attempt), output,
                json_extract(error, '$.message'), json_extract(data, '$.n')
           FROM run JOIN journal ON seq = event_seq ORDER BY run_id
         """
@@ -12479,26 +12495,40 @@ def what_became(server: RunningServer) -> dict[str, Any]:
 
 @dataclass
 class Troupe:
-    """Programs that are being played: by two workers, and by somebody who answers."""
+    """Programs that are being played: by two workers and an endpoint, and by somebody who
+    answers."""
 
     server: RunningServer
     draw: random.Random
-    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    seat: socket.socket = field(default_factory=socket.socket)  # see RunningServer
+    players: list[subprocess.Popen[bytes]] = field(default_factory=list)
     answered: set[str] = field(default_factory=set)  # steps
 
     def __enter__(self) -> Troupe:
-        self.workers = [self.worker() for _ in range(2)]
-        eventually(lambda: self.server.yes("GET", "/api/v1/functions")["count"] == 2)
+        self.seat.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.seat.bind(("127.0.0.1", 0))
+        port = str(self.seat.getsockname()[1])
+        if sys.platform != "linux":
+            self.seat.close()
+        for name in PLAYERS[2:]:
+            self.server.rpc("RegisterFunction", {
+                "id": name, "triggers": [{"event": f"play.{name}"}],
+                "endpointUrl": f"http://127.0.0.1:{port}/",
+                "retry": {"initialDelayMs": 10, "maxDelayMs": 50, "maxAttempts": 1000},
+                "circuitBreaker": {"openDurationMs": 50, "maxOpenDurationMs": 200}})
+        self.players = [self.player(*where) for where in ([], ["at", port], [])]
+        eventually(lambda: self.server.yes("GET", "/api/v1/functions")["count"] == 4)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self.workers:
-            worker.kill()
-            worker.wait(DEADLINE_S)
+        self.seat.close()
+        for player in self.players:
+            player.kill()
+            player.wait(DEADLINE_S)
 
-    def worker(self) -> subprocess.Popen[bytes]:
+    def player(self, *where: str) -> subprocess.Popen[bytes]:
         env = self.server.env | {"PYTHONPATH": str(HERE)}
-        command = [sys.executable, "-c", PLAYER, self.server.url]
+        command = [sys.executable, "-c", PLAYER, *(where or [self.server.url])]
         return subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
 
     def play(self, seeds: Sequence[int]) -> None:
@@ -12529,14 +12559,14 @@ class Troupe:
         return not self.server.rows(live)
 
     def kill_somebody(self) -> None:
-        """The server, a worker, or both, at once; and then they come back."""
-        whom = self.draw.choice(["server", "worker", "both"])
+        """The server, a player, or both, at once; and then they come back."""
+        whom = self.draw.choice(["server", "player", "both"])
         if whom != "server":
-            worker = self.workers.pop(0)
-            worker.kill()
-            worker.wait(DEADLINE_S)
-            self.workers.append(self.worker())
-        if whom != "worker":
+            player = self.players.pop(0)
+            player.kill()
+            player.wait(DEADLINE_S)
+            self.players.append(self.player(*cast(list[str], player.args)[3:]))
+        if whom != "player":
             self.server.kill()
             self.server.start()
 
@@ -12562,7 +12592,7 @@ def same_in_any_weather(folder: Path, seeds: Sequence[int], kills: int) -> str:
         assert kills_between[name] == peace[name], f"{name} of {draw_story(int(seed))}"
     steps = Counter(kind for *_, steps, _ in peace.values() for kind, *_ in steps.values())
     failed = sum(end[0] == "failed" for end in peace.values())
-    return (f"{len(seeds)} programs with {kills} kills of server and workers: {len(peace)} runs, "
+    return (f"{len(seeds)} programs with {kills} kills of server and players: {len(peace)} runs, "
             f"{failed} of them failed; steps: {dict(steps)}; the same as without")
 
 
