@@ -14439,6 +14439,7 @@ class World:
         self.reading: list[Call] = []  # reports that the server reads about
         self.looks: dict[Call, ironflow.Report] = {}  # what it read
         self.clock_set = False
+        self.slow = [call for call in self.slow if call.kind != "leave"]
         self.keep = False  # `keep_leases` is to be written next
         self.starting = True  # until `resume_pushes` is written ...
         self.full = self.chance(0.2)  # ... for which there is no room at first
@@ -14478,9 +14479,9 @@ class World:
         self.file.commit()
         self.believe(batch)
         filled = self.offers.committed()
-        for offer in filled:
-            for job in offer.jobs:
-                self.witness.handed_out(job, offer)
+        jobs = [(job, offer) for offer in filled for job in offer.jobs]
+        for job, offer in sorted(jobs, key=lambda each: each[0].seq):
+            self.witness.handed_out(job, offer)
         return filled
 
     def a_batch(self, *more: Call) -> str:
@@ -14645,6 +14646,8 @@ class World:
         )
         self.held[offer] = call
         self.offers.add(offer)
+        self.slow = [each for each in self.slow
+                     if each.kind != "leave" or each.args[0] != worker.name]
 
     def serve(self, offer: ironflow.Offer, jobs: Any) -> None:
         """The poll has jobs, and its client is there to take them, or is not."""
@@ -15096,9 +15099,10 @@ class World:
         return f"{dead.name} dies"
 
     def break_off(self, offer: ironflow.Offer) -> None:
+        """After a while, if it does not ask again, the server takes it for gone."""
         self.end_poll(offer)
-        self.chores.append(Call("leave", f"{offer.worker_id} seems to be gone",
-                                ironflow.hung_up, (offer.worker_id,)))
+        self.slow.append(Call("leave", f"{offer.worker_id} seems to be gone",
+                              ironflow.hung_up, (offer.worker_id,)))
 
     def a_poll_breaks_off(self) -> str:
         """And its worker does not ask again for a while."""
