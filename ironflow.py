@@ -87,6 +87,7 @@ try:
     import aiohttp
     from aiohttp import web
     from aiohttp.abc import AbstractResolver
+    from aiohttp.client_proto import ResponseHandler
     from aiohttp.http import HttpProcessingError
     from yarl import URL
 except ModuleNotFoundError as missing:
@@ -2500,7 +2501,7 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         workers = [offer.worker_id for offer in offers.standing(function_id)]
         most = offers.free_slots() + 1 if url else room
         if len(secrets) == len(names) and (url or workers):  # else they wait for these
-            due.append(tx.due_runs(function_id, workers, most))
+            due.append(tx.due_runs(function_id, None if url else workers, most))
             if url and len(due[-1]) == most:
                 offers.leave(function_id)
     for run in heapq.merge(*due, key=lambda run: (run.due_at, run.run_id)):
@@ -3734,13 +3735,16 @@ class Transaction(Queries):
                          " AND lease_until < 9e999",
                          {"until": until, "acked": acked})
 
-    def due_runs(self, function_id: str, workers: list[str], limit: int) -> list[Run]:
-        """Runs of a function that one of these workers may take, longest due first."""
+    def due_runs(self, function_id: str, workers: list[str] | None, limit: int
+                 ) -> list[Run]:
+        """Runs of a function that one of these workers may take, longest due first; or
+        its endpoint, to which an actor's last worker does not matter."""
         if self._new_runs:
             self.flush()
         return self._rows(Run, f"""
             run WHERE function_id = :id AND status = 'waiting_for_capacity'
-               AND held IS NOT 1 AND (actor_id IS NULL OR NOT EXISTS (
+               AND held IS NOT 1
+               AND (actor_id IS NULL OR :workers = 'null' OR NOT EXISTS (
                  SELECT 1 FROM {self.BOUND} AND worker_id NOT IN (
                    SELECT value FROM json_each(:workers))))
              ORDER BY due_at, run_id LIMIT :limit""",
@@ -4871,9 +4875,22 @@ class Resolver(AbstractResolver):
     async def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+class Line(ResponseHandler):
+    """A connection; one that floods us with answers (1xx may be many) is cut off."""
+
+    def feed_data(self, *answer: Any) -> None:
+        super().feed_data(*answer)
+        if len(self._buffer) > 20 and self.transport is not None:
+            self.transport.abort()
+
 class Connector(aiohttp.TCPConnector):
     """The pool of connections; one on which somebody spoke unasked is not used again:
     that would be taken for the next answer."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        make: Any = partial(Line, loop=asyncio.get_running_loop())
+        self._factory = make
 
     async def connect(self, *asked: Any, **more: Any) -> Any:
         while True:
