@@ -2412,9 +2412,8 @@ class Offers:
             return offer
 
     def leave(self, function_id: str) -> None:
-        """Look at it again when there is a free slot."""
-        with self._lock:
-            self._left.add(function_id)
+        """Look at it again when there is a free slot. The writer's alone: no lock."""
+        self._left.add(function_id)
 
     def freed(self, url: str) -> None:
         """A request to an endpoint is over."""
@@ -2500,7 +2499,7 @@ def lease_to_offers(tx: Transaction, offers: Offers, functions: list[str],
         asked[function_id] = function, url, secrets
         workers = [offer.worker_id for offer in offers.standing(function_id)]
         most = offers.free_slots() + 1 if url else room
-        if len(secrets) == len(names) and (url or workers):  # else they wait for these
+        if len(secrets) == len(names) and (url or workers):  # else its runs wait
             due.append(tx.due_runs(function_id, None if url else workers, most))
             if url and len(due[-1]) == most:
                 offers.leave(function_id)
@@ -4889,6 +4888,7 @@ class Connector(aiohttp.TCPConnector):
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**more)
+        # aiohttp has no public place for this; should it go, a test sees the flood
         make: Any = partial(Line, loop=asyncio.get_running_loop())
         self._factory = make
 

@@ -998,12 +998,11 @@ def function(
         "metadata": None if metadata is None else dict(metadata),
         "actorKey": actor_key, "secrets": secrets, "recording": recording,
         "triggers": [_wire("triggers", one, at) for one in triggers],
-        "circuitBreaker": circuit_breaker and _wire("circuit_breaker", circuit_breaker,
-                                                    at),
         "cancelOn": cancel_on and [_wire("cancel_on", one, at) for one in cancel_on],
-        **{option: None if value is None else _wire(option, value, at)
+        **{_camel(option): None if value is None else _wire(option, value, at)
            for option, value in (("retry", retry), ("concurrency", concurrency),
-                                 ("throttle", throttle), ("debounce", debounce))}}
+                                 ("throttle", throttle), ("debounce", debounce),
+                                 ("circuit_breaker", circuit_breaker))}}
     given = {key: value for key, value in fields.items() if value is not None}
     registration = json_copy(given, at)
     limit = None if step_timeout is None else seconds(
@@ -1040,7 +1039,7 @@ def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
     for name, value in given.items():
         where = f"{at}: {option}[{name!r}]"
         check(name in known, f"{where} is none of {', '.join(known)}")
-        spelled = re.sub("_(.)", lambda found: found[1].upper(), name)
+        spelled = _camel(name)
         if re.search("delay|period|wait|duration", name):
             value = _ms(value, where, {"period": 1000, "open_duration": 1}.get(name, 0))
             spelled += "Ms"
@@ -1055,6 +1054,9 @@ def _wire(option: str, given: Mapping[str, Any], at: str) -> dict[str, Any]:
                   f"{where} must be 'fail' or 'pause'")
         wire[spelled] = value
     return wire
+
+def _camel(name: str) -> str:
+    return re.sub("_(.)", lambda found: found[1].upper(), name)
 
 def _ms(value: Duration, field: str, least: int = 0) -> int:
     milliseconds = round(seconds(value, field) * 1000)
