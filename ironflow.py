@@ -1284,7 +1284,7 @@ def doors() -> dict[str, Handler]:
         cancel: [f"POST {runs}/{{run_id}}/cancel", f"{service}/CancelRun"],
         get_ws: ["GET /ws"],
         get_stream: ["GET /api/v1/stream"],
-        subscribe: [f"{pubsub}/Subscribe"],
+        post_subscribe: [f"{pubsub}/Subscribe"],
         create_consumer_group: [f"{pubsub}/CreateConsumerGroup"],
         get_consumer_group: [f"{pubsub}/GetConsumerGroup"],
         list_consumer_groups: [f"{pubsub}/ListConsumerGroups"],
@@ -4468,7 +4468,7 @@ def run_message(run: Run, data: Json, verb: str, change: dict[str, Any],
              " max_attempts=policy.max_attempts")
     names += " started_at" if verb != "created" else ""
     names += " output" if verb == "completed" else ""
-    return join(in_camel(members(run, names)) | as_texts(change) | {
+    return join(as_texts(change) | in_camel(members(run, names)) | {
         "input": data, "updatedAt": stamp(at),
         "endedAt": stamp(at) if verb in TERMINAL else None})
 
@@ -4477,7 +4477,7 @@ def step_message(step: Step, verb: str, change: dict[str, Any]) -> Json:
     names = "id=step_id step_id run_id name type sequence started_at"
     names += " ended_at duration_ms" if verb in ("completed", "failed") else ""
     names += " output" if verb == "completed" else ""
-    return join(in_camel(members(step, names)) | as_texts(change))
+    return join(as_texts(change) | in_camel(members(step, names)))
 
 # --- The file, in one thread ----------------------------------------------------------
 
@@ -5536,7 +5536,7 @@ class Group:
 async def get_ws(api: Api, request: web.BaseRequest) -> web.WebSocketResponse:
     """GET /ws: subscribe, unsubscribe, ack, as many as one connection likes."""
     socket = web.WebSocketResponse(compress=False, autoping=False,
-                                   max_msg_size=FRAME_BYTES, timeout=GOODBYE_S)
+                                   max_msg_size=FRAME_BYTES + 1, timeout=GOODBYE_S)
     if not socket.can_prepare(request):
         raise InvalidInput("this door speaks WebSocket: connect with ws://, or use GET"
                            " /api/v1/stream")
@@ -5799,7 +5799,7 @@ EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8"}
 CONNECT_STREAM = {"Content-Type": "application/connect+json"}
 MESSAGE, END = 0, 2  # flags
 
-async def subscribe(api: Api, request: web.BaseRequest) -> web.StreamResponse:
+async def post_subscribe(api: Api, request: web.BaseRequest) -> web.StreamResponse:
     """PubSubService/Subscribe {pattern, options}: Connect's server streaming."""
     async def read(asks: Fields) -> Wanted:
         return read_wanted(api, [asks.text("pattern")], asks.inner("options"))
