@@ -4900,8 +4900,8 @@ class Journal:
             offer.answer(offer.error or offer.jobs)
         for run_id in ended:
             settle_future(self._ends.pop(run_id, None), None)
-        if news:
-            self._on_commit(*news)
+        if news:  # when the answers are on their way
+            self._loop.call_soon(self._on_commit, *news)
         if alarm < math.inf:
             self._on_alarm(alarm)
 
@@ -5030,8 +5030,12 @@ class Subscription:
         elif self.drops:
             self.seq, self.skipped = batch.seq, self.skipped + len(batch.messages)
         else:
-            self.live = False
-            self.fall_behind(self)
+            self.lag(batch.messages[0].seq - 1)
+
+    def lag(self, seq: int) -> None:
+        """From now on it has to be read for; of what was up to `seq` it has all."""
+        self.live, self.seq = False, max(self.seq, seq)
+        self.fall_behind(self)
 
     def pass_on(self, batch: Batch) -> None:
         self.seq = batch.seq
@@ -5059,7 +5063,8 @@ class Stream:
     """All subscriptions; whom to tell of a row."""
 
     def __init__(self, seq: int) -> None:
-        self.seq = seq  # of the newest row that was announced
+        self.seq = seq  # of the newest row that was announced ...
+        self.told = seq  # ... and of the newest message that was told
         self._index = Index[Interest]()
         self._watchers: dict[Interest, dict[Subscription, bool]] = {}
 
@@ -5091,6 +5096,7 @@ class Stream:
         """Tell who watches, in the order of `seq`."""
         told: dict[Interest, list[Message]] = {}
         for message, interests in found:
+            self.told = message.seq
             for interest in interests:
                 if passes(interest.filter, message):
                     told.setdefault(interest, []).append(message)
@@ -5104,8 +5110,7 @@ class Stream:
         for watchers in self._watchers.values():
             for each in watchers:
                 if each.live:
-                    each.live = False
-                    each.fall_behind(each)
+                    each.lag(self.told)
                 else:
                     each.meanwhile = None
 
@@ -5121,7 +5126,8 @@ class Watch:
         self._backlog_bytes, self._composing = 0, False
         self._tasks: dict[Any, asyncio.Task[Any]] = {}  # by what they are for
         self._ids, self.closing = count(1), False
-        self._read_for = lambda each: self.begin(each, self._catch_up(each))
+        self._read_for: Callable[[Subscription], None] = (
+            lambda each: self.begin(each, self._catch_up(each)))
 
     def new_id(self) -> str:
         return str(next(self._ids))
@@ -5375,14 +5381,15 @@ class Outlet:
         self._unsent += len(data)
 
     def flush(self) -> None:
-        if not self.begun or not self._parts:
-            return
-        data, self._parts = b"".join(self._parts), []
-        if self._wire is None or self.over:
-            return
-        self._wire.write(data)
-        self._put += len(data)
-        self._unsent = self._wire.get_write_buffer_size()
+        if self.begun and self._parts:
+            data, self._parts = b"".join(self._parts), []
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        if self._wire is not None and not self.over:
+            self._wire.write(data)
+            self._put += len(data)
+            self._unsent = self._wire.get_write_buffer_size()
 
     def has_room(self) -> bool:
         if self._unsent > ROOM_BYTES and not self._parts and self._wire is not None:
@@ -5395,7 +5402,11 @@ class Outlet:
             await self.request.writer.drain()
 
     def send(self, subscription: Subscription, batch: Batch) -> None:
-        self.put(batch.written(subscription.form))
+        data = batch.written(subscription.form)
+        if self._parts or not self.begun or len(self.subscriptions) > 1:
+            self.put(data)
+        else:  # a commit brings it no more
+            self._write(data)
 
     def confirm(self, member: Member, seqs: list[int]) -> None:
         """These went to a member that does not ack: find out whether it has them. Here
@@ -5411,6 +5422,9 @@ class Outlet:
         """Now and then: see whether the other side is there, and that it reads."""
         self.flush()
         unsent = self._wire.get_write_buffer_size() if self._wire is not None else 0
+        for each in self.subscriptions.values() if self.has_room() else ():
+            if isinstance(each, Subscription):
+                each.pass_on(Batch([], each.seq))  # says what it missed
         if not unsent or self._put - unsent != self._moved:
             self._moved, self._moved_at = self._put - unsent, now
         elif now - self._moved_at >= STALL_S:
@@ -5470,7 +5484,8 @@ class Group:
     """
 
     def __init__(self, watch: Watch, row: ConsumerGroup) -> None:
-        self.watch, self.name, self._most = watch, row.name, row.max_inflight
+        self.watch, self.name = watch, row.name
+        self._most = min(row.max_inflight, LOOKED_AT)  # in memory
         self.members: dict[str, Member] = {}
         self.again = asyncio.Event()  # there may be something to deal
         self._roomy = asyncio.Event()
@@ -5679,9 +5694,9 @@ class Socket(Outlet):
         self._complain(subscription, error.word, error.message, False)
         self._unsubscribe(subscription.form[1])
 
-    def flush(self) -> None:
+    def _write(self, data: bytes) -> None:
         self.over = self.over or self._socket.closed  # no frame follows that of the end
-        super().flush()
+        super()._write(data)
 
     def keep_alive(self, now: float) -> None:
         silent_s = now - self._heard_at
