@@ -12,7 +12,8 @@
 An *event* comes in by HTTP and is on disk before the caller hears yes. Each *function*
 whose *trigger* matches gets a *run*: steps that are done once, whose results are kept,
 so that a crash resumes and does not repeat. A *worker* pulls runs by long polling, or
-the server *pushes* them to an HTTP endpoint.
+the server *pushes* them to an HTTP endpoint. Whoever *subscribes* to a pattern is told,
+at once and in order, of every event and every change.
 
 The life of one event, and who carries it:
 
@@ -26,17 +27,17 @@ The life of one event, and who carries it:
     7. the worker does a step and reports; `record_steps` keeps the result for good
     8. it reports an end, or what the run waits for; `settle` decides what becomes of it
     9. whoever dies on the way: `turn_clock` sees the lease end and the run is due again
-   10. each of these left a row in `journal`, the one order of all that happened
+   10. each of these left a row in `journal`, the one order of all that happened;
+       `Stream.tell` tells those who watch, as soon as it is on disk
 
 What holds, always: whatever was acknowledged survives kill -9 and power loss; a step
 recorded as completed never runs again; what happens, happens in one transaction.
 
-What is not here yet: live subscriptions, pausing and patching of runs. Each is refused
-with a sentence, never ignored.
+What is not here yet: pausing and patching of runs. It is refused with a sentence, never
+ignored.
 
 The file reads from top to bottom: words and laws (2 to 5), the way in (6), the engine
-(7), the disk (8), the ways out (10, 11), the server (12), its command line (13). The
-missing number belongs to a chapter that is still to come.
+(7), the disk (8), the ways out (9 to 11), the server (12), its command line (13).
 """
 
 # ======================================================================================
@@ -81,7 +82,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import count, groupby, islice, product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urljoin, urlsplit
 from weakref import WeakValueDictionary
 
@@ -1285,6 +1286,7 @@ def doors() -> dict[str, Handler]:
         get_run: [f"GET {runs}/{{run_id}}", f"{service}/GetRun"],
         list_steps: [f"GET {runs}/{{run_id}}/steps", f"{service}/GetRunSteps"],
         cancel: [f"POST {runs}/{{run_id}}/cancel", f"{service}/CancelRun"],
+        # from here on: chapter 9
         get_ws: ["GET /ws"],
         get_stream: ["GET /api/v1/stream"],
         post_subscribe: [f"{pubsub}/Subscribe"],
@@ -1297,7 +1299,7 @@ def doors() -> dict[str, Handler]:
         ack_event: [f"{pubsub}/AckEvent"],
         list_dead: ["GET /api/v1/consumer-groups/{name}/dead"],
         replay_dead: ["POST /api/v1/consumer-groups/{name}/replay"],
-        # from here on: chapter 10
+        # chapter 10
         post_worker: [f"POST {worker}/register", f"PUT {worker}/register"],
         post_heartbeat: [f"POST {worker}/heartbeat", f"PUT {worker}/heartbeat"],
         poll_jobs: [f"GET {worker}/jobs"],
@@ -4980,21 +4982,24 @@ class Batch:
             self._written[form] = found
         return found
 
-class Sink(Protocol):
+class Sink:
     """Where the messages of a subscription go."""
+
+    __slots__ = ()
 
     def has_room(self) -> bool:
         """Whether it takes more; if not, `drained` returns when it does again."""
+        raise NotImplementedError
 
     async def drained(self) -> None: ...
 
     def send(self, subscription: Subscription, batch: Batch) -> None: ...
 
     def skipped(self, subscription: Subscription, count: int) -> None:
-        """So many messages were dropped, for it had no room."""
+        """So many messages were dropped, for there was no room."""
 
-    def fail(self, subscription: Subscription, error: IronflowError) -> None:
-        """It cannot go on: what it has to be told next is not there any more."""
+    def fail(self, subscription: Subscription | Member, error: IronflowError) -> None:
+        """It cannot go on: what comes next is not there any more."""
 
 @dataclass(slots=True, eq=False)
 class Subscription:
@@ -5336,22 +5341,11 @@ interest = lru_cache(maxsize=1024)(Interest)  # a thousand watchers share one
 
 # --- One connection -------------------------------------------------------------------
 
-class Outlet:
+class Outlet(Sink):
     """A connection, and what it is told. Each door has its own words for that."""
 
-    __slots__ = (
-        "_moved",
-        "_moved_at",
-        "_parts",
-        "_put",
-        "_unsent",
-        "_wire",
-        "begun",
-        "over",
-        "request",
-        "subscriptions",
-        "watch",
-    )
+    __slots__ = ("_moved", "_moved_at", "_parts", "_put", "_unsent", "_wire", "begun",
+                 "over", "request", "subscriptions", "watch")
 
     def __init__(self, watch: Watch, request: web.BaseRequest) -> None:
         self.watch, self.request, self._wire = watch, request, request.transport
@@ -5413,17 +5407,12 @@ class Outlet:
         there is no way to: what was written counts."""
         member.done(seqs)
 
-    def skipped(self, subscription: Subscription, count: int) -> None: ...
-
-    def fail(self, subscription: Subscription | Member, error: IronflowError) -> None:
-        """It cannot go on."""
-
     def look(self, now: float) -> None:
         """Now and then: see whether the other side is there, and that it reads."""
         self.flush()
         unsent = self._wire.get_write_buffer_size() if self._wire is not None else 0
         for each in self.subscriptions.values() if self.has_room() else ():
-            if isinstance(each, Subscription):
+            if isinstance(each, Subscription) and each.skipped:
                 each.pass_on(Batch([], each.seq))  # says what it missed
         if not unsent or self._put - unsent != self._moved:
             self._moved, self._moved_at = self._put - unsent, now
@@ -5476,7 +5465,7 @@ class Member:
     def done(self, seqs: list[int]) -> None:
         self.group.write(acked, seqs, "ack", 0.0)
 
-class Group:
+class Group(Sink):
     """The members of a consumer group that are connected here, and what waits for them.
 
     It is the sink of one subscription, that of the group, from the group's position on;
@@ -5505,10 +5494,6 @@ class Group:
     def send(self, subscription: Subscription, batch: Batch) -> None:
         self._ready.extend(batch.messages)
         self.again.set()
-
-    def skipped(self, subscription: Subscription, count: int) -> None: ...
-
-    def fail(self, subscription: Subscription, error: IronflowError) -> None: ...
 
     def write(self, rule: Callable[..., Any], *args: Any) -> None:
         """Have a rule carried out, in the background; should that fail, what it was to
@@ -5688,7 +5673,7 @@ class Socket(Outlet):
                  code=code, message=message, retrying=goes_on)
 
     def skipped(self, subscription: Subscription, count: int) -> None:
-        self._complain(subscription, "MESSAGES_DROPPED", skipped(count), True)
+        self._complain(subscription, "MESSAGES_DROPPED", DROPPED.format(count), True)
 
     def fail(self, subscription: Subscription | Member, error: IronflowError) -> None:
         self._complain(subscription, error.word, error.message, False)
@@ -5739,8 +5724,7 @@ def as_frame(message: Message, name: str, metadata: bool, attempt: int = 1) -> b
 CUT = (f"older messages may be missing: {REPLAY_ROWS} rows were looked at for the "
        "replay, ask for a narrower pattern")
 
-def skipped(count: int) -> str:
-    return f"{count} messages were dropped, for you did not read them fast enough"
+DROPPED = "{} messages were dropped, for they were not read fast enough"
 
 # --- The doors that answer and never end ----------------------------------------------
 
@@ -5837,7 +5821,7 @@ class EventSource(Body):
         self.add(f"event: ironflow.error\ndata: {data}\n\n")
 
     def skipped(self, subscription: Subscription, count: int) -> None:
-        self.complain("MESSAGES_DROPPED", skipped(count))
+        self.complain("MESSAGES_DROPPED", DROPPED.format(count))
 
     def last_word(self, error: IronflowError) -> None:
         if not isinstance(error, Unavailable):  # then it comes back by itself
@@ -5894,7 +5878,7 @@ class Envelopes(Body):
     __slots__ = ()
 
     def skipped(self, subscription: Subscription, count: int) -> None:
-        log.warning("a subscriber: %s", skipped(count))
+        log.warning("a subscriber: %s", DROPPED.format(count))
 
     def last_word(self, error: IronflowError) -> None:
         self.put(chunk(last_envelope(error), self.chunked))
