@@ -3113,11 +3113,16 @@ def delete_group(tx: Transaction, name: str, now: float) -> None:
     tx.delete_group(name)
     tx.rung.add(name)
 
-def deal(tx: Transaction, name: str, seqs: list[int], members: list[str], now: float
-         ) -> tuple[list[Delivery], int]:
+def deal(tx: Transaction, name: str, group_id: str, seqs: list[int],
+         members: list[str], now: float) -> tuple[list[Delivery], int]:
     """Deal messages out to members, each to who has the fewest: those that are due
-    again, then new ones. What was dealt, and the group's position. Raises NotFound."""
+    again, then new ones. What was dealt, and the group's position.
+
+    Raises NotFound, also if the name is another group's now.
+    """
     group = known(tx, ConsumerGroup, name)
+    if group.group_id != group_id:
+        raise NotFound(f"consumer group {group_id} not found")
     held = tx.held_by_members(name)
     room = group.max_inflight - held.total()
     dealt = tx.due_deliveries(name, max(room, 0))
@@ -5131,6 +5136,7 @@ class Watch:
         self._backlog_bytes, self._composing = 0, False
         self._tasks: dict[Any, asyncio.Task[Any]] = {}  # by what they are for
         self._ids, self.closing = count(1), False
+        self.resumed: Future = asyncio.get_running_loop().create_future()
         self._read_for: Callable[[Subscription], None] = (
             lambda each: self.begin(each, self._catch_up(each)))
 
@@ -5225,8 +5231,10 @@ class Watch:
             wanted.group, wanted.pattern, wanted.interest.filter,
             ack_mode="manual" if wanted.manual else "auto",
             position=-1 if wanted.since is None else wanted.since)
+        await asyncio.shield(self.resumed)  # what the last process dealt is due again
         found = await self.journal.write(join_group, asked)
-        if (group := self.groups.get(wanted.group)) is None:
+        group = self.groups.get(wanted.group)
+        if group is None or group.id != found.group_id:
             group = self.groups[wanted.group] = Group(self, found)
             self.follow(group.subscription)
         member = Member(group, outlet, name, form, wanted.manual, self.new_id())
@@ -5322,9 +5330,6 @@ def read_wanted(api: Api, patterns: list[str], body: Fields) -> Wanted:
             compiled(test)
         except InvalidInput as error:
             raise InvalidFilter(f"filter {error.message}") from None
-    if (namespace := body.text("namespace")) not in ("", "default", api.environment):
-        raise InvalidInput(f"namespace {namespace[:80]!r} is not served here, but "
-                           f"{api.environment!r}")
     if group := body.text("consumerGroup", "group"):
         check_group_name(group)
     since = body.get("startAfterSequence", "since")
@@ -5332,10 +5337,17 @@ def read_wanted(api: Api, patterns: list[str], body: Fields) -> Wanted:
         " ".join(patterns), interest(tuple(dict.fromkeys(forms)), test),
         min(body.whole("replay"), MAX_REPLAY),
         None if since is None else body.whole("startAfterSequence", "since"),
-        group, namespace or "default",
+        group, namespace_of(api, body),
         read_word(body, "ack_mode", "ackMode", "ack") == "manual",
         read_word(body, "backpressure_mode", "backpressure") == "drop",
         body.flag("includeMetadata"))
+
+def namespace_of(api: Api, body: Fields) -> str:
+    """The one that is served. Raises InvalidInput for another."""
+    if (named := body.text("namespace")) not in ("", "default", api.environment):
+        raise InvalidInput(f"namespace {named[:80]!r} is not served here, but "
+                           f"{api.environment!r}")
+    return named or "default"
 
 interest = lru_cache(maxsize=1024)(Interest)  # a thousand watchers share one
 
@@ -5473,7 +5485,7 @@ class Group(Sink):
     """
 
     def __init__(self, watch: Watch, row: ConsumerGroup) -> None:
-        self.watch, self.name = watch, row.name
+        self.watch, self.name, self.id = watch, row.name, row.group_id
         self._most = min(row.max_inflight, LOOKED_AT)  # in memory
         self.members: dict[str, Member] = {}
         self.again = asyncio.Event()  # there may be something to deal
@@ -5516,7 +5528,7 @@ class Group(Sink):
             dealt, patience_s = list[Delivery](), None
             try:
                 if able:
-                    dealt, position = await write(deal, self.name, seqs, able)
+                    dealt, position = await write(deal, self.name, self.id, seqs, able)
                     await self._hand_out(dealt, position)
             except NotFound:
                 gone = GroupDeleted(f"consumer group {self.name!r} was deleted")
@@ -5905,23 +5917,28 @@ def as_envelope(message: Message, name: str, namespace: str, attempt: int = 1
 # --- The doors of consumer groups -----------------------------------------------------
 # PubSubService/CreateConsumerGroup and so on; the two of dead letters are REST.
 
+async def asked_of_group(api: Api, request: web.BaseRequest) -> Fields:
+    namespace_of(api, asks := await asked(api, request))
+    return asks
+
 async def create_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     interest = read_wanted(api, [asks.text("pattern")], Fields({
-        "filter": asks.text("filterExpr"), "namespace": asks.text("namespace")}))
+        "filter": asks.text("filterExpr")}))
     new = ConsumerGroup(check_group_name(asks.text("name")), asks.text("pattern"),
                         interest.interest.filter, **read_group(asks))
     return answer(group_to_connect(api, await api.journal.write(create_group, new)))
 
 def read_group(asks: Fields) -> dict[str, Any]:
     """What of a group can be set, and is."""
-    modes = {"ack_mode": read_word(asks, "ack_mode", "ackMode"),
-             "backpressure": read_word(asks, "backpressure_mode", "backpressure")}
-    numbers = {name: asks.whole(camel(name), high=MAX_INT32) for name in (
-        "max_inflight", "max_redeliveries", "redeliver_delay_ms")}
     metadata = asks.inner("metadata").all
-    return {name: value for name, value in (modes | numbers).items() if value} | (
-        {"metadata": dumps(metadata)} if metadata else {})
+    words = {"ack_mode": read_word(asks, "ack_mode", "ackMode"),
+             "backpressure": read_word(asks, "backpressure_mode", "backpressure"),
+             "max_inflight": asks.whole("maxInflight", high=MAX_INT32),
+             "metadata": dumps(metadata) if metadata else ""}
+    numbers = {name: asks.whole(camel(name), high=MAX_INT32) for name in (
+        "max_redeliveries", "redeliver_delay_ms") if asks.get(camel(name)) is not None}
+    return {name: value for name, value in words.items() if value} | numbers
 
 def check_group_name(name: str) -> str:
     if not 0 < len(name) <= 255 or CONTROL.search(name):
@@ -5941,23 +5958,23 @@ def group_to_connect(api: Api, group: ConsumerGroup) -> Json:
         "memberCount": len(here.members) if here else 0}))
 
 async def get_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
-    name = (await asked(api, request)).text("name")
+    name = (await asked_of_group(api, request)).text("name")
     group = await api.journal.read(known, ConsumerGroup, name)
     return answer(group_to_connect(api, group))
 
 async def list_consumer_groups(api: Api, request: web.BaseRequest) -> web.Response:
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     status = read_word(asks, "consumer_group_status", "status")
-    found = [each for each in await api.journal.read(Queries.groups)
-             if each.name > asks.text("cursor") and status in ("", "active")]
-    page = found[: asks.whole("limit", high=1000) or 1000]
-    more = page[-1].name if len(page) < len(found) else ""
+    found = await api.journal.read(Queries.groups) if status in ("", "active") else []
+    rest = [each for each in found if each.name > asks.text("cursor")]
+    page = rest[: asks.whole("limit", high=1000) or 1000]
+    more = page[-1].name if len(page) < len(rest) else ""
     return answer(join(as_texts({"nextCursor": more, "totalCount": len(found)}) | {
         "groups": listed(group_to_connect(api, each) for each in page)}))
 
 async def update_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
     """UpdateConsumerGroup {group, updateMask}: all but what it watches."""
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     given, mask = asks.inner("group"), asks.get("updateMask")
     paths = mask.get("paths") if isinstance(mask, dict) else mask
     names = paths.split(",") if isinstance(paths, str) else paths or []
@@ -5972,12 +5989,12 @@ async def update_consumer_group(api: Api, request: web.BaseRequest) -> web.Respo
         update_group, group.name, changes)))
 
 async def delete_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
-    await api.journal.write(delete_group, (await asked(api, request)).text("name"))
+    await api.journal.write(delete_group, (await asked_of_group(api, request)).text("name"))
     return answer("{}")
 
 async def ack_event(api: Api, request: web.BaseRequest) -> web.Response:
     """AckEvent {groupName, eventId, ackType, redeliverDelayMs}; again: as the first."""
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     delay_ms = asks.whole("redeliverDelayMs", high=MAX_INT32)
     await api.journal.write(
         acked_event, asks.text("groupName"), asks.text("eventId"),
@@ -5997,7 +6014,7 @@ async def join_consumer_group(api: Api, request: web.BaseRequest) -> web.StreamR
 
 async def list_dead(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/consumer-groups/{name}/dead: messages given up, oldest first."""
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     name, limit = asks.text("name"), min(asks.whole("limit") or 50, 1000)
     await api.journal.read(known, ConsumerGroup, name)
     dead = await api.journal.read(
@@ -6016,7 +6033,7 @@ async def list_dead(api: Api, request: web.BaseRequest) -> web.Response:
 async def replay_dead(api: Api, request: web.BaseRequest) -> web.Response:
     """POST .../replay {event_ids}: deal them out again; all of them, if none is named.
     """
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     event_ids = asks.items("eventIds")
     count = await api.journal.write(
         revive, asks.text("name"), [str(each) for each in event_ids] or None)
@@ -6878,8 +6895,9 @@ def private_text(path: Path) -> str:
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
 
-    def __init__(self, desk: PullDesk, push_slots: int) -> None:
+    def __init__(self, desk: PullDesk, push_slots: int, resumed: Future) -> None:
         self._desk, self._clock, self._push_slots = desk, desk.clock, push_slots
+        self._resumed = resumed
         self._next_at = math.inf
         self._rung = asyncio.Event()
 
@@ -6894,6 +6912,7 @@ class Timekeeper:
         clock, secrets = self._clock, self._desk.offers.secrets
         readings = secrets.readings
         await self._turn(resume)
+        settle_future(self._resumed, None)
         self._desk.offers.open_slots(self._push_slots)
         await self._turn(keep_leases)
         wall, steady = clock.wall(), clock.steady()
@@ -7003,7 +7022,7 @@ class Server:
                 desk.remember(worker.worker_id)
             newest = await journal.read(lambda queries: queries.last_seq)
             watch = Watch(journal, self.clock, newest)
-            timekeeper = Timekeeper(desk, self.push_concurrency)
+            timekeeper = Timekeeper(desk, self.push_concurrency, watch.resumed)
             for loop in timekeeper.keep(), sweep(journal, self.retain_s), watch.keep():
                 task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)
