@@ -18998,8 +18998,8 @@ def test_a_pipe_that_nobody_reads_ends_it_quietly(past: RunningServer) -> None:
 class Browser:
     """Headless Chromium, driven by chromedriver over plain HTTP (W3C WebDriver)."""
 
-    FLAGS = ("--headless --disable-gpu --disable-quic --no-first-run --disable-component-update"
-             " --disable-background-networking --disable-sync --disable-dev-shm-usage").split()
+    FLAGS = ["--headless", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
     def __init__(self, folder: Path) -> None:
         root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses root without
@@ -19175,6 +19175,30 @@ def test_the_todo_page_is_the_same_in_two_windows_and_goes_on_after_a_kill(
         assert len(steps) == len(set(steps)) == 10  # three of each, and one is done
         assert app.stop() == 0
     assert "Traceback" not in app.log, app.log
+
+
+@pytest.mark.slow
+def test_the_readmes_page_follows_the_stream_from_another_origin_and_over_a_kill(
+    browser: Browser, server: RunningServer
+) -> None:
+    (page,) = fenced("html")
+    browser.open(f"http://localhost:{server.port}/health")
+    browser.js("""document.body.textContent = '';
+        const script = document.createElement('script');
+        script.textContent = arguments[0].replace(/<.?script>/g, '');
+        document.head.append(script)""",
+               page.replace("localhost:9123", f"127.0.0.1:{server.port}"))
+    eventually(lambda: browser.js("return events.readyState === EventSource.OPEN"))
+    server.emit(data={"orderId": "a"})
+    eventually(lambda: "a" in browser.js("return document.body.textContent"))
+    server.kill()
+    server.start()
+    for order in ("b", "c"):
+        server.emit(data={"orderId": order})
+    orders = server.rows("SELECT seq, json_extract(data, '$.orderId') FROM topic ORDER BY seq")
+    shown = "".join(f"{seq}: {order} " for seq, order in orders)
+    eventually(lambda: "c" in browser.js("return document.body.textContent"))
+    assert browser.js("return document.body.textContent") == shown
 
 
 # ======================================================================================
