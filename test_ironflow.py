@@ -19202,6 +19202,14 @@ def test_the_readmes_page_follows_the_stream_from_another_origin_and_over_a_kill
     eventually(lambda: "c" in browser.js("return document.body.textContent"))
     assert browser.js("return document.body.textContent") == shown
 
+    (program,) = fenced("js")
+    browser.js("window.told = []; (new Function(arguments[0]))()", program.replace(
+        "localhost:9123", f"127.0.0.1:{server.port}").replace("console.log(", "told.push("))
+    result, event = eventually(lambda: len(browser.js("return told")) == 2
+                               and browser.js("return told"))
+    assert result["results"][0]["status"] == "ok"
+    assert (event["data"], event["meta"]["sequence"]) == ({"orderId": "c"}, orders[-1][0])
+
 
 # ======================================================================================
 # The project: examples and README do what they say

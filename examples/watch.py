@@ -7,6 +7,18 @@ it comes back it says how far it had come, and hears the rest, each message once
 `system.run.>` is all that happens to runs; `events:>` are events, `>` is everything.
 
 Prints:
+run created: waiting_for_capacity
+run updated: running
+step mix created: completed
+step mix completed: completed
+--- nobody watched, and there is a lemon cake ---
+step heat created: failed
+step heat failed: failed
+run updated: waiting
+run updated: waiting_for_capacity
+run updated: running
+step heat completed: completed
+run completed: completed
 """
 
 from __future__ import annotations
@@ -21,28 +33,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 import ironflow
 from ironflow_client import AsyncClient, Context, StreamEvent, Worker, function
 
-attempts = 0
-
 
 @function(id="bake", triggers=[{"event": "cake.ordered"}], retry={"initial_delay": 0.1})
 async def bake(ctx: Context) -> str:
     async def heat() -> None:
-        global attempts
-        attempts += 1
-        if attempts == 1:
+        if ctx.run.attempt == 1:
             raise OSError("the oven is cold")
-
     await ctx.step.run("mix", lambda: asyncio.sleep(0))
     await ctx.step.run("heat", heat)
-    await ctx.step.sleep("bake", "100ms")
     return f"a {ctx.event.data} cake"
 
 
 def told(event: StreamEvent) -> str:
-    """A topic is `system.run.<id>.<verb>` or `system.run.<id>.step.<step's id>.<verb>`."""
-    verb, data = event.topic.rpartition(".")[2], event.data
+    verb, data = event.topic.rpartition(".")[2], event.data  # system.run.<id>.<verb>
     who = f"step {data['name']}" if ".step." in event.topic else "run"
-    return f"{who} {verb}, {data['status']}"
+    return f"{who} {verb}: {data['status']}"
 
 
 async def watch(client: AsyncClient, since: int, until: str) -> list[StreamEvent]:
@@ -60,13 +65,13 @@ async def main(folder: str) -> None:
     async with (ironflow.Server(db=Path(folder, "cakes.db"), port=0) as server,
                 Worker([bake], server.url), AsyncClient(server.url) as client):
         order = asyncio.create_task(client.emit_sync("cake.ordered", "lemon"))
-        heard = await watch(client, 0, "step mix completed, completed")
+        heard = await watch(client, 0, "step mix completed: completed")
         print(*map(told, heard), sep="\n")
         (run,) = (await order).results
         print(f"--- nobody watched, and there is {run.output} ---")
-        rest = await watch(client, heard[-1].sequence, "run completed, completed")
+        rest = await watch(client, heard[-1].sequence, "run completed: completed")
         print(*map(told, rest), sep="\n")
-        assert heard + rest == await watch(client, 0, "run completed, completed")
+        assert heard + rest == await watch(client, 0, "run completed: completed")
 
 
 if __name__ == "__main__":
