@@ -46,7 +46,7 @@ async def todo(ctx: Context) -> None:
 
     kinds = [kind for kind, verbs in KINDS.items() if {*words} & {*verbs.split()}]
     await ctx.step.run("read", lambda: think((kinds or ["other"])[0]))
-    await ctx.step.run("estimate", lambda: think(f"{5 + 5 * len(words)} min"))
+    await ctx.step.run("estimate", lambda: think(f"{5 * min(12, 1 + len(words))} min"))
     day = "tomorrow" if "tomorrow" in words else "today"
     hour = random.choice(("at ten", "after lunch", "at four"))  # whatever it is, the
     await ctx.step.run("plan", lambda: think(f"{day} {hour}"))  # recorded one counts
@@ -102,8 +102,12 @@ def make_app(db: str) -> web.Application:
         """An event; with the same id it is the same one, so the page may repeat it."""
         if request.content_type != "application/json":  # a form on somebody else's page
             raise web.HTTPUnsupportedMediaType
-        said, what = await request.json(), request.match_info["what"]
-        data = {"id": str(said["id"]), "text": str(said.get("text", ""))[:200]}
+        what = request.match_info["what"]
+        try:
+            said = await request.json()
+            data = {"id": str(said["id"]), "text": str(said.get("text", ""))[:200]}
+        except (LookupError, TypeError, ValueError):
+            raise web.HTTPBadRequest from None
         await request.app[CLIENT].emit(f"todo.{what}", data,
                                        idempotency_key=f"{what} {data['id']}")
         return web.Response(status=204)
