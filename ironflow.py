@@ -5514,7 +5514,7 @@ def commands() -> dict[str, tuple[Deed, str, str, str]]:
                  """order.placed --data '{"total": 5}' --wait""",
                  "name --data --data-file --metadata --version --idempotency-key --wait"
                  " --timeout"),
-        "subscribe": (subscribe, "print what happens, as it is committed, until Ctrl-C",
+        "subscribe": (print_stream, "print what is committed, as it is, until Ctrl-C",
                       "'system.run.>' 'events:order.*' --replay 10",
                       "patterns --replay --since/ --filter --metadata/"),
         "run list": (show_rows, "list runs, newest first", "--status failed",
@@ -5564,7 +5564,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "target": arg("the copy", Path, metavar="FILE"),
         "patterns": arg("such as system.run.>, events:order.* or topic:shop.news",
                         nargs="+", metavar="PATTERN"),
-        "--replay": arg("begin with the newest so many", within(0, 1000)),
+        "--replay": arg("begin with the newest so many", within(0, 1000), metavar="N"),
         "--since/": arg("begin behind this sequence", within(0, 2**63 - 1), dest="seq",
                         metavar="SEQ"),
         "--filter": arg("only those for which this is true (CEL)", metavar="EXPR"),
@@ -5780,7 +5780,7 @@ def unreachable(asked: argparse.Namespace, error: Exception) -> str:
     return (f"cannot reach {asked.server.geturl()} ({why}); is it running? `python "
             "ironflow.py` starts one")
 
-def subscribe(asked: argparse.Namespace) -> None:
+def print_stream(asked: argparse.Namespace) -> None:
     """Print messages, in the colour of their status, until Ctrl-C: no failure."""
     names = ["topic", "data", *["eventId", "sequence", "timestamp"] * asked.metadata]
     columns, width = f"timestamp {'sequence id ' * asked.metadata}topic data", 0

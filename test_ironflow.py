@@ -102,6 +102,8 @@ from ironflow_client import (
     StepError,
     StepRow,
     StepTimeoutError,
+    StreamEvent,
+    Subscription,
     Worker,
     WorkerAuthError,
     function,
@@ -15921,8 +15923,8 @@ class Proxy:
     told to, it lets a request through and drops the connection instead of bringing the
     answer."""
 
-    def __init__(self, port: int) -> None:
-        self._target = port
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self._target, self._tls = port, tls
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.connections = 0
@@ -15935,6 +15937,8 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                if self._tls:
+                    client = self._tls.wrap_socket(client, server_side=True)
                 self.connections += 1
                 server = socket.create_connection(("127.0.0.1", self._target))
                 self._sockets += [client, server]
@@ -18249,6 +18253,423 @@ def test_run_inline_undoes_in_the_last_attempt() -> None:
     run = run_inline(booking, attempts=2)
     assert called[3:] == ["fail", "fail", "undo car", "undo hotel", "undo flight"]
     assert (run.attempt, run.steps[-1].compensation_for) == (2, "flight")
+
+
+# ======================================================================================
+# The client: subscriptions
+# ======================================================================================
+
+
+@pytest.fixture(params=["WebSocket", "server-sent events"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test with this argument says the same of both; without aiohttp it is the second."""
+    if request.param == "server-sent events":
+        monkeypatch.setitem(cast(Any, sys.modules), "aiohttp", None)
+    return str(request.param)
+
+
+class Weather(Proxy):
+    """A proxy that cuts connections after up to `cut` bytes of the server's, or an old one
+    that knows no WebSocket; `brought` is how many bytes came through."""
+
+    def __init__(self, port: int, cut: int = 0, old: bool = False) -> None:
+        self.cut, self.old, self.brought = cut, old, 0
+        self._draw = random.Random(cut)
+        super().__init__(port)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
+        left = self._draw.randrange(1, self.cut) if answers and self.cut else sys.maxsize
+        with contextlib.suppress(OSError):
+            while left and (data := source.recv(min(left, 65536))):
+                if self.old and not answers:
+                    data = data.replace(b"Upgrade: websocket", b"Downgrade: websocket")
+                sink.sendall(data)
+                left -= len(data)
+                self.brought += len(data) * answers
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+async def taken(events: Subscription, number: int) -> list[StreamEvent]:
+    async with asyncio.timeout(DEADLINE_S):
+        return [await anext(events) for _ in range(number)]
+
+
+async def till(look: Callable[[], Any]) -> Any:
+    """`eventually`, and the loop goes on meanwhile."""
+    return await asyncio.to_thread(eventually, look)
+
+
+def committed(server: RunningServer, kind: str = "event") -> list[tuple[int, str]]:
+    """What the journal has: the sequence and the id of each event."""
+    sql = "SELECT seq, event_id FROM journal WHERE kind = ? ORDER BY seq"
+    return [tuple(row) for row in server.rows(sql, kind)]
+
+
+def places(events: Sequence[StreamEvent]) -> list[tuple[int, str]]:
+    return [(each.sequence, each.event_id) for each in events]
+
+
+def test_a_subscriber_sees_events_messages_and_changes_as_they_are_committed(
+    server: RunningServer, transport: str
+) -> None:
+    async def program() -> None:
+        async with AsyncClient(server.url) as client, client.subscribe(">") as events:
+            emitted = await client.emit("order.placed", {"total": 5})
+            published = await client.publish("shop.news", [1, "ü"])
+            server.register("f")
+            event, message, change = await taken(events, 3)
+            assert (event.topic, event.data) == ("events:order.placed", {"total": 5})
+            assert (message.topic, message.data) == ("topic:shop.news", [1, "ü"])
+            assert (event.event_id, message.event_id) == (emitted.event_id, published.event_id)
+            assert (change.topic, change.data["id"]) == ("system.function.f.registered", "f")
+            assert event.sequence < message.sequence == published.sequence < change.sequence
+            assert abs(datetime.now(UTC) - event.timestamp) < timedelta(seconds=DEADLINE_S)
+            await event.ack()  # means nothing outside of a group, and does no harm
+            run = (await client.invoke_async("f")).run_id
+            steps = client.subscribe(f"system.run.{run}.>", replay=10)
+            assert [each.data["status"] for each in await taken(steps, 1)] == [
+                "waiting_for_capacity"]
+
+    asyncio.run(program())
+
+
+def test_a_subscription_begins_in_the_past_if_it_is_asked_to(
+    server: RunningServer, transport: str
+) -> None:
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            for n in range(9):
+                await client.emit(f"order.{n % 3}", n)
+            first, *_ = committed(server)
+            asked: dict[str, Any] = {
+                "last": {"replay": 2}, "all": {"since": 0}, "behind": {"since": first[0]},
+                "some": {"replay": 5, "filter": "data > 1"}, "none": {}}
+            seen = {}
+            for name, options in asked.items():
+                async with client.subscribe("order.0", **options) as events:
+                    await client.emit("order.0", name)
+                    seen[name] = []
+                    while not seen[name] or seen[name][-1] != name:
+                        seen[name] += [(await taken(events, 1))[0].data]
+                        if options.get("filter") and seen[name][-1] == 6:
+                            break
+            assert seen["last"] == [3, 6, "last"]
+            assert seen["all"] == [0, 3, 6, "last", "all"]
+            assert seen["behind"] == [3, 6, "last", "all", "behind"]
+            assert seen["some"] == [3, 6]
+            assert seen["none"] == ["none"]
+
+    asyncio.run(program())
+
+
+@pytest.mark.parametrize("options", [{"pattern": "a..b"}, {"since": 10**9}, {"filter": "1 +"},
+                                     {"pattern": "ord*"}, {"replay": -1}])
+def test_a_refusal_is_raised_where_events_are_awaited(
+    shared: RunningServer, transport: str, options: dict[str, Any]
+) -> None:
+    heard: list[Exception] = []
+
+    async def program() -> None:
+        async with AsyncClient(shared.url) as client:
+            def again(**more: Any) -> Subscription:
+                return client.subscribe(**{"pattern": "a"} | options, **more)
+
+            for awaited in (again().__aenter__, again().__anext__):
+                with pytest.raises(IronflowError, match="subscribe '") as caught:
+                    await awaited()
+                code = "out_of_range" if "since" in options else "invalid_argument"
+                assert (caught.value.code, caught.value.retryable) == (code, False)
+            handle = again(on_event=print, on_error=heard.append)
+            await till(lambda: heard)
+            await handle.unsubscribe()
+
+    asyncio.run(program())
+    assert [type(each) for each in heard] == [IronflowError]
+
+
+def test_a_subscriber_with_a_wrong_key_is_told_so(keyed: RunningServer, transport: str) -> None:
+    async def program(key: str) -> None:
+        async with AsyncClient(keyed.url, key) as client, client.subscribe(">"):
+            pass
+
+    asyncio.run(program("ifkey_1"))
+    with pytest.raises(IronflowError, match="authentication required") as caught:
+        asyncio.run(program("other"))
+    assert (caught.value.status, caught.value.code) == (401, "unauthenticated")
+
+
+def test_what_cannot_be_meant_is_refused_at_once() -> None:
+    async def program(**options: Any) -> None:
+        AsyncClient().subscribe("a", **options)
+
+    for options in ({"ack": "never"}, {"replay": 1, "since": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            asyncio.run(program(**options))
+
+
+def test_a_wait_for_an_event_can_be_cancelled_and_loses_none(
+    server: RunningServer, transport: str
+) -> None:
+    async def program() -> None:
+        async with AsyncClient(server.url) as client, client.subscribe("a") as events:
+            for n in range(5):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(anext(events), 0.01)
+                await client.emit("a", n)
+                assert [each.data for each in await taken(events, 1)] == [n]
+
+    asyncio.run(program())
+
+
+async def alone_on_the_loop() -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while asyncio.all_tasks() != {asyncio.current_task()}:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("how", ["the block", "the iterator", "the client", "nothing at all",
+                                 "the handle", "a task"])
+def test_a_subscription_that_is_over_leaves_nothing(
+    server: RunningServer, proxy: Proxy, transport: str, how: str
+) -> None:
+    """In the middle of many events, with as many unread."""
+    server.yes("POST", "/api/v1/events", [{"name": "a", "data": "x" * 1000}] * 1000)
+    server.yes("POST", "/api/v1/events", [{"name": "a", "data": "x" * 1000}] * 1000)
+    threads = set(threading.enumerate())
+    seen: list[Any] = []
+
+    async def program() -> None:
+        client = AsyncClient(proxy.url)
+        if how == "the handle":
+            handle = client.subscribe("a", since=0, on_event=seen.append)
+            await till(lambda: seen)
+            await handle.unsubscribe()
+        elif how == "a task":
+            async def listen() -> None:
+                async for each in client.subscribe("a", since=0):
+                    seen.append(each)
+
+            task = asyncio.create_task(listen())
+            await till(lambda: seen)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            del task
+        else:
+            events = client.subscribe("a", since=0)
+            await taken(events, 3)
+            if how == "the block":
+                async with events:
+                    pass
+            elif how == "the iterator":
+                await events.aclose()
+            elif how == "the client":
+                waiting = asyncio.create_task(one_more(events))
+                await client.close()
+                await waiting
+            if how != "nothing at all":
+                with pytest.raises(StopAsyncIteration):
+                    await anext(events)
+            del events
+        gc.collect()
+        await alone_on_the_loop()
+
+    async def one_more(events: Subscription) -> None:
+        async for _ in events:
+            pass
+
+    asyncio.run(program())
+    eventually(lambda: proxy.open == 0)
+    assert {each for each in threading.enumerate() if "asyncio" not in each.name
+            and each not in proxy._threads} <= threads
+
+
+@pytest.mark.parametrize("kind", ["async", "plain"])
+def test_on_event_is_called_with_one_event_after_the_other(
+    server: RunningServer, transport: str, kind: str
+) -> None:
+    seen: list[int] = []
+    wrong: list[str] = []
+
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            async def heard(event: StreamEvent) -> None:
+                plainly_heard(event)
+                await asyncio.sleep(0)
+                if event.data == 7:
+                    await handle.unsubscribe()
+
+            def plainly_heard(event: StreamEvent) -> None:
+                seen.append(event.data)
+                if event.data % 3 == 2:
+                    raise ValueError(f"not {event.data}")
+
+            handle = client.subscribe(
+                "a", on_event=heard if kind == "async" else plainly_heard,
+                on_error=lambda error: wrong.append(str(error)))
+            async with handle:
+                for n in range(10):
+                    await client.emit("a", n)
+                await till(lambda: len(seen) == (8 if kind == "async" else 10))
+                await till(lambda: len(wrong) == (2 if kind == "async" else 3))
+                if kind == "async":
+                    await alone_on_the_loop()
+
+    asyncio.run(program())
+    assert seen == list(range(8 if kind == "async" else 10))
+    assert wrong == ["not 2", "not 5", "not 8"][:2 if kind == "async" else 3]
+
+
+def test_what_on_event_raises_is_logged_if_nobody_asks_for_it(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(event: StreamEvent) -> None:
+        raise KeyError(event.data)
+
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            async with client.subscribe("a", on_event=refuses):
+                await client.emit("a", "tray")
+                await till(lambda: "tray" in caplog.text)
+            async with contextlib.AsyncExitStack():
+                client.subscribe("a..b", on_event=refuses)
+                await till(lambda: "a..b" in caplog.text)
+
+    asyncio.run(program())
+
+
+# --- Interruptions ---------------------------------------------------------------------
+
+
+class Emitter(threading.Thread):
+    """Emits events with growing numbers, a few thousand in all, whatever happens."""
+
+    def __init__(self, url: str, number: int, size: int = 0) -> None:
+        super().__init__()
+        self.client, self.number, self.pad, self.at = Client(url, timeout="60s"), number, size, 0
+        self.start()
+
+    def run(self) -> None:
+        while self.at < self.number:
+            some = range(self.at, min(self.at + 20, self.number))
+            self.client.emit_many({"name": "a", "data": [n, "x" * self.pad]} for n in some)
+            self.at = some.stop
+
+
+def test_kills_of_the_server_are_not_noticed_in_what_comes(
+    server: RunningServer, transport: str
+) -> None:
+    emitter = Emitter(server.url, 6000)
+
+    async def program() -> list[StreamEvent]:
+        seen: list[StreamEvent] = []
+        async with AsyncClient(server.url) as client:
+            events = client.subscribe("a", since=0)
+            for n in range(1, 5):
+                seen += await taken(events, min(1200 * n, emitter.number - 50) - len(seen))
+                await asyncio.to_thread(server.kill)
+                await asyncio.to_thread(server.start)
+            return seen + await taken(events, emitter.number - len(seen))
+
+    seen = asyncio.run(program())
+    emitter.join(DEADLINE_S)
+    assert places(seen) == committed(server)
+    assert [each.data[0] for each in seen] == list(range(emitter.number))
+
+
+@pytest.mark.parametrize("begin", [{"since": 0}, {"replay": 500}, {}])
+def test_a_line_that_breaks_at_any_byte_costs_no_event(
+    server: RunningServer, transport: str, begin: dict[str, Any]
+) -> None:
+    """Also before the first event: what `replay` or now meant is settled once and for all."""
+    if begin:
+        Emitter(server.url, 500).join()
+    number = 500 if begin else 800
+    with contextlib.closing(Weather(server.port, cut=9000)) as weather:
+        async def program() -> list[StreamEvent]:
+            async with AsyncClient(weather.url) as client, client.subscribe("a", **begin) as events:
+                emitter = None if begin else Emitter(server.url, number)
+                seen = await taken(events, number)
+                if emitter:
+                    await asyncio.to_thread(emitter.join)
+                return seen
+
+        seen = asyncio.run(program())
+        assert weather.connections > 5
+    assert places(seen) == committed(server)
+
+
+def test_a_subscriber_waits_for_a_server_that_is_not_there_yet(
+    server: RunningServer, transport: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.stop()
+
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            events = client.subscribe("a")
+            await till(lambda: "trying until it is back" in caplog.text)
+            await asyncio.to_thread(server.start)
+            async with events:
+                await client.emit("a")
+                await taken(events, 1)
+
+    asyncio.run(program())
+    assert caplog.text.count("trying") == 1
+
+
+def test_where_no_websocket_passes_events_come_all_the_same(server: RunningServer) -> None:
+    with contextlib.closing(Weather(server.port, old=True)) as proxy:
+        async def program() -> None:
+            async with AsyncClient(proxy.url) as client, client.subscribe("a") as events:
+                await client.emit("a", 1)
+                assert [each.data for each in await taken(events, 1)] == [1]
+
+        asyncio.run(program())
+
+
+def test_a_slow_subscriber_leaves_the_rest_with_the_server(
+    server: RunningServer, transport: str
+) -> None:
+    """60 MB are committed; of them comes what sockets hold, and a megabyte for the caller."""
+    with contextlib.closing(Weather(server.port)) as proxy:
+        async def program() -> list[StreamEvent]:
+            async with AsyncClient(proxy.url) as client, client.subscribe("a") as events:
+                emitter = Emitter(server.url, 600, size=100_000)
+                seen = await taken(events, 1)
+                await asyncio.to_thread(emitter.join)
+                assert proxy.brought < 30_000_000
+                return seen + await taken(events, 599)
+
+        seen = asyncio.run(program())
+    assert [each.data[0] for each in seen] == list(range(600))
+
+
+SUBSCRIBED_OVER_TLS = """
+    import asyncio, sys
+    from ironflow_client import AsyncClient
+    async def program():
+        async with AsyncClient(sys.argv[1]) as client, client.subscribe("a") as events:
+            await client.emit("a", 5)
+            print((await anext(events)).data)
+    {hide}
+    asyncio.run(program())
+    """
+
+
+@pytest.mark.parametrize("hide", ["", "sys.modules['aiohttp'] = None"])
+def test_a_subscription_over_tls_is_like_any_other(
+    server: RunningServer, tmp_path: Path, hide: str
+) -> None:
+    file, context = certified(tmp_path, "IP:127.0.0.1")
+    with contextlib.closing(Proxy(server.port, context)) as proxy:
+        url = proxy.url.replace("http:", "https:")
+        code = textwrap.dedent(SUBSCRIBED_OVER_TLS.format(hide=hide))
+        done = subprocess.run(
+            [sys.executable, "-c", code, url], cwd=HERE, capture_output=True, text=True,
+            timeout=DEADLINE_S, env=own_environment({"SSL_CERT_FILE": str(file)}))
+    assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
 
 
 # ======================================================================================
