@@ -48,6 +48,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import heapq
 import hmac
 import http.client
@@ -64,11 +65,13 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -76,16 +79,16 @@ from decimal import Decimal
 from errno import EADDRINUSE
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
-from itertools import product
+from itertools import count, product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urljoin, urlsplit
 from weakref import WeakValueDictionary
 
 try:
     import aiohttp
-    from aiohttp import web
+    from aiohttp import HttpVersion11, WSMsgType, web
     from aiohttp.abc import AbstractResolver
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.http import HttpProcessingError
@@ -427,6 +430,28 @@ class Job:
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """A row of the journal as a subscriber sees it."""
+    seq: int
+    at: Instant
+    topic: str
+    event_id: str
+    data: Json
+
+@dataclass(frozen=True, slots=True)
+class Interest:
+    """What a subscriber wants to be told of."""
+    patterns: tuple[str, ...]  # one of them has to match: see `spread`
+    filter: str = ""  # CEL; empty: all of it
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A piece of the journal, read for an interest."""
+    messages: list[Message]  # oldest first
+    seq: int  # up to there it was looked at
+    ended: bool  # there was no more
+
+@dataclass(frozen=True, slots=True)
 class Topic:
     """What programs published under one name."""
     name: str
@@ -595,7 +620,7 @@ def dumps(value: Any) -> Json:
     text: Json = orjson.dumps(value).decode() if orjson else _to_text.encode(value)
     return text
 
-def join(members: dict[str, Json | None]) -> Json:
+def join(members: Mapping[str, Json | None]) -> Json:
     """An object from texts that are JSON already; None means that the member is absent.
 
     Absent, never null: the SDKs drop messages in which an unset member is null.
@@ -650,10 +675,11 @@ class IronflowError(Exception):
     """An answer other than yes. `code` is the Connect code, `status` the HTTP status.
 
     `error`, where it is set, replaces the sentence in the REST body's member `error`:
-    the workers of the SDKs read the two fence codes there (Python 0.53).
+    the workers of the SDKs read the two fence codes there (Python 0.53). `word` is the
+    code on a WebSocket.
     """
 
-    status, code = 500, "internal"
+    status, code, word = 500, "internal", "INTERNAL_ERROR"
     error: str | None = None
     headers: dict[str, str] = {}
 
@@ -665,8 +691,18 @@ class IronflowError(Exception):
         for name, value in answer.items():
             setattr(cls, name, value)
 
-class InvalidInput(IronflowError, status=400, code="invalid_argument"):
+class InvalidInput(IronflowError, status=400, code="invalid_argument",
+                   word="INVALID_OPTION"):
     """The request cannot be understood, or asks for what cannot be."""
+
+class InvalidPattern(InvalidInput, word="INVALID_PATTERN"):
+    """A pattern that no topic could match."""
+
+class InvalidFilter(InvalidInput, word="INVALID_FILTER"):
+    """A filter that is no CEL, or that needs the extra."""
+
+class OutOfRange(InvalidInput, code="out_of_range", word="OUT_OF_RANGE"):
+    """A place in the journal that is not there, or not any more."""
 
 class FailedPrecondition(IronflowError, status=400, code="failed_precondition"):
     """Understood, but not possible in the state that things are in."""
@@ -678,7 +714,7 @@ class Unauthenticated(IronflowError, status=401, code="unauthenticated",
 class Forbidden(IronflowError, status=403, code="permission_denied"):
     """A host or an origin that this server does not answer."""
 
-class NotFound(IronflowError, status=404, code="not_found"):
+class NotFound(IronflowError, status=404, code="not_found", word="NOT_FOUND"):
     """No such run, event, function, worker or door."""
 
 class MethodNotAllowed(IronflowError, status=405, code="unimplemented"):
@@ -692,6 +728,10 @@ class StaleFence(IronflowError, status=409, code="aborted", error="STALE_EXECUTI
 
 class RunNotRunning(IronflowError, status=409, code="aborted", error="RUN_NOT_RUNNING"):
     """A final report for a run that ended some other way."""
+
+class TooMany(IronflowError, status=429, code="resource_exhausted",
+              word="LIMIT_EXCEEDED"):
+    """More than one caller may have at a time."""
 
 class TooLarge(IronflowError, status=413, code="resource_exhausted"):
     """A limit was exceeded; the sentence names it, the size, and the flag."""
@@ -725,7 +765,8 @@ class StartError(Exception):
 # function of its arguments.
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-PLAIN = re.compile(r"[^*>\s\x00-\x1f\x7f-\x9f.]+(\.[^*>\s\x00-\x1f\x7f-\x9f.]+)*")
+WORD = r"[^*>\s\x00-\x1f\x7f-\x9f.]+"
+PLAIN = re.compile(rf"{WORD}(\.{WORD})*")
 PATTERN = re.compile(r"((\*|[^*>.]*)\.)*(\*|>|[^*>.]*)")
 RESERVED = ("events:", "system.", "entity:", "public.")
 
@@ -777,6 +818,88 @@ def matches(pattern: str, name: str) -> bool:
         wanted[-1:] = ["*"] * max(1, len(found) - len(wanted) + 1)
     return len(wanted) == len(found) and all(
         w in ("*", f) for w, f in zip(wanted, found, strict=True))
+
+# --- Topics and their subscribers -----------------------------------------------------
+# What is told has a topic: events:NAME, topic:NAME, system.run.ID.created. Dotted, a
+# prefix is a segment of its own, so that `matches` holds for topics as well.
+
+PREFIX = re.compile("^(?:events|topic|entity):")
+LENIENT = re.compile(r"system\.[^.]+\.\*")
+WATCHED = re.compile(rf"((\*|{WORD})\.)*(\*|>|{WORD})")
+MAX_PATTERN = 1_024  # characters
+
+def check_pattern(pattern: str) -> str:
+    """A subscriber's pattern. Raises InvalidPattern if no topic could match it."""
+    if not WATCHED.fullmatch(PREFIX.sub("", pattern)):
+        raise InvalidPattern(
+            f"pattern {pattern[:80]!r}: use words with dots between them; `*` stands "
+            "for one whole word and `>`, at the end, for one or more, such as "
+            "events:order.* or system.run.>")
+    if len(pattern) > MAX_PATTERN:
+        raise InvalidPattern(f"pattern has {len(pattern)} characters: send up to "
+                             f"{MAX_PATTERN}")
+    return pattern
+
+def spread(pattern: str) -> list[str]:
+    """The dotted patterns that a subscriber's stands for.
+
+    Without a prefix it means events and topics, `>` alone everything. `system.run.*`
+    means every change of every run, which has a segment more (JS 0.29).
+    """
+    if pattern == ">" or PREFIX.match(pattern):
+        return [dotted(pattern)]
+    if pattern.startswith("system."):
+        return [f"{pattern}.*" if LENIENT.fullmatch(pattern) else pattern]
+    return [f"events:.{pattern}", f"topic:.{pattern}"]
+
+def dotted(topic: str) -> str:
+    return PREFIX.sub(r"\g<0>.", topic)
+
+def selects(pattern: str, topic: str) -> bool:
+    """Whether a subscriber with this pattern is told of this topic."""
+    return any(matches(each, dotted(topic)) for each in spread(pattern))
+
+@dataclass
+class Index(Generic[T]):
+    """Who has a pattern that a name matches: says what `matches` says, at a price that
+    depends on the name's segments alone. A tree of them: what is below each is in
+    `nodes`, who has a pattern that ends there is below None."""
+
+    nodes: dict[Any, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def add(self, pattern: str, owner: T) -> None:
+        node = self.nodes
+        for segment in pattern.split("."):
+            node = node.setdefault(segment, {})
+        node.setdefault(None, {})[owner] = True
+
+    def remove(self, pattern: str, owner: T) -> None:
+        """Leaves nothing behind."""
+        node, above = self.nodes, []
+        for key in [*pattern.split("."), None]:
+            above.append((node, key))
+            node = node[key]
+        del node[owner]
+        for node, key in reversed(above):
+            if not node[key]:
+                del node[key]
+
+    def find(self, name: str) -> dict[T, bool]:
+        found: dict[T, bool] = {}
+        nodes = [self.nodes]
+        for segment in name.split("."):
+            for node in nodes:
+                if ">" in node:
+                    found.update(node[">"][None])
+            # in a name `*` and `>` are words like any other
+            keys = ("*",) if segment in ("*", ">") else ("*", segment)
+            nodes = [node[key] for node in nodes for key in keys if key in node]
+        for node in nodes:
+            found.update(node.get(None, ()))
+        return found
 
 # ======================================================================================
 # 5. Rules
@@ -954,19 +1077,29 @@ def compiled(expression: str) -> Any:
         raise InvalidInput(f"{expression[:80]!r} is no CEL: {error}") from None
 
 def holds(expression: str, event: NewEvent) -> bool:
-    """Whether an event passes; one without what the expression looks at does not."""
+    """Whether an event passes a trigger's or a wait's expression."""
     data, metadata = parsed(event.data), json.loads(event.metadata or "{}")
     about = columns_of(event) | {"data": data, "metadata": metadata}
     if isinstance(event, Event):
         about |= {"id": event.event_id, "timestamp": to_rfc3339(event.at)}
+    return is_true(expression, about | {"event": about})
+
+def is_true(expression: str, about: dict[str, Any]) -> bool:
+    """Whether it holds; not of what lacks a thing that the expression looks at."""
     try:
-        return compiled(expression).execute(about | {"event": about}) is True
+        return compiled(expression).execute(about) is True
     except InvalidInput as error:  # the extra was there when this was registered
         log.warning("%s", error)
     except BaseException as error:  # a panic of the library is not an Exception
         level = logging.DEBUG if isinstance(error, Exception) else logging.ERROR
         log.log(level, "%s: %r", expression, error)
     return False
+
+def passes(filter: str, message: Message) -> bool:
+    """Whether a subscriber with this filter is told of a message."""
+    return not filter or is_true(filter, {
+        "data": parsed(message.data), "topic": message.topic,
+        "name": PREFIX.sub("", message.topic), "timestamp": to_rfc3339(message.at)})
 
 def observed(test: str, event: NewEvent) -> str | None:
     """What an event shows to a test."""
@@ -1080,6 +1213,7 @@ CORS_HEADERS = {
     " Connect-Timeout-Ms",
     "Access-Control-Expose-Headers": "ETag, Ironflow-Poll-Wait",
     "Access-Control-Max-Age": "7200", "Vary": "Origin"}
+BY_QUERY = ("/ws", "/api/v1/stream")  # browsers cannot send headers there
 BINARY = re.compile("application/(connect[+])?proto")
 GO = re.compile("Go-http-client/|connect-go/")
 # What a request's path has for {names}; its bytes that `Api.in_flight` counts.
@@ -1119,6 +1253,9 @@ def doors() -> dict[str, Handler]:
         get_run: [f"GET {runs}/{{run_id}}", f"{service}/GetRun"],
         list_steps: [f"GET {runs}/{{run_id}}/steps", f"{service}/GetRunSteps"],
         cancel: [f"POST {runs}/{{run_id}}/cancel", f"{service}/CancelRun"],
+        get_ws: ["GET /ws"],
+        get_stream: ["GET /api/v1/stream"],
+        subscribe: [f"{pubsub}/Subscribe"],
         # from here on: chapter 10
         post_worker: [f"POST {worker}/register", f"PUT {worker}/register"],
         post_heartbeat: [f"POST {worker}/heartbeat", f"PUT {worker}/heartbeat"],
@@ -1141,13 +1278,15 @@ class Guard:
     allow_hosts: frozenset[str] = frozenset()
     cors_origins: frozenset[str] = frozenset()
 
-    def check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
+    def check(self, method: str, path: str, headers: Mapping[str, str],
+              token: str = "") -> None:
         """Raises Unauthenticated or Forbidden."""
         if self.dev:
             return
         if self.api_key is not None:
             if method != "OPTIONS" and path not in PUBLIC_PATHS:
-                self._check_key(headers.get("Authorization", ""), self.api_key)
+                given = headers.get("Authorization") or f"Bearer {token}"
+                self._check_key(given, self.api_key)
             return
         name = host_name(headers.get("Host", ""))
         if not is_loopback(name) and name not in self.allow_hosts:
@@ -1215,6 +1354,7 @@ class Api:
     journal: Journal
     desk: PullDesk
     pushes: PushDesk
+    watch: Watch
     guard: Guard
     limits: Limits
     environment: str
@@ -1229,9 +1369,10 @@ class Api:
         method, headers = request.method, request.headers
         path = request.rel_url.raw_path  # also of the absolute form, behind a proxy
         try:
-            self.guard.check(method, path, headers)
+            query = request.query if path in BY_QUERY else {}
+            self.guard.check(method, path, headers, query.get("token", ""))
             if method != "OPTIONS":
-                self._check_environment(headers)
+                self._check_environment(headers, query.get("env"))
                 if BINARY.match(headers.get("Content-Type", "")):
                     raise Unimplemented(
                         "binary protobuf is not supported by this server yet: send "
@@ -1249,15 +1390,14 @@ class Api:
             response = error_response(path, bare)
         finally:
             self.let_go(request)
-        origin = headers.get("Origin")
-        if origin is not None and response.status != 403:
-            response.headers.update(CORS_HEADERS)
-            response.headers["Access-Control-Allow-Origin"] = origin
+        if response.status != 403:
+            response.headers.update(cors(request))
         return response
 
-    def _check_environment(self, headers: Mapping[str, str]) -> None:
+    def _check_environment(self, headers: Mapping[str, str], named: str | None
+                           ) -> None:
         """One server, one environment; data of two can never mix."""
-        named = headers.get("X-Ironflow-Environment")
+        named = named or headers.get("X-Ironflow-Environment")
         named = named or headers.get("X-Ironflow-Environment-ID")
         if named and named not in (self.environment, "default"):
             raise InvalidInput(
@@ -1301,6 +1441,12 @@ class Api:
     def let_go(self, request: web.BaseRequest) -> None:
         """Its body is not in memory any more."""
         self.in_flight -= request.pop(HELD, 0)
+
+def cors(request: web.BaseRequest) -> dict[str, str]:
+    """What lets a web page of another site read the answer."""
+    if (origin := request.headers.get("Origin")) is None:
+        return {}
+    return CORS_HEADERS | {"Access-Control-Allow-Origin": origin}
 
 def is_connect(request: web.BaseRequest) -> bool:
     return request.raw_path.startswith(CONNECT)
@@ -1429,8 +1575,9 @@ async def get_ready(api: Api, request: web.BaseRequest) -> web.Response:
 
 async def get_capabilities(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/capabilities: only what is built."""
-    return answer(dumps({"transports": ["connectrpc"], "features": [], "version":
-                         PROTOCOL_VERSION, "auth_required": bool(api.guard.api_key)}))
+    return answer(dumps({
+        "transports": ["connectrpc", "websocket"], "features": [],
+        "version": PROTOCOL_VERSION, "auth_required": bool(api.guard.api_key)}))
 
 async def get_info(api: Api, request: web.BaseRequest) -> web.Response:
     """IronflowService/Info; the runtime stands where the SDKs look for Go's."""
@@ -1781,10 +1928,7 @@ def read_retry(body: Fields) -> Retry:
 def read_mode(body: Fields) -> str:
     """An endpoint without a mode means push. Push without an endpoint is what Go sends
     for all: a worker may take it."""
-    mode = body.get("preferredMode", "mode")
-    word = read_enum(mode, "execution_mode")
-    if not word and not is_empty(mode) and "unspecified" not in str(mode).lower():
-        raise InvalidInput(f"preferredMode is {str(mode)[:40]!r}: send pull or push")
+    word = read_word(body, "execution_mode", "preferredMode", "mode")
     word = word or ("push" if body.text("endpointUrl") else "pull")
     return f"EXECUTION_MODE_{word.upper()}"
 
@@ -1793,6 +1937,8 @@ ENUMS = {  # the words that stand for 1, 2, 3 ... in the SDKs' messages
     "function_status": ["active", "paused", "archived"],
     "run_status": ["pending", "running", "completed", "failed", "cancelled", "paused",
                    "waiting_for_capacity", "waiting"],
+    "ack_mode": ["auto", "manual"], "ack_type": ["ack", "nak", "term"],
+    "backpressure_mode": ["drop", "block", "buffer"],
 }
 
 def read_enum(value: Any, enum: str) -> str:
@@ -1802,6 +1948,14 @@ def read_enum(value: Any, enum: str) -> str:
     if re.fullmatch("[1-9]", word) and int(word) <= len(words):
         return words[int(word) - 1]
     return word if word in words else ""
+
+def read_word(body: Fields, enum: str, *names: str) -> str:
+    """The word under a name, none if it is unset. Raises InvalidInput."""
+    word = read_enum(value := body.get(*names), enum)
+    if not word and not is_empty(value) and "unspecified" not in str(value).lower():
+        raise InvalidInput(f"{body.where}{names[0]} is {str(value)[:40]!r}: send "
+                           f"{' or '.join(ENUMS[enum])}")
+    return word
 
 def function_to_connect(function: Function, next_run: str | None = None) -> Json:
     found = in_camel(members(function, "version created_at updated_at"))
@@ -3194,7 +3348,40 @@ CREATE TABLE endpoint (
   since     INTEGER NOT NULL         -- the journal's last seq when it was opened
 ) STRICT;
 """
-MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE, PUSH]  # [n]: from version n to n + 1
+STREAM = """
+-- Kinds that are few among many are found without a look at what lies between them.
+CREATE INDEX journal_of_kind ON journal (kind, seq)
+  WHERE kind NOT IN ('event', 'run', 'step');
+
+-- Up to here rows were deleted: nobody may resume from before.
+INSERT INTO meta SELECT 'forgotten', coalesce(max(seq) - 1, 0) FROM journal new
+ WHERE seq > 1 AND NOT EXISTS (SELECT 1 FROM journal WHERE seq = new.seq - 1);
+
+-- Subscribers that share the messages of a pattern between them; `position` is the
+-- last that was dealt out. What the columns mean is said in the class `ConsumerGroup`.
+CREATE TABLE consumer_group (
+  name         TEXT PRIMARY KEY, group_id TEXT NOT NULL,
+  pattern      TEXT NOT NULL, filter TEXT NOT NULL,
+  ack_mode     TEXT NOT NULL, backpressure TEXT NOT NULL,
+  max_inflight INTEGER NOT NULL, max_redeliveries INTEGER NOT NULL,
+  redeliver_delay_ms INTEGER NOT NULL,
+  metadata     TEXT NOT NULL,        -- JSON object
+  position     INTEGER NOT NULL,
+  created_at   REAL NOT NULL, updated_at REAL NOT NULL
+) STRICT;
+
+-- What was dealt out and is not done: with a member, put off, due again, or given up.
+CREATE TABLE delivery (
+  name    TEXT NOT NULL REFERENCES consumer_group, seq INTEGER NOT NULL,
+  state   TEXT NOT NULL CHECK (state IN ('out', 'later', 'due', 'dead')),
+  member  TEXT NOT NULL, misses INTEGER NOT NULL,
+  due_at  REAL NOT NULL,             -- out: ack missed then; dead: since
+  PRIMARY KEY (name, seq)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX delivery_due ON delivery (name, state, due_at, seq);
+CREATE INDEX delivery_timer ON delivery (due_at) WHERE state IN ('out', 'later');
+"""
+MIGRATIONS = [SCHEMA, TOPICS, LANGUAGE, PUSH, STREAM]  # [n]: from version n to n + 1
 APPLICATION_ID = 0x49524F4E  # "IRON", so that `file` and we know our own
 
 BATCH_RULES, BATCH_BYTES = 500, 8 * MIB
@@ -3205,6 +3392,7 @@ FOREIGN_LOCK_S = 5  # how long somebody else may hold the write lock
 READERS = 2
 SCAN_ROWS = 50_000  # looked at for one page of a list, and counted for its total
 SWEPT = 500  # old rows deleted in one transaction
+LOOKED_AT, SLICE_BYTES = 1_000, 256 * KIB  # rows, and bytes found, in one `Slice`
 BEHIND_AT_ONCE = 200  # timers handled in one transaction
 PAGE_BYTES = 16 * MIB  # a page of a list ends early when it gets this large
 ROWS_AT_ONCE = 50  # new rows in one statement
@@ -3446,30 +3634,97 @@ class Queries:
         return dict(self._db.execute("SELECT function_id, min(due_at) FROM timer"
                                      " WHERE kind = 'tick' GROUP BY 1").fetchall())
 
-    def messages(self, after: int, limit: int) -> list[Message]:
-        """Journal rows after a `seq`, each with what its subscribers are told of it."""
+    @property
+    def last_seq(self) -> int:
+        sql = "SELECT seq FROM sqlite_sequence WHERE name = 'journal'"
+        return int(self._value(sql) or 0)
+
+    def check_since(self, seq: int) -> None:
+        """Raises OutOfRange if what came after a `seq` is not all there."""
+        first, last = int(self.meta("forgotten")) + 1, self.last_seq
+        if not first - 1 <= seq <= last:
+            raise OutOfRange(
+                f"cannot go on after {seq}: this journal has {first} to {last}; "
+                + (f"what was older is deleted, go on after {first - 1}" if seq < first
+                   else "is it a restored backup? go on without a place"))
+
+    def messages(self, interest: Interest, after: int) -> Slice:
+        """What subscribers are told of the rows after a `seq`, so many at a time.
+
+        Raises OutOfRange if some of those rows are deleted.
+        """
+        self.check_since(after)
+        rows, seq = self._selected(interest, after)
+        found, size = list[Message](), 0
+        for row in rows:
+            message = self.message(row)
+            if passes(interest.filter, message):
+                found.append(message)
+                size += len(message.data)
+            if size > SLICE_BYTES:
+                return Slice(found, message.seq, False)
+        return Slice(found, seq or self.last_seq, seq is None)
+
+    def selected_before(self, interest: Interest, before: int
+                        ) -> tuple[list[int], int | None]:
+        """Of LOOKED_AT rows before a `seq`, newest first: those that an interest
+        selects; how far back that went, None for the journal's begin. What retention
+        left of older times has holes and is not replayed."""
+        rows, seq = self._selected(interest, before, back=True)
+        forgotten = int(self.meta("forgotten"))
+        return [row[0] for row in rows if row[0] > forgotten and (
+            not interest.filter or passes(interest.filter, self.message(row)))], seq
+
+    ROW = "seq, at, kind, name, subject, step, NULL, event_id"  # data: if it is wanted
+
+    def _selected(self, interest: Interest, seq: int, back: bool = False
+                  ) -> tuple[list[tuple[Any, ...]], int | None]:
+        """The rows beyond a `seq` that an interest selects, the nearest first, before
+        its filter; up to where that looked, None if there was no more."""
+        way, order = ("<", "DESC") if back else (">", "ASC")
+        given: dict[str, Any] = {"seq": seq}
+        spans = dict.fromkeys(span(each, i, given)
+                              for i, each in enumerate(interest.patterns))
+        some = f"AND seq {way} :seq ORDER BY seq {order} LIMIT {LOOKED_AT}"
+        parts = [f"SELECT * FROM (SELECT {self.ROW} FROM journal {test} AND source"
+                 f" IS NOT 'invoke' {some})" for test in spans]
         rows = self._db.execute(
-            """
-            SELECT seq, at, topic, kind, name, subject, step, journal.data, event_id
-              FROM topic JOIN journal USING (seq)
-             WHERE seq > :after ORDER BY seq LIMIT :limit
-            """, {"after": after, "limit": limit}).fetchall()
-        found = []
-        for seq, at, topic, kind, name, subject, step_id, data, event_id in rows:
-            if kind == "run" and (run := self.find(Run, run_id=subject)):
-                data = run_message(run, self.input_of(run), name, json.loads(data), at)
-            elif kind == "step" and (
-                step := self.find(Step, run_id=subject, step_id=step_id)
-            ):
-                data = step_message(step, name, json.loads(data))
-            found.append(Message(seq, at, topic, event_id or f"seq_{seq}", data))
-        return found
+            f"{' UNION '.join(parts)} ORDER BY seq {order} LIMIT {LOOKED_AT}", given
+        ).fetchall()
+        index = Index[int]()
+        for each in interest.patterns:
+            index.add(each, 0)
+        return ([row for row in rows if index.find(dotted(topic_of(*row[2:6])))],
+                rows[-1][0] if len(rows) == LOOKED_AT else None)
+
+    def message(self, row: tuple[Any, ...]) -> Message:
+        """What subscribers are told of a row of the journal."""
+        seq, at, kind, name, subject, step_id, data = row[:7]
+        if data is None:
+            data = self._value("SELECT data FROM journal WHERE seq = :seq", seq=seq)
+        if kind == "run" and (run := self.find(Run, run_id=subject)):
+            data = run_message(run, self.input_of(run), name, json.loads(data), at)
+        elif kind == "step" and (
+            step := self.find(Step, run_id=subject, step_id=step_id)
+        ):
+            data = step_message(step, name, json.loads(data))
+        return message_of(row, data)
+
+    def compose(self, rows: list[tuple[Any, ...]]) -> list[Message]:
+        return [self.message(row) for row in rows]
+
+    def messages_at(self, seqs: list[int]) -> list[Message]:
+        """Those of rows that are not deleted."""
+        sql = f"SELECT {self.ROW} FROM journal WHERE seq = :seq"
+        rows = [self._db.execute(sql, {"seq": seq}).fetchone() for seq in seqs]
+        return self.compose([row for row in rows if row])
 
 class Transaction(Queries):
     """The verbs of one open transaction: the journal's contents page.
 
     Beside the rows it keeps notes for the batch's end: the functions that got due runs
-    (`touched`), the runs that ended, and the earliest instant at which something falls
+    (`touched`), the runs that ended, the new rows of the journal, the consumer groups
+    that have to look again (`rung`), and the earliest instant at which something falls
     due (`alarm`).
 
     New journal rows and new runs gather here until somebody could miss them, then go
@@ -3492,10 +3747,11 @@ class Transaction(Queries):
         self._db.execute("BEGIN IMMEDIATE")
         self.touched: set[str] = set()
         self.ended: list[str] = []
+        self.rows: list[tuple[Any, ...]] = []
+        self.rung: set[str] = set()
         self.alarm: float = math.inf
         self._gather()
-        last = self._value("SELECT seq FROM sqlite_sequence WHERE name = 'journal'")
-        self._next_seq: int = (last or 0) + 1
+        self._next_seq: int = super().last_seq + 1
 
     def _gather(self) -> None:
         self._new_rows: list[tuple[Any, ...]] = []  # of the journal
@@ -3583,6 +3839,7 @@ class Transaction(Queries):
         seq, self._next_seq = self._next_seq, self._next_seq + 1
         missing = len(JOURNAL_ROW) - 1 - len(row)
         self._new_rows.append((seq, *row, *[None] * missing))
+        self.rows.append(self._new_rows[-1])
         return seq
 
     def save_function(self, function: Function) -> None:
@@ -3940,24 +4197,53 @@ class Transaction(Queries):
             "SELECT seq, at FROM journal WHERE seq > :after ORDER BY seq LIMIT :limit",
             {"after": after, "limit": SWEPT}).fetchall()
         old = [seq for seq, at in rows if at < before]
-        self._db.execute(
+        gone = self._column(
             """
             DELETE FROM journal WHERE seq > :after AND seq <= :last AND at < :before
                AND NOT EXISTS (SELECT 1 FROM run WHERE event_seq = journal.seq)
                AND NOT EXISTS (SELECT 1 FROM timer WHERE timer.seq = journal.seq)
-            """, {"after": after, "last": old[-1] if old else 0, "before": before})
+            RETURNING seq
+            """, after=after, last=old[-1] if old else 0, before=before)
+        if gone:
+            self._db.execute("UPDATE meta SET value = max(:seq, CAST(value AS INTEGER))"
+                             " WHERE name = 'forgotten'", {"seq": max(gone)})
         return rows[-1][0] if rows and rows[-1][1] < before else None
 
 # --- What subscribers are told --------------------------------------------------------
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A journal row as a subscriber sees it."""
-    seq: int
-    at: float
-    topic: str
-    event_id: str
-    data: Json
+def topic_of(kind: str, name: str, subject: str | None, step_id: str | None) -> str:
+    """The topic of a row of the journal; the view `topic` says the same."""
+    if kind in ("event", "topic"):
+        return f"{kind}s:{name}" if kind == "event" else f"topic:{name}"
+    if kind == "step":
+        return f"system.run.{subject}.step.{step_id}.{name}"
+    return f"system.{kind}.{subject}.{name}"
+
+def message_of(row: tuple[Any, ...], data: Json) -> Message:
+    """A message from the columns of the journal: seq, at, kind, name, subject, step."""
+    return Message(row[0], row[1], topic_of(*row[2:6]), row[7] or f"seq_{row[0]}", data)
+
+def span(pattern: str, number: int, given: dict[str, Any]) -> str:
+    """Which rows to look at for a dotted pattern, as few as an index can tell; `given`
+    gets what it has to be compared with, under a name with this number."""
+    few = "INDEXED BY journal_of_kind WHERE kind NOT IN ('event', 'run', 'step') AND"
+    prefix, _, name = pattern.partition(".")
+    match pattern.split("."):
+        case ["events:" | "topic:", *_] if not is_wild(name):
+            test, given[f"value{number}"] = f"kind = '{prefix.strip('s:')}' AND name", name
+        case ["system", "run", "*", verb] if not is_wild(verb):
+            test, given[f"value{number}"] = "kind = 'run' AND name", verb
+        case ["system", "run", run_id, *_] if not is_wild(run_id):
+            test, given[f"value{number}"] = "subject", run_id
+        case ["events:", *_]:
+            return "INDEXED BY journal_events WHERE kind = 'event'"
+        case ["topic:", *_]:
+            return f"{few} kind = 'topic'"
+        case ["system", "function" | "worker" as kind, *_]:
+            return f"{few} kind = '{kind}'"
+        case _:
+            return "WHERE 1"
+    return f"WHERE {test} = :value{number}"
 
 def run_message(run: Run, data: Json, verb: str, change: dict[str, Any],
                 at: float) -> Json:
@@ -4062,12 +4348,12 @@ class JournalFile:
     def _execute_apart(self, batch: list[Wish], now: float) -> None:
         for wish in batch:
             self._db.execute("SAVEPOINT wish")
-            ended = len(self.tx.ended)
+            ended, rows = len(self.tx.ended), len(self.tx.rows)
             self._carry_out(wish, now, self.tx.flush)
             if wish.error is not None:
                 self._db.execute("ROLLBACK TO wish")
                 self.tx.forget()
-                del self.tx.ended[ended:]
+                del self.tx.ended[ended:], self.tx.rows[rows:]
             self._db.execute("RELEASE wish")
 
     def _carry_out(self, wish: Wish, now: float,
@@ -4225,10 +4511,12 @@ class Journal:
     def __init__(self, path: Path, *, clock: Clock, ids: Ids, offers: Offers,
                  environment: str = "default", cache_mb: int = 16,
                  on_alarm: Callable[[float], None],
+                 on_commit: Callable[[list[tuple[Any, ...]], set[str]], None],
                  on_failure: Callable[[BaseException], None]) -> None:
         self.path = path = path.resolve()
         self.last_trouble: str | None = None
         self._clock, self._on_alarm, self._on_failure = clock, on_alarm, on_failure
+        self._on_commit = on_commit
         self._loop = asyncio.get_running_loop()
         self._way_in = threading.Lock()  # to the readers
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
@@ -4335,8 +4623,9 @@ class Journal:
         else:  # a batch that wrote nothing tells nothing of the disk
             self._see_whether_it_is_over()
         alarm, ended = (math.inf, []) if failure else (tx.alarm, tx.ended)
+        news = None if failure else (tx.rows, tx.rung)
         self._loop.call_soon_threadsafe(
-            self._answer, batch, file.offers.committed(), alarm, ended, failure)
+            self._answer, batch, file.offers.committed(), alarm, ended, news, failure)
 
     def _see_whether_it_is_over(self) -> None:
         """By a write of our own: callers may wait until /ready says so."""
@@ -4368,7 +4657,7 @@ class Journal:
                     self._readers.put(db)
 
     def _answer(self, batch: list[Wish], filled: list[Offer], alarm: float,
-                ended: list[str], failure: Exception | None) -> None:
+                ended: list[str], news: Any, failure: Exception | None) -> None:
         """On the loop, once per batch: everybody hears how it went."""
         for wish in batch:
             self._queued_bytes -= wish.size
@@ -4377,6 +4666,8 @@ class Journal:
             offer.answer(offer.error or offer.jobs)
         for run_id in ended:
             settle_future(self._ends.pop(run_id, None), None)
+        if news:
+            self._on_commit(*news)
         if alarm < math.inf:
             self._on_alarm(alarm)
 
@@ -4407,6 +4698,766 @@ def settle_future(future: Future | None, got: Any) -> None:
         future.set_exception(got)
     else:
         future.set_result(got)
+
+# ======================================================================================
+# 9. The way out: the stream
+# ======================================================================================
+# Whatever is committed goes, in the order of `seq`, to those who watch it. What many
+# watch is looked up once, written once for each form that they want it in, and each
+# connection gets what a commit brought it in one piece.
+#
+# The journal is the buffer. Who joins with a wish for what was, or reads slowly, has
+# slices of it read until it is up with the newest row, and only then is told live. So a
+# slow reader costs a place in the journal, and no memory.
+
+SUBSCRIPTIONS = 1_000  # of one connection
+MAX_REPLAY = 1_000
+REPLAY_ROWS = 200_000  # looked at for a replay, where no index tells them apart
+ROOM_BYTES = 256 * KIB  # unsent, of one connection
+PARTS = ("run", "step")  # rows of these kinds hold a part of what is told
+COMPOSED_BYTES = 8 * MIB  # of rows that wait for the rest
+KEEP_ALIVE_S = 15.0  # between two looks at all connections
+PING_S, STALL_S = 30.0, 60.0  # silent until it is asked; without progress until it ends
+GOODBYE_S = 5.0  # for the other side to close as well
+FRAME_BYTES = 64 * KIB  # of what a client says on a WebSocket
+BAD_FRAMES = 100
+
+Row: TypeAlias = tuple[Any, ...]  # of the journal: see JOURNAL_ROW
+Form: TypeAlias = tuple[Any, ...]  # how a message is written: a function, its arguments
+
+class Batch:
+    """Messages of one commit or one slice, and their bytes in each form."""
+
+    __slots__ = ("_written", "messages", "seq")
+
+    def __init__(self, messages: list[Message], seq: int) -> None:
+        self.messages, self.seq = messages, seq  # up to there it has all
+        self._written: dict[Form, bytes] = {}
+
+    def after(self, seq: int) -> Batch:
+        if not self.messages or self.messages[0].seq > seq:
+            return self
+        return Batch([each for each in self.messages if each.seq > seq], self.seq)
+
+    def written(self, form: Form) -> bytes:
+        if (found := self._written.get(form)) is None:
+            write, *how = form
+            found = b"".join([write(message, *how) for message in self.messages])
+            self._written[form] = found
+        return found
+
+class Sink(Protocol):
+    """Where the messages of a subscription go."""
+
+    def has_room(self) -> bool:
+        """Whether it takes more; if not, `drained` returns when it does again."""
+
+    async def drained(self) -> None: ...
+
+    def send(self, subscription: Subscription, batch: Batch) -> None: ...
+
+    def skipped(self, subscription: Subscription, count: int) -> None:
+        """So many messages were dropped, for it had no room."""
+
+    def fail(self, subscription: Subscription, error: IronflowError) -> None:
+        """It cannot go on: what it has to be told next is not there any more."""
+
+@dataclass(slots=True, eq=False)
+class Subscription:
+    """One who watches. `seq` is the last row that it need not be told of any more.
+
+    Live, it hears of each commit. Otherwise slices of the journal are read for it:
+    between `begin` and `take` it keeps what commits bring `meanwhile`, so that nothing
+    is missing where the two meet, and what is in both is told once.
+    """
+
+    interest: Interest
+    sink: Sink
+    seq: int
+    live: bool  # False: `fall_behind` has to be called once
+    form: Form = ()
+    drops: bool = False  # skip what there is no room for
+    skipped: int = 0
+    meanwhile: list[Batch] | None = None
+    fall_behind: Callable[[Subscription], None] = lambda _: None
+
+    def tell(self, batch: Batch) -> None:
+        """What a commit brought."""
+        if not self.live:
+            if self.meanwhile is not None:
+                self.meanwhile.append(batch)
+            return
+        if not (batch := batch.after(self.seq)).messages:
+            return
+        if self.sink.has_room():
+            self.pass_on(batch)
+        elif self.drops:
+            self.seq, self.skipped = batch.seq, self.skipped + len(batch.messages)
+        else:
+            self.live = False
+            self.fall_behind(self)
+
+    def pass_on(self, batch: Batch) -> None:
+        self.seq = batch.seq
+        if self.skipped:
+            self.sink.skipped(self, self.skipped)
+            self.skipped = 0
+        if batch.messages:
+            self.sink.send(self, batch)
+
+    def begin(self) -> int:
+        """After which row to read a slice for it."""
+        self.meanwhile = []
+        return self.seq
+
+    def take(self, found: Slice) -> None:
+        """The slice; after the last one it is live."""
+        meanwhile, self.meanwhile = self.meanwhile, None
+        self.pass_on(Batch(found.messages, found.seq))
+        if found.ended and meanwhile is not None:  # nothing was missed
+            self.live = True
+            for batch in meanwhile:
+                self.tell(batch)
+
+class Stream:
+    """All subscriptions; whom to tell of a row."""
+
+    def __init__(self, seq: int) -> None:
+        self.seq = seq  # of the newest row that was announced
+        self._index = Index[Interest]()
+        self._watchers: dict[Interest, dict[Subscription, bool]] = {}
+
+    def add(self, subscription: Subscription) -> None:
+        interest = subscription.interest
+        if interest not in self._watchers:
+            self._watchers[interest] = {}
+            for pattern in interest.patterns:
+                self._index.add(pattern, interest)
+        self._watchers[interest][subscription] = True
+
+    def remove(self, subscription: Subscription) -> None:
+        watchers = self._watchers.get(interest := subscription.interest, {})
+        if watchers.pop(subscription, False) and not watchers:
+            del self._watchers[interest]
+            for pattern in interest.patterns:
+                self._index.remove(pattern, interest)
+
+    def announce(self, rows: list[Row]) -> list[tuple[Row, Iterable[Interest]]]:
+        """Of new rows of the journal those that somebody watches, and who does."""
+        self.seq = rows[-1][0] if rows else self.seq
+        if not self._index:
+            return []
+        found = [(row, self._index.find(dotted(topic_of(*row[2:6])))) for row in rows
+                 if row[9] != "invoke"]
+        return [(row, interests) for row, interests in found if interests]
+
+    def tell(self, found: Iterable[tuple[Message, Iterable[Interest]]]) -> None:
+        """Tell who watches, in the order of `seq`."""
+        told: dict[Interest, list[Message]] = {}
+        for message, interests in found:
+            for interest in interests:
+                if passes(interest.filter, message):
+                    told.setdefault(interest, []).append(message)
+        for interest, messages in told.items():
+            batch = Batch(messages, messages[-1].seq)
+            for subscription in list(self._watchers.get(interest, ())):
+                subscription.tell(batch)
+
+    def interrupt(self) -> None:
+        """Some messages cannot be told live: who watches has to read them."""
+        for watchers in self._watchers.values():
+            for each in watchers:
+                if each.live:
+                    each.live = False
+                    each.fall_behind(each)
+                else:
+                    each.meanwhile = None
+
+class Watch:
+    """The stream's desk, where it waits: for reads of the journal, sockets, time."""
+
+    def __init__(self, journal: Journal, clock: Clock, seq: int) -> None:
+        self.journal, self.clock, self.stream = journal, clock, Stream(seq)
+        self.outlets: dict[Outlet, bool] = {}
+        self._full: list[Outlet] = []  # have something to write in this turn
+        self._backlog: list[tuple[Row, Iterable[Interest]]] = []
+        self._backlog_bytes, self._composing = 0, False
+        self._tasks: dict[Any, asyncio.Task[Any]] = {}  # by what they are for
+
+    def begin(self, purpose: Any, deed: Coroutine[Any, Any, Any]) -> None:
+        """Have it done in the background, unless it is being done for that already."""
+        old = self._tasks.get(purpose)
+        if old is not None and not old.done():
+            deed.close()
+            return
+        self._tasks[purpose] = task = asyncio.create_task(deed)
+        task.add_done_callback(lambda task: self._ended(purpose, task))
+
+    def _ended(self, purpose: Any, task: asyncio.Task[Any]) -> None:
+        if self._tasks.get(purpose) is task:
+            del self._tasks[purpose]
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a subscription failed", exc_info=error)
+
+    def announce(self, rows: list[Row], rung: set[str]) -> None:
+        """What a commit brought. Rows of runs and steps hold what changed; the rest is
+        read, and whatever comes after them waits for that."""
+        found = self.stream.announce(rows)
+        if not self._composing and not any(row[2] in PARTS for row, _ in found):
+            self.stream.tell((message_of(row, row[6]), who) for row, who in found)
+            return
+        self._backlog += found
+        self._backlog_bytes += sum(len(row[6]) for row, _ in found)
+        self._composing = True
+        if self._backlog_bytes > COMPOSED_BYTES:
+            self._give_up()
+        self.begin(Stream, self._compose())
+
+    async def _compose(self) -> None:
+        try:
+            while self._backlog:
+                found, self._backlog, self._backlog_bytes = self._backlog, [], 0
+                messages = await self.journal.read(
+                    Queries.compose, [row for row, _ in found])
+                self.stream.tell(zip(messages, [who for _, who in found], strict=True))
+        except Exception:
+            self._give_up()
+            raise
+        finally:
+            self._composing = False
+
+    def _give_up(self) -> None:
+        """What waits is not told live: who watches will read it when that can be."""
+        self._backlog, self._backlog_bytes = [], 0
+        self.stream.interrupt()
+
+    def follow(self, subscription: Subscription) -> None:
+        self.stream.add(subscription)
+        subscription.fall_behind = lambda each: self.begin(each, self._catch_up(each))
+        if not subscription.live:
+            subscription.fall_behind(subscription)
+
+    def leave(self, subscription: Subscription) -> None:
+        self.stream.remove(subscription)
+        if subscription in self._tasks:
+            self._tasks[subscription].cancel()
+
+    async def _catch_up(self, subscription: Subscription) -> None:
+        """Read for a subscription until it is live."""
+        while not subscription.live:
+            await subscription.sink.drained()
+            interest, seq = subscription.interest, subscription.begin()
+            try:
+                subscription.take(
+                    await self.journal.read(Queries.messages, interest, seq))
+            except OutOfRange as error:
+                subscription.sink.fail(subscription, error)
+                return
+            except Unavailable:  # the log has it
+                await asyncio.sleep(RETRY_S)
+
+    async def start_of(self, wanted: Wanted) -> tuple[int | None, bool]:
+        """After which row a subscription begins, None for now; whether its replay is
+        short, because older rows were not looked at. Raises OutOfRange."""
+        read, count, interest = self.journal.read, wanted.replay, wanted.interest
+        if wanted.since is not None:
+            await read(Queries.check_since, wanted.since)
+        if wanted.since is not None or not count:
+            return wanted.since, False
+        start, before = self.stream.seq, self.stream.seq + 1
+        for _ in range(REPLAY_ROWS // LOOKED_AT):
+            seqs, end = await read(Queries.selected_before, interest, before)
+            if some := seqs[:count]:
+                start, count = some[-1] - 1, count - len(some)
+            if not count or end is None:
+                return start, False
+            before = end
+        return start, True
+
+    def will_write(self, outlet: Outlet) -> None:
+        if not self._full:
+            asyncio.get_running_loop().call_soon(self._write)
+        self._full.append(outlet)
+
+    def _write(self) -> None:
+        full, self._full = self._full, []
+        for outlet in full:
+            outlet.flush()
+
+    async def keep(self) -> None:
+        """Until cancelled: look at all connections now and then."""
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_S)
+            for outlet in list(self.outlets):
+                outlet.look(self.clock.steady())
+
+    def told(self) -> int:
+        """Up to which row who is live was told, or 0 while that is not certain."""
+        return 0 if self._composing else self.stream.seq
+
+    async def close(self) -> None:
+        """Say goodbye to everybody."""
+        for outlet in list(self.outlets):
+            outlet.end(Unavailable("the server is stopping: try again in a moment"))
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=GOODBYE_S)
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A subscription as it is asked for."""
+    pattern: str
+    interest: Interest
+    replay: int = 0
+    since: int | None = None
+    group: str = ""
+    namespace: str = "default"
+    manual: bool = False
+    drops: bool = False
+    metadata: bool = False
+
+def read_wanted(api: Api, patterns: list[str], body: Fields) -> Wanted:
+    """What a subscriber asks for. Raises InvalidPattern, InvalidFilter, InvalidInput.
+
+    It is SubscribeOptions on the wire, the query of an event stream (JS and Go 0.29).
+    """
+    spread_out = [each for pattern in patterns for each in spread(check_pattern(pattern))]
+    if test := body.text("filter"):
+        try:
+            compiled(test)
+        except InvalidInput as error:
+            raise InvalidFilter(f"filter {error.message}") from None
+    if (namespace := body.text("namespace")) not in ("", "default", api.environment):
+        raise InvalidInput(f"namespace {namespace[:80]!r} is not served here, but "
+                           f"{api.environment!r}")
+    since = body.get("startAfterSequence", "since")
+    return Wanted(
+        " ".join(patterns), Interest(tuple(dict.fromkeys(spread_out)), test),
+        min(body.whole("replay"), MAX_REPLAY),
+        None if since is None else body.whole("startAfterSequence", "since"),
+        body.text("consumerGroup", "group"), namespace or "default",
+        read_word(body, "ack_mode", "ackMode", "ack") == "manual",
+        read_word(body, "backpressure_mode", "backpressure") == "drop",
+        body.flag("includeMetadata"))
+
+# --- One connection -------------------------------------------------------------------
+
+class Outlet:
+    """A connection, and what it is told. Each door has its own words for that."""
+
+    __slots__ = (
+        "_moved",
+        "_moved_at",
+        "_parts",
+        "_put",
+        "_unsent",
+        "_wire",
+        "begun",
+        "over",
+        "request",
+        "subscriptions",
+        "watch",
+    )
+
+    def __init__(self, watch: Watch, request: web.BaseRequest) -> None:
+        self.watch, self.request, self._wire = watch, request, request.transport
+        self.subscriptions: dict[str, Subscription] = {}
+        self.begun = self.over = False  # its head was sent; nothing may be sent any more
+        self._parts: list[bytes] = []
+        self._unsent = self._put = self._moved = 0  # bytes
+        self._moved_at = watch.clock.steady()
+        watch.outlets[self] = True
+
+    def begin(self) -> None:
+        """From now on bytes may go out; what gathered before goes first."""
+        self.begun = True
+        self.flush()
+
+    def put(self, data: bytes) -> None:
+        """To be sent, in one write with whatever else this turn of the loop brings."""
+        if not self._parts:
+            self.watch.will_write(self)
+        self._parts.append(data)
+        self._unsent += len(data)
+
+    def flush(self) -> None:
+        if not self.begun or not self._parts:
+            return
+        data, self._parts = b"".join(self._parts), []
+        if self._wire is None or self.over:
+            return
+        self._wire.write(data)
+        self._put += len(data)
+        self._unsent = self._wire.get_write_buffer_size()
+
+    def has_room(self) -> bool:
+        if self._unsent > ROOM_BYTES and not self._parts and self._wire is not None:
+            self._unsent = self._wire.get_write_buffer_size()
+        return self._unsent <= ROOM_BYTES
+
+    async def drained(self) -> None:
+        self.flush()
+        with contextlib.suppress(ConnectionError):  # then `leave` comes
+            await self.request.writer.drain()
+
+    def send(self, subscription: Subscription, batch: Batch) -> None:
+        self.put(batch.written(subscription.form))
+
+    def look(self, now: float) -> None:
+        """Now and then: see whether the other side is there, and that it reads."""
+        self.flush()
+        unsent = self._wire.get_write_buffer_size() if self._wire is not None else 0
+        if not unsent or self._put - unsent != self._moved:
+            self._moved, self._moved_at = self._put - unsent, now
+        elif now - self._moved_at >= STALL_S:
+            self.end(Unavailable(f"you have read nothing for {STALL_S:.0f} s: connect "
+                                 "again, and go on where you are"), 1013)
+            return
+        self.keep_alive(now)
+
+    def keep_alive(self, now: float) -> None: ...
+
+    def end(self, error: IronflowError, code: int = 1001) -> None:
+        """Say why, and close."""
+
+    def leave(self) -> None:
+        """The connection is gone, or on its way."""
+        self.over = True
+        self.watch.outlets.pop(self, None)
+        for subscription in self.subscriptions.values():
+            self.watch.leave(subscription)
+        self.subscriptions.clear()
+
+def name_of(wanted: Wanted, taken: Container[str]) -> str:
+    """An id that is the same after a reconnect: the SDKs keep the old one (JS 0.29)."""
+    names = ("sub_" + hashlib.sha1("\0".join([
+        wanted.pattern, wanted.namespace, wanted.group, str(ordinal)
+    ]).encode()).hexdigest()[:16] for ordinal in count())
+    return next(name for name in names if name not in taken)
+
+def about(message: Message) -> dict[str, Json | None]:
+    return {"topic": dumps(message.topic), "data": message.data,
+            "eventId": dumps(message.event_id)}
+
+# --- The door /ws ---------------------------------------------------------------------
+
+async def get_ws(api: Api, request: web.BaseRequest) -> web.WebSocketResponse:
+    """GET /ws: subscribe, unsubscribe, ack, as many as one connection likes."""
+    socket = web.WebSocketResponse(compress=False, autoping=False,
+                                   max_msg_size=FRAME_BYTES, timeout=GOODBYE_S)
+    if not socket.can_prepare(request):
+        raise InvalidInput("this door speaks WebSocket: connect with ws://, or use GET"
+                           " /api/v1/stream")
+    outlet = Socket(api, request, socket)
+    try:
+        await socket.prepare(request)
+        outlet.begin()
+        await outlet.listen()
+    finally:
+        outlet.leave()
+    return socket
+
+class Socket(Outlet):
+    """A WebSocket. Facts: the clients of the public SDKs (JS 0.29)."""
+
+    __slots__ = ("_api", "_bad", "_heard_at", "_socket")
+
+    def __init__(self, api: Api, request: web.BaseRequest,
+                 socket: web.WebSocketResponse) -> None:
+        super().__init__(api.watch, request)
+        self._api, self._socket, self._bad = api, socket, 0
+        self._heard_at = self._moved_at
+
+    async def listen(self) -> None:
+        """Until it is closed."""
+        async for frame in self._socket:
+            self._heard_at = self.watch.clock.steady()
+            if frame.type is WSMsgType.PING:
+                await self._socket.pong(frame.data)
+            elif frame.type is WSMsgType.TEXT:
+                await self.hear(frame.data.encode())
+            elif frame.type is WSMsgType.BINARY:
+                self._refuse("binary frames mean nothing here: send text")
+
+    async def hear(self, text: bytes) -> None:
+        """A client's message. Whatever is wrong with it is answered."""
+        try:
+            body = Fields(parse_json(text), "message")
+            match body.text("type"):
+                case "subscribe":
+                    await self._subscribe(body.inner("subscription"))
+                case "unsubscribe":
+                    self._unsubscribe(body.text("subscriptionId"))
+                case "ack":
+                    pass
+                case word:
+                    raise InvalidInput(f"type is {word[:40]!r}: send subscribe, "
+                                       "unsubscribe or ack")
+        except IronflowError as error:
+            self._refuse(error.message)
+
+    def _refuse(self, why: str) -> None:
+        self.say(type="error", code="INVALID_MESSAGE", message=why)
+        self._bad += 1
+        if self._bad >= BAD_FRAMES:
+            self.end(InvalidInput(f"{BAD_FRAMES} messages could not be read"), 1008)
+
+    async def _subscribe(self, asked: Fields) -> None:
+        pattern = asked.text("pattern")
+        try:
+            if len(self.subscriptions) >= SUBSCRIPTIONS:
+                raise TooMany(f"this connection has {SUBSCRIPTIONS} subscriptions: end"
+                              " some, or open another connection")
+            wanted = read_wanted(self._api, [pattern], asked.inner("options"))
+            start, cut = await self.watch.start_of(wanted)
+        except IronflowError as error:
+            found: dict[str, Any] = {
+                "status": "error", "code": error.word, "message": error.message}
+        else:
+            name = name_of(wanted, self.subscriptions)
+            subscription = Subscription(
+                wanted.interest, self, self.watch.stream.seq if start is None else start,
+                start is None, (as_frame, name, wanted.metadata), wanted.drops)
+            self.subscriptions[name] = subscription
+            found = {"status": "ok", "subscriptionId": name,
+                     "sequence": subscription.seq}
+        self.say(type="subscription_result", results=[{"pattern": pattern, **found}])
+        if found["status"] == "ok":
+            self.watch.follow(subscription)
+            if cut:
+                self._complain(subscription, "REPLAY_CUT", CUT, True)
+
+    def _unsubscribe(self, name: str) -> None:
+        if (subscription := self.subscriptions.pop(name, None)) is not None:
+            self.watch.leave(subscription)
+
+    def say(self, **message: Any) -> None:
+        self.put(frame(dumps(message)))
+
+    def _complain(self, subscription: Subscription, code: str, message: str,
+                  goes_on: bool) -> None:
+        self.say(type="subscription_error", subscriptionId=subscription.form[1],
+                 code=code, message=message, retrying=goes_on)
+
+    def skipped(self, subscription: Subscription, count: int) -> None:
+        self._complain(subscription, "MESSAGES_DROPPED", skipped(count), True)
+
+    def fail(self, subscription: Subscription, error: IronflowError) -> None:
+        self._complain(subscription, error.word, error.message, False)
+        self._unsubscribe(subscription.form[1])
+
+    def flush(self) -> None:
+        self.over = self.over or self._socket.closed  # no frame follows that of the end
+        super().flush()
+
+    def keep_alive(self, now: float) -> None:
+        silent_s = now - self._heard_at
+        if silent_s > PING_S + STALL_S and self._wire is not None:
+            self._wire.abort()
+        elif silent_s > PING_S and not self._unsent:
+            self.put(frame("", PING))
+
+    def end(self, error: IronflowError, code: int = 1001) -> None:
+        self.flush()
+        self.leave()
+        self.watch.begin(self, self._close(code, error.message.encode()[:120]))
+
+    async def _close(self, code: int, message: bytes) -> None:
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self._socket.close(code=code, message=message)
+        if self._wire is not None:
+            self._wire.abort()  # what it never read
+
+TEXT, PING = 1, 9  # opcodes
+
+def frame(text: Json, opcode: int = TEXT) -> bytes:
+    """A WebSocket frame as servers send it: whole, without a mask."""
+    data = text.encode()
+    if (size := len(data)) < 126:
+        return bytes([0x80 | opcode, size]) + data
+    if size < 65_536:
+        return struct.pack("!BBH", 0x80 | opcode, 126, size) + data
+    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + data
+
+def as_frame(message: Message, name: str, metadata: bool) -> bytes:
+    meta = {"timestamp": stamp(message.at), "sequence": str(message.seq)}
+    return frame(join({"type": '"event"', "subscriptionId": dumps(name)}
+                      | about(message) | {"meta": join(meta) if metadata else None}))
+
+CUT = (f"older messages may be missing: {REPLAY_ROWS} rows were looked at for the "
+       "replay, ask for a narrower pattern")
+
+def skipped(count: int) -> str:
+    return f"{count} messages were dropped, for you did not read them fast enough"
+
+# --- The doors that answer and never end ----------------------------------------------
+
+class Body(Outlet):
+    """The body of an answer, to which more and more is added."""
+
+    __slots__ = ("_chunked", "ended", "form")
+
+    def __init__(self, watch: Watch, request: web.BaseRequest, *form: Any) -> None:
+        super().__init__(watch, request)
+        self.ended: Future = asyncio.get_running_loop().create_future()
+        self._chunked = request.version >= HttpVersion11  # before: until it closes
+        self.form = (as_chunk, self._chunked, *form)
+
+    def add(self, text: str) -> None:
+        self.put(chunk(text.encode(), self._chunked))
+
+    def end(self, error: IronflowError, code: int = 1001) -> None:
+        self.last_word(error)
+        self.flush()
+        self.leave()
+        if code != 1001 and self._wire is not None:
+            self._wire.abort()  # what it never read
+        settle_future(self.ended, None)
+
+    def last_word(self, error: IronflowError) -> None: ...
+
+    def skipped(self, subscription: Subscription, count: int) -> None: ...
+
+    def fail(self, subscription: Subscription, error: IronflowError) -> None:
+        self.end(error)
+
+def chunk(data: bytes, chunked: bool) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
+
+def as_chunk(message: Message, chunked: bool, write: Callable[..., bytes], *how: Any
+             ) -> bytes:
+    return chunk(write(message, *how), chunked)
+
+async def flow(api: Api, request: web.BaseRequest, body: Body, wanted: Wanted,
+               start: int | None, headers: dict[str, str]) -> web.StreamResponse:
+    """Answer with all that is wanted, until somebody has had enough.
+
+    It is a subscriber before its head goes out: what happens then is told already.
+    """
+    seq = api.watch.stream.seq if start is None else start
+    subscription = Subscription(wanted.interest, body, seq, start is None, body.form,
+                                wanted.drops)
+    response = web.StreamResponse(headers={
+        **headers, **cors(request), "Cache-Control": "no-cache",
+        "X-Accel-Buffering": "no"})
+    try:
+        body.subscriptions[""] = subscription
+        api.watch.follow(subscription)
+        api.let_go(request)
+        await response.prepare(request)
+        body.begin()
+        await body.ended
+    finally:
+        body.leave()
+    return response
+
+async def get_stream(api: Api, request: web.BaseRequest) -> web.StreamResponse:
+    """GET /api/v1/stream?pattern=P: server-sent events; `Last-Event-ID` resumes.
+
+    More than one `pattern` is their union, in one order, each message once.
+    """
+    asked, patterns = dict(request.query), request.query.getall("pattern", [])
+    if not patterns:
+        raise InvalidInput("name what to watch: /api/v1/stream?pattern=events:>")
+    if last := request.headers.get("Last-Event-ID"):
+        asked |= {"since": last, "replay": ""}
+    if asked.get("since") and asked.get("replay"):
+        raise InvalidInput("since and replay: send one of them")
+    asks = Fields({name: text for name, text in asked.items() if text})
+    wanted = read_wanted(api, patterns, asks)
+    start, cut = await api.watch.start_of(wanted)
+    body = EventSource(api.watch, request, as_event)
+    body.add(f"id: {api.watch.stream.seq if start is None else start}\n\n")
+    if cut:
+        body.complain("REPLAY_CUT", CUT)
+    return await flow(api, request, body, wanted, start,
+                      {"Content-Type": "text/event-stream; charset=utf-8"})
+
+class EventSource(Body):
+    """Server-sent events (HTML standard). An `id` alone moves the place from where a
+    client goes on, and is not an event."""
+
+    __slots__ = ()
+
+    def keep_alive(self, now: float) -> None:
+        for subscription in self.subscriptions.values():
+            told = self.watch.told() if subscription.live else 0
+            place = f"id: {told}\n" if told and not self._unsent else ""
+            self.add(f": keep-alive\n{place}\n")
+
+    def complain(self, code: str, message: str) -> None:
+        data = dumps({"code": code, "message": message})
+        self.add(f"event: ironflow.error\ndata: {data}\n\n")
+
+    def skipped(self, subscription: Subscription, count: int) -> None:
+        self.complain("MESSAGES_DROPPED", skipped(count))
+
+    def last_word(self, error: IronflowError) -> None:
+        if not isinstance(error, Unavailable):  # then it comes back by itself
+            self.complain(error.word, error.message)
+
+def as_event(message: Message) -> bytes:
+    topic = message.topic.replace("\r", " ").replace("\n", " ")
+    data = join(about(message) | {"sequence": str(message.seq),
+                                  "timestamp": stamp(message.at)})
+    return f"id: {message.seq}\nevent: {topic}\ndata: {data}\n\n".encode()
+
+CONNECT_STREAM = {"Content-Type": "application/connect+json"}
+MESSAGE, END = 0, 2  # flags
+
+async def subscribe(api: Api, request: web.BaseRequest) -> web.StreamResponse:
+    """PubSubService/Subscribe {pattern, options}: Connect's server streaming."""
+    if request.content_type != CONNECT_STREAM["Content-Type"]:
+        raise InvalidInput("this call answers with a stream: send application/"
+                           "connect+json, or use GET /api/v1/stream")
+    body = Envelopes(api.watch, request)
+    try:
+        asked = await read_envelope(api, request)
+        options = asked.inner("options")
+        wanted = read_wanted(api, [asked.text("pattern")], options)
+        start, _ = await api.watch.start_of(wanted)
+    except IronflowError as error:
+        body.leave()
+        return web.Response(body=last_envelope(error), headers=CONNECT_STREAM)
+    body.form += (as_envelope, name_of(wanted, ()), wanted.namespace, 1)
+    return await flow(api, request, body, wanted, start, CONNECT_STREAM)
+
+async def read_envelope(api: Api, request: web.BaseRequest) -> Fields:
+    """The one message of a streaming call: flags, length, JSON."""
+    data = await api.read_body(request)
+    if len(data) < 5 or data[0] or len(data) != 5 + int.from_bytes(data[1:5], "big"):
+        raise InvalidInput("body is not one envelope of JSON: send a zero byte, the "
+                           "length in four, and the message, not compressed")
+    return Fields(parse_json(data[5:]) if len(data) > 5 else {})
+
+class Envelopes(Body):
+    """Connect's server streaming. It has no words for a pause or a gap (JS 0.29)."""
+
+    __slots__ = ()
+
+    def skipped(self, subscription: Subscription, count: int) -> None:
+        log.warning("a subscriber: %s", skipped(count))
+
+    def last_word(self, error: IronflowError) -> None:
+        self.put(chunk(last_envelope(error), self._chunked))
+
+def envelope(flags: int, text: Json) -> bytes:
+    data = text.encode()
+    return struct.pack("!BI", flags, len(data)) + data
+
+def last_envelope(error: IronflowError) -> bytes:
+    found = {"code": error.code, "message": error.message}
+    return envelope(END, _to_text.encode({"error": found}))
+
+def as_envelope(message: Message, name: str, namespace: str, attempt: int) -> bytes:
+    whole = about(message)
+    if not message.data.startswith("{"):
+        whole["dataValue"] = whole.pop("data")
+    metadata = {"timestamp": stamp(message.at), "source": '"api"',
+                "namespace": dumps(namespace)}
+    return envelope(MESSAGE, join(whole | {
+        "subscriptionId": dumps(name), "metadata": join(metadata),
+        "sequence": f'"{message.seq}"', "deliveryAttempt": str(attempt)}))
 
 # ======================================================================================
 # 10. The way out: pull
@@ -5375,6 +6426,7 @@ class Server:
                 Path(self.db), clock=self.clock, ids=self.ids, offers=offers,
                 environment=self.environment, cache_mb=self.cache_mb,
                 on_alarm=lambda instant: timekeeper.ring(instant),
+                on_commit=lambda rows, rung: watch.announce(rows, rung),
                 on_failure=lambda error: settle_future(self.failed, [error]))
             stack.push_async_callback(journal.close)
             desk = PullDesk(journal, offers, self.limits, self.clock)
@@ -5386,14 +6438,17 @@ class Server:
             stack.push_async_callback(pushes.close)
             for worker in await journal.read(Queries.connected_workers):
                 desk.remember(worker.worker_id)
+            newest = await journal.read(lambda queries: queries.last_seq)
+            watch = Watch(journal, self.clock, newest)
             timekeeper = Timekeeper(desk, self.push_concurrency)
-            for loop in timekeeper.keep(), sweep(journal, self.retain_s):
+            for loop in timekeeper.keep(), sweep(journal, self.retain_s), watch.keep():
                 task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)
                 stack.push_async_callback(end_task, task)
-            api = Api(journal, desk, pushes, guard, self.limits, self.environment,
+            api = Api(journal, desk, pushes, watch, guard, self.limits, self.environment,
                       self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
+            stack.push_async_callback(watch.close)
             stack.push_async_callback(desk.close)
             stack.callback(offers.open_slots, 0)
             self._running = stack.pop_all()

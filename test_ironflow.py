@@ -693,7 +693,8 @@ def test_capabilities_list_only_what_is_built(
 ) -> None:
     for server, needs_key in (shared, False), (keyed, True):
         found = server.yes("GET", "/api/v1/capabilities")
-        assert (found["transports"], found["features"]) == (["connectrpc"], [])
+        assert (found["transports"], found["features"]) == (
+            ["connectrpc", "websocket"], [])
         assert found["auth_required"] is needs_key
 
 
@@ -737,7 +738,7 @@ def test_info_tells_when_this_process_started(server: RunningServer) -> None:
     ("DELETE /api/v1/events", (405, "unimplemented")),
     ("POST /health", (405, "unimplemented")),
     ("POST /ironflow.v1.IronflowService/PauseRun", (501, "unimplemented")),
-    ("POST /ironflow.v1.PubSubService/Subscribe", (501, "unimplemented")),
+    ("POST /ironflow.v1.PubSubService/SubscribeBidirectional", (501, "unimplemented")),
 ])
 def test_a_door_that_is_not_there_answers_in_json(
     shared: RunningServer, door: str, answer: Any
@@ -1749,7 +1750,7 @@ def test_a_subscriber_will_hear_of_it_under_the_id_that_the_caller_got(
     found = publish(shared, topic := new_name(), {"a": 1})
     db = sqlite3.connect(f"{shared.db.as_uri()}?mode=ro", uri=True)
     with contextlib.closing(db):
-        (message,) = ironflow.Queries(db).messages(int(found["sequence"]) - 1, 1)
+        (message,) = ironflow.Queries(db).messages_at([int(found["sequence"])])
     assert (message.topic, message.event_id) == (f"topic:{topic}", found["eventId"])
     assert json.loads(message.data) == {"a": 1}
 
@@ -2669,7 +2670,8 @@ WIRE: list[tuple[str, str, str, Any, Any]] = [
     ("node", "Health", f"{RPC}Health", {}, {"status": "ok", "timestamp": "AT",
                                             "version": ironflow.__version__}),
     ("browser", "detectTransport", f"{RPC}GetCapabilities", {},
-     {"transports": ["connectrpc"], "features": [], "version": ironflow.PROTOCOL_VERSION,
+     {"transports": ["connectrpc", "websocket"], "features": [],
+      "version": ironflow.PROTOCOL_VERSION,
       "auth_required": False}),
     ("Go", "Info", f"{RPC}Info", {},
      {"version": ironflow.__version__, "goVersion": "TEXT", "startedAt": "AT",
@@ -3141,7 +3143,7 @@ def messages_of(server: RunningServer) -> list[ironflow.Message]:
     """All that subscribers would have heard; the view `topic` says the same."""
     db = sqlite3.connect(f"{server.db.as_uri()}?mode=ro", uri=True)
     with contextlib.closing(db):
-        messages = ironflow.Queries(db).messages(0, 1000)
+        messages = ironflow.Queries(db).messages(ironflow.Interest((">",)), 0).messages
     view = server.rows("SELECT seq, topic FROM topic ORDER BY seq")
     assert view == [(message.seq, message.topic) for message in messages]
     return messages
