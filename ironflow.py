@@ -70,8 +70,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import (
-    Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping)
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -6801,7 +6800,8 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Any = None,
     while True:
         try:
             data = None if body is None else _to_text.encode(body).encode()
-            with replied(asked, method, path, data, wait_s, query) as reply:
+            with contextlib.closing(dial(asked, wait_s)) as line:
+                reply = send(line, asked, method, path, data, query)
                 answer = _from_text.decode(reply.read().decode())
             if reply.status < 300 and holds in {"", *answer}:
                 return {**answer}
@@ -6815,20 +6815,22 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Any = None,
             raise IronflowError(trouble)
         time.sleep(delays_s.pop())
 
-@contextlib.contextmanager
-def replied(asked: argparse.Namespace, method: str, path: str, data: bytes | None,
-            wait_s: float, query: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
-    """The reply to a request, its body not read yet; then the connection is closed."""
-    url, env = asked.server, os.environ
-    key, tls = env.get("IRONFLOW_API_KEY", ""), url.scheme == "https"
+def dial(asked: argparse.Namespace, wait_s: float) -> http.client.HTTPConnection:
+    tls = asked.server.scheme == "https"
     kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-    headers = {"X-Ironflow-Environment": env.get("IRONFLOW_ENV", ""),
-               "Authorization": f"Bearer {' '.join(key.split())}"}
+    return kind(asked.server.netloc, timeout=wait_s)
+
+def send(line: http.client.HTTPConnection, asked: argparse.Namespace, method: str,
+         path: str, data: bytes | None, query: dict[str, Any]
+         ) -> http.client.HTTPResponse:
+    env = os.environ.get
+    headers = {"X-Ironflow-Environment": env("IRONFLOW_ENV", ""), "Authorization":
+               f"Bearer {' '.join(env('IRONFLOW_API_KEY', '').split())}"}
     named = path.replace("{id}", quote(getattr(asked, "id", ""), safe=""))
-    target = f"{url.path.rstrip('/')}{named}?{urlencode(query, doseq=True)}"
-    with contextlib.closing(kind(url.netloc, timeout=wait_s)) as line:
-        line.request(method, target, data, headers)
-        yield line.getresponse()
+    query = {name: value for name, value in query.items() if value is not None}
+    line.request(method, f"{asked.server.path.rstrip('/')}{named}?"
+                 f"{urlencode(query, doseq=True)}", data, headers)
+    return line.getresponse()
 
 def unreachable(asked: argparse.Namespace, error: Exception) -> str:
     why = getattr(error, "strerror", None) or error
@@ -6849,7 +6851,7 @@ def print_stream(asked: argparse.Namespace) -> None:
                  [paint(table([cells], columns)[1], COLOURS.get(status or "", 0))])
             sys.stdout.flush()
 
-def follow(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def follow(asked: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """The stream's messages, each once: where it breaks off it is taken up again.
 
     Raises IronflowError for a refusal, and if the server is not there to begin with.
@@ -6858,9 +6860,9 @@ def follow(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
              "replay": asked.replay}
     begun = away = False
     while True:
-        given = {name: value for name, value in query.items() if value is not None}
         try:
-            with replied(asked, "GET", "/api/v1/stream", None, 60, given) as reply:
+            with contextlib.closing(dial(asked, 60)) as line:
+                reply = send(line, asked, "GET", "/api/v1/stream", None, query)
                 if reply.status != 200:
                     why = str(_from_text.decode(reply.read().decode())["message"])
                     raise OSError(why) if begun and reply.status >= 500 else (
@@ -6868,9 +6870,10 @@ def follow(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for fields in blocks(reply):
                     message = _from_text.decode(fields.get("data", "{}"))
                     if fields.get("event") == "ironflow.error":
-                        raise IronflowError(message["message"])
+                        tell(message["message"])  # if that was all, it says so again
+                        continue
                     begun, away = True, False
-                    query |= {"since": fields["id"], "replay": None}
+                    query |= {"since": fields.get("id", query["since"]), "replay": None}
                     if message:
                         yield message
                 raise OSError("the stream ended")
@@ -6882,7 +6885,7 @@ def follow(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
             away = True
         time.sleep(0.5)
 
-def blocks(lines: Iterable[bytes]) -> Iterator[dict[str, str]]:
+def blocks(lines: Iterable[bytes]) -> Iterable[dict[str, str]]:
     """Server-sent events, as their fields. One that breaks off midway is none."""
     fields: dict[str, str] = {}
     for line in lines:

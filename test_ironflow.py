@@ -18348,7 +18348,7 @@ def test_a_subscription_begins_in_the_past_if_it_is_asked_to(
             asked: dict[str, Any] = {
                 "last": {"replay": 2}, "all": {"since": 0}, "behind": {"since": first[0]},
                 "some": {"replay": 5, "filter": "data > 1"}, "none": {}}
-            seen = {}
+            seen: dict[str, list[Any]] = {}
             for name, options in asked.items():
                 async with client.subscribe("order.0", **options) as events:
                     await client.emit("order.0", name)
@@ -18734,10 +18734,22 @@ def process(server: RunningServer, *words: str, env: Any = None, **io: Any) -> A
     return subprocess.Popen([sys.executable, HERE / "ironflow.py", *words], env=clean, **io)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Who is started here heeds Ctrl-C; shells let jobs in the background ignore it."""
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, ours)
+
+
 def on_terminal(
-    server: RunningServer, *words: str, columns: int = 80, env: dict[str, str] | None = None
+    server: RunningServer, *words: str, columns: int = 80, env: dict[str, str] | None = None,
+    until: str = "\0",
 ) -> tuple[int, str]:
-    """The same in a pseudo-terminal so many columns wide: its status, what it shows."""
+    """The same in a pseudo-terminal so many columns wide: its status, what it shows; Ctrl-C
+    comes when it shows that."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with process(server, *words, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as cli:
@@ -18746,6 +18758,8 @@ def on_terminal(
         with contextlib.suppress(OSError):  # how Linux says that the other end is closed
             while part := os.read(ours, 65536):
                 shown += part
+                if until in shown.decode(errors="ignore"):
+                    cli.send_signal(signal.SIGINT)
         os.close(ours)
     return cli.returncode, shown.decode().replace("\r\n", "\n")
 
@@ -19285,6 +19299,9 @@ def test_an_answer_that_is_not_ironflows_is_said_in_a_sentence(
     ("emit x --version 0", "--version:"),
     ("emit x --timeout soon", "--timeout:"),
     ("emit x --timeout 5", "--timeout:"),
+    ("subscribe", "PATTERN"),
+    ("subscribe a --since 1 --replay 1", "--replay"),
+    ("subscribe a --since 1h", "--since:"),
     ("run list --status unknown", "--status:"),
     ("run list --limit none", "--limit:"),
     ("event list --since yesterday", "--since:"),
@@ -19380,11 +19397,8 @@ def test_ctrl_c_ends_a_wait_quietly(shared: RunningServer) -> None:
     name = new_name()
     shared.register(name, name)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let jobs in
-    try:  # the background ignore it, and who is started by them
+    with interruptible():
         cli = process(shared, "emit", name, "--wait", **pipes)
-    finally:
-        signal.signal(signal.SIGINT, ours)
     with cli:
         eventually(lambda: shared.yes("GET", f"/api/v1/runs?function_id={name}")["count"])
         cli.send_signal(signal.SIGINT)
@@ -19411,6 +19425,154 @@ def test_a_pipe_that_nobody_reads_ends_it_quietly(past: RunningServer) -> None:
         os.close(write)
         assert cli.stderr.read() == b""
     assert cli.returncode == 141
+
+
+# --- Subscribing -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def subscribed(server: RunningServer, *words: str) -> Iterator[Any]:
+    """`subscribe` as a process of its own, ended by Ctrl-C, which is no failure."""
+    with interruptible():
+        cli = process(server, "subscribe", *words, stdout=subprocess.PIPE,
+                      stderr=subprocess.PIPE, text=True)
+    with cli:
+        try:
+            yield cli
+            cli.send_signal(signal.SIGINT)
+            assert cli.wait(DEADLINE_S) == 0
+        finally:
+            cli.kill()
+
+
+def shown(cli: Any, number: int) -> list[str]:
+    lines = [cli.stdout.readline().rstrip("\n") for _ in range(number)]
+    return [re.sub(r"[-0-9]{10} [:0-9]{8}Z|[-0-9]{10}T[:0-9]{8}\.\d+Z", "{at}", line)
+            for line in lines]
+
+
+def test_subscribe_prints_a_line_for_each_message(server: RunningServer) -> None:
+    server.emit("order.placed", {"n": 1})
+    publish(server, "a", "ein\nandrer")
+    server.emit("order.placed.in.the.end", [0])
+    server.emit("cart.placed")
+    with subscribed(server, "order.>", "topic:*", "--since", "0") as cli:
+        assert shown(cli, 3) == [
+            '{at}  events:order.placed  {"n":1}',
+            r"{at}  topic:a              ein\nandrer",
+            "{at}  events:order.placed.in.the.end  [0]"]
+        publish(server, "news", 5)
+        assert shown(cli, 1) == ["{at}  topic:news                      5"]
+        cli.send_signal(signal.SIGINT)
+        assert (cli.stdout.read(), cli.stderr.read()) == ("", "")
+
+
+def test_subscribe_prints_json_and_what_is_known_of_a_message(server: RunningServer) -> None:
+    first, second = (server.emit(f"order.{n}", {"n": "ü"})["event_id"] for n in (1, 2))
+    (seq, _), (after, _) = committed(server)
+    for words, line in {
+        "--json": '{"topic":"events:order.1","data":{"n":"ü"}}',
+        "--metadata --replay 5": f"{{at}}  {seq:<8}  {first}  events:order.1  " '{"n":"ü"}',
+        "--json --metadata": '{"topic":"events:order.1","data":{"n":"ü"},"eventId":"'
+                             f'{first}","sequence":{seq},"timestamp":"{{at}}"}}',
+    }.items():
+        begin = () if "--replay" in words else ("--since", "0")
+        with subscribed(server, ">", *words.split(), *begin) as cli:
+            lines = shown(cli, 2)
+            assert lines[0] == line
+            assert lines[1] == line.replace("order.1", "order.2").replace(
+                first, second).replace(f'"sequence":{seq}', f'"sequence":{after}').replace(
+                f"{seq:<8}", f"{after:<8}")
+    with subscribed(server, ">", "--replay", "1", "--filter", 'topic.endsWith("1")') as cli:
+        assert shown(cli, 1) == ['{at}  events:order.1  {"n":"ü"}']
+
+
+def test_subscribe_goes_on_when_the_server_is_back(server: RunningServer) -> None:
+    with subscribed(server, "a", "--since", "0", "--json") as cli:
+        for n in range(1, 4):
+            server.emit("a", n)
+            assert shown(cli, 1) == [f'{{"topic":"events:a","data":{n}}}']
+            server.stop()
+            assert "waiting for it" in cli.stderr.readline()
+            server.start()
+        cli.send_signal(signal.SIGINT)
+        assert (cli.stdout.read(), cli.stderr.read()) == ("", "")
+
+
+def test_subscribe_shows_each_message_once_however_often_the_server_is_killed(
+    server: RunningServer
+) -> None:
+    emitter = Emitter(server.url, 3000)
+    with subscribed(server, "a", "--since", "0", "--json") as cli:
+        numbers: list[int] = []
+        for until in 500, 1500, 2500, 3000:
+            numbers += [json.loads(each)["data"][0] for each in shown(cli, until - len(numbers))]
+            server.kill()
+            server.start()
+        emitter.join(DEADLINE_S)
+    assert numbers == list(range(3000))
+
+
+def test_subscribe_says_why_it_is_refused(
+    cli: Cli, past: RunningServer, keyed: RunningServer
+) -> None:
+    with socket.socket() as seat:  # where nobody listens
+        seat.bind(("127.0.0.1", 0))
+        for server, words, sentence in (
+            (past, "a..b", "pattern 'a..b'"), (past, "a b*", "pattern 'b*'"),
+            (past, "a --since 99999", "cannot go on after 99999"),
+            (past, "a --filter 1+", "filter '1+' is no CEL"),
+            (past, f"a -s http://127.0.0.1:{seat.getsockname()[1]}", "is it running?"),
+            (keyed, "a", "authentication required"),
+        ):
+            status, out, err = cli(server, "subscribe", *words.split())
+            assert (status, out) == (1, "")
+            assert err.count("\n") == 1 and sentence in err, err
+
+
+def test_subscribe_does_not_pretend_that_deleted_messages_can_be_shown(tmp_path: Path) -> None:
+    with serve(tmp_path, "--retain", "300ms") as server:
+        old = server.emit("old")["event_id"]
+        eventually(lambda: server.call("GET", f"/api/v1/events/{old}")[0] == 404)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with process(server, "subscribe", ">", "--since", "0", **pipes) as cli:
+            out, err = cli.communicate(timeout=DEADLINE_S)
+    assert (cli.returncode, out) == (1, "")
+    assert "cannot go on after 0: this journal has 2 to" in err
+
+
+def test_subscribe_ends_quietly_when_nobody_reads_what_it_prints(server: RunningServer) -> None:
+    with interruptible():
+        cli = process(server, "subscribe", "a", "--since", "0", stdout=subprocess.PIPE,
+                      stderr=subprocess.PIPE)
+    with cli:
+        server.emit("a")
+        assert b"events:a" in cli.stdout.readline()
+        cli.stdout.close()
+        eventually(lambda: server.emit("a") and cli.poll() is not None)
+        assert cli.stderr.read() == b""
+    assert cli.returncode == 141
+
+
+def test_on_a_terminal_subscribe_colours_a_status_and_keeps_to_the_width(
+    server: RunningServer
+) -> None:
+    server.register("f")
+    server.join("w", "f")
+    run_id = server.emit(data={"text": "x" * 200})["run_ids"][0]
+    server.tell(server.job(), "completed")
+    server.run_becomes(run_id, "completed")
+    server.emit("the.end")
+    with interruptible():
+        status, screen = on_terminal(server, "subscribe", ">", "--since", "0", columns=100,
+                                     until="the.end")
+    assert status == 0
+    lines = screen.splitlines()
+    assert all(len(without_colours(line)) <= 100 for line in lines)
+    coloured = {line[:5] for line in lines if f"{run_id}.completed" in line}
+    assert coloured == {"\x1b[32m"}
+    (event,) = [line for line in lines if "order.placed" in line and line.endswith("…")]
+    assert "\x1b" not in event
 
 
 # ======================================================================================
