@@ -96,6 +96,7 @@ from ironflow_client import (
     IronflowError,
     NonRetryableError,
     NotJSON,
+    Patterns,
     RetryAfterError,
     Row,
     Run,
@@ -18672,6 +18673,161 @@ def test_a_subscription_over_tls_is_like_any_other(
             [sys.executable, "-c", code, url], cwd=HERE, capture_output=True, text=True,
             timeout=DEADLINE_S, env=own_environment({"SSL_CERT_FILE": str(file)}))
     assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
+
+
+# --- Groups ----------------------------------------------------------------------------
+
+
+def unanswered(server: RunningServer) -> int:
+    """How many messages of groups are with a member, or have to be given out again."""
+    return int(server.rows("SELECT count(*) FROM delivery")[0][0])
+
+
+def test_the_members_of_a_group_share_its_events(server: RunningServer, transport: str) -> None:
+    shares: dict[str, list[int]] = {"Ann": [], "Bob": []}
+
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            async with (client.subscribe("a", group="g", on_event=heard("Ann")),
+                        client.subscribe("a", group="g", on_event=heard("Bob"))):
+                await client.emit_many({"name": "a", "data": n} for n in range(200))
+                await till(lambda: sum(map(len, shares.values())) == 200)
+                await till(lambda: unanswered(server) == 0)
+
+    def heard(who: str) -> Callable[[StreamEvent], Any]:
+        return lambda event: shares[who].append(event.data)
+
+    asyncio.run(program())
+    assert all(shares.values())
+    assert sorted(shares["Ann"] + shares["Bob"]) == list(range(200))
+
+
+def test_an_event_counts_as_done_when_the_next_is_asked_for(
+    server: RunningServer, transport: str
+) -> None:
+    """So who dies at work on one leaves it to others. Without a death none comes twice."""
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            for begin in 0, 4:
+                async with client.subscribe("a", group="g") as events:
+                    if begin == 0:
+                        await client.emit_many({"name": "a", "data": n} for n in range(10))
+                    assert [each.data for each in await taken(events, 5)] == [
+                        *range(begin, begin + 5)]
+            async with client.subscribe("a", group="g") as events:
+                assert [each.data for each in await taken(events, 2)] == [8, 9]
+                waiting = asyncio.create_task(anext(events))
+                await till(lambda: unanswered(server) == 0)
+                waiting.cancel()
+
+    asyncio.run(program())
+
+
+def test_a_member_that_acks_itself_says_what_becomes_of_an_event(
+    server: RunningServer, transport: str
+) -> None:
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            async with client.subscribe("a", group="g", ack="manual") as events:
+                await client.emit_many({"name": "a", "data": n} for n in range(4))
+                zero, one, two, three = await taken(events, 4)
+                await zero.ack()
+                await zero.nak()  # it was acked, and that is that
+                await one.nak(delay=0)
+                (again,) = await taken(events, 1)
+                assert (again, again.sequence) == (one, one.sequence)
+                await again.ack()
+                await two.term()
+                await till(lambda: unanswered(server) == 1)
+            async with client.subscribe("a", group="g", ack="manual") as events:
+                assert await taken(events, 1) == [three]
+                await three.ack()  # it belongs to a subscription that is over
+                assert unanswered(server) == 1
+
+    asyncio.run(program())
+
+
+def test_what_on_event_fails_at_comes_again_and_is_given_up_at_last(
+    server: RunningServer, transport: str
+) -> None:
+    tries: Counter[int] = Counter()
+
+    def heard(event: StreamEvent) -> None:
+        tries[event.data] += 1
+        if event.data == 1 or tries[event.data] < 2:
+            raise OSError("busy")
+
+    async def program() -> None:
+        pubsub, group = "/ironflow.v1.PubSubService", {"name": "g", "pattern": "a"}
+        server.yes("POST", f"{pubsub}/CreateConsumerGroup", group | {"redeliverDelayMs": 1})
+        async with AsyncClient(server.url) as client:
+            client.subscribe("a", group="g", on_event=heard, on_error=lambda error: None)
+            await client.emit_many({"name": "a", "data": n} for n in range(3))
+            await till(lambda: tries == {0: 2, 1: 4, 2: 2} and unanswered(server) == 1)
+        (dead,) = server.yes("GET", "/api/v1/consumer-groups/g/dead")["dead"]
+        assert (dead["data"], dead["attempts"]) == (1, 4)
+
+    asyncio.run(program())
+
+
+def test_a_group_misses_nothing_however_often_its_server_and_members_die(
+    server: RunningServer, transport: str
+) -> None:
+    emitter = Emitter(server.url, 1500)
+    seen: list[int] = []
+
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            for n in range(1, 5):
+                async with client.subscribe("a", group="g", since=0) as events:
+                    async for event in events:
+                        seen.append(event.data[0])
+                        if len(set(seen)) >= (300 * n if n < 4 else 1500):
+                            break
+                        if len(seen) % 400 == 0:
+                            await asyncio.to_thread(server.kill)
+                            await asyncio.to_thread(server.start)
+
+    asyncio.run(program())
+    emitter.join(DEADLINE_S)
+    assert set(seen) == set(range(1500))
+
+
+def test_a_group_that_is_deleted_or_watches_something_else_ends_a_subscription(
+    server: RunningServer, transport: str
+) -> None:
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            async with client.subscribe("a", group="g") as events:
+                with pytest.raises(IronflowError, match="'g' watches 'a'"):
+                    await anext(client.subscribe("b", group="g"))
+                server.yes("POST", "/ironflow.v1.PubSubService/DeleteConsumerGroup",
+                           {"name": "g"})
+                with pytest.raises(IronflowError, match="was deleted") as caught:
+                    await taken(events, 1)
+                assert caught.value.code == "group_deleted"
+
+    asyncio.run(program())
+
+
+# --- Patterns --------------------------------------------------------------------------
+
+
+def test_patterns_have_names() -> None:
+    """Those of the public SDKs' `patterns` (JS 0.29)."""
+    made = {
+        Patterns.all_runs(): "system.run.>", Patterns.run("r"): "system.run.r.>",
+        Patterns.run_lifecycle("r"): "system.run.r.*",
+        Patterns.run_steps("r"): "system.run.r.step.>",
+        Patterns.all_functions(): "system.function.>",
+        Patterns.function("f"): "system.function.f.>", Patterns.user_event("e"): "events:e",
+        Patterns.all_user_events(): "events:>", Patterns.all_secrets(): "system.secret.*",
+        Patterns.secret("s"): "system.secret.s.*",
+        Patterns.secret_action("updated"): "system.secret.*.updated",
+        Patterns.topic("t.*"): "topic:t.*", Patterns.all_topics(): "topic:>",
+    }
+    assert list(made) == list(made.values())
+    assert [ironflow.check_pattern(each) for each in made] == list(made)
 
 
 # ======================================================================================
