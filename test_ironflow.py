@@ -9095,7 +9095,7 @@ class Stage(Alone):
             self.path, ironflow.Ids(), now=self.now, offers=self.offers)
         self.file._db.execute("PRAGMA synchronous = OFF")  # nobody cuts the power here
         self.next_at = math.inf
-        self.do(ironflow.resume_pushes, self.limits)
+        self.do(ironflow.resume, self.limits)
         self.offers.open_slots(self.push_slots)
         self.next_at = min(self.do(ironflow.keep_leases, self.limits), self.next_at)
 
@@ -14446,7 +14446,7 @@ class World:
         self.clock_set = False
         self.slow = [call for call in self.slow if call.kind != "leave"]
         self.keep = False  # `keep_leases` is to be written next
-        self.starting = True  # until `resume_pushes` is written ...
+        self.starting = True  # until `resume` is written ...
         self.full = self.chance(0.2)  # ... for which there is no room at first
         self.seen["disk was full at the start"] += self.full
         self.next_at = math.inf
@@ -14544,7 +14544,7 @@ class World:
         calls = self.looked_back(calls) + self.chores
         self.chores = []
         if self.starting:
-            start = Call("start", "start", ironflow.resume_pushes, (LIMITS,))
+            start = Call("start", "start", ironflow.resume, (LIMITS,))
             full, self.full = self.full, self.chance(0.3)
             return [*self.heard_of(calls), *calls] if full else [
                 start, *self.heard_of(calls), *calls]
@@ -15717,7 +15717,7 @@ def test_the_simulator_sees_a_request_that_is_not_sent_again_after_a_crash(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        ironflow, "resume_pushes", lambda tx, limits, now: tx.next_instant())
+        ironflow, "resume", lambda tx, limits, now: tx.next_instant())
     caught("is not sent again: its request is lost", PushedWorld)
 
 
