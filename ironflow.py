@@ -69,9 +69,8 @@ import struct
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import (
-    Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping)
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -79,7 +78,7 @@ from decimal import Decimal
 from errno import EADDRINUSE
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
-from itertools import count, product
+from itertools import count, groupby, islice, product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, Self, TypeAlias, TypeVar
@@ -452,6 +451,33 @@ class Slice:
     ended: bool  # there was no more
 
 @dataclass(frozen=True, slots=True)
+class ConsumerGroup:
+    """Subscribers that share the messages of one pattern: each message goes to one."""
+    name: str
+    pattern: str
+    filter: str = ""
+    group_id: str = ""
+    ack_mode: str = "auto"  # or manual
+    backpressure: str = "buffer"
+    max_inflight: int = 100  # dealt out and not acked
+    max_redeliveries: int = 3  # then a message is a dead letter
+    redeliver_delay_ms: int = 5_000  # after a nak that does not say
+    metadata: Json = "{}"
+    position: int = -1  # the last that was dealt out; -1 before it exists: from now on
+    created_at: Instant = 0.0
+    updated_at: Instant = 0.0
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message that a group was given and is not done with."""
+    name: str  # the group's
+    seq: int
+    state: str = "out"  # later: nak'd; due; dead
+    member: str = ""  # who has it, or had it
+    misses: int = 0  # deliveries that came to nothing
+    due_at: Instant = 0.0  # out: until then it has to be acked; dead: since
+
+@dataclass(frozen=True, slots=True)
 class Topic:
     """What programs published under one name."""
     name: str
@@ -716,6 +742,9 @@ class Forbidden(IronflowError, status=403, code="permission_denied"):
 
 class NotFound(IronflowError, status=404, code="not_found", word="NOT_FOUND"):
     """No such run, event, function, worker or door."""
+
+class GroupDeleted(NotFound, word="GROUP_DELETED"):
+    """The consumer group that a subscription belonged to."""
 
 class MethodNotAllowed(IronflowError, status=405, code="unimplemented"):
     """There is such a door, for other methods."""
@@ -1255,7 +1284,16 @@ def doors() -> dict[str, Handler]:
         cancel: [f"POST {runs}/{{run_id}}/cancel", f"{service}/CancelRun"],
         get_ws: ["GET /ws"],
         get_stream: ["GET /api/v1/stream"],
-        subscribe: [f"{pubsub}/Subscribe"],
+        post_subscribe: [f"{pubsub}/Subscribe"],
+        create_consumer_group: [f"{pubsub}/CreateConsumerGroup"],
+        get_consumer_group: [f"{pubsub}/GetConsumerGroup"],
+        list_consumer_groups: [f"{pubsub}/ListConsumerGroups"],
+        update_consumer_group: [f"{pubsub}/UpdateConsumerGroup"],
+        delete_consumer_group: [f"{pubsub}/DeleteConsumerGroup"],
+        join_consumer_group: [f"{pubsub}/JoinConsumerGroup"],
+        ack_event: [f"{pubsub}/AckEvent"],
+        list_dead: ["GET /api/v1/consumer-groups/{name}/dead"],
+        replay_dead: ["POST /api/v1/consumer-groups/{name}/replay"],
         # from here on: chapter 10
         post_worker: [f"POST {worker}/register", f"PUT {worker}/register"],
         post_heartbeat: [f"POST {worker}/heartbeat", f"PUT {worker}/heartbeat"],
@@ -1939,6 +1977,7 @@ ENUMS = {  # the words that stand for 1, 2, 3 ... in the SDKs' messages
                    "waiting_for_capacity", "waiting"],
     "ack_mode": ["auto", "manual"], "ack_type": ["ack", "nak", "term"],
     "backpressure_mode": ["drop", "block", "buffer"],
+    "consumer_group_status": ["active", "paused", "deleted"],
 }
 
 def read_enum(value: Any, enum: str) -> str:
@@ -2384,9 +2423,11 @@ def become(tx: Transaction, old: Run, new: Run, now: float) -> Run:
     return new
 
 def known(tx: Queries, row: type[T], row_id: str) -> T:
-    """The event, function, run or worker with this id. Raises NotFound."""
-    noun = row.__name__.lower()
-    if (found := tx.find(row, **{f"{noun}_id": row_id})) is None:
+    """The event, function, run, worker or group with this id. Raises NotFound."""
+    noun = snake(row.__name__).strip("_")
+    key = "name" if row is ConsumerGroup else f"{noun}_id"
+    if (found := tx.find(row, **{key: row_id})) is None:
+        noun = noun.replace("_", " ")
         raise NotFound(f"{noun} {row_id[:80]!r} " + (
             "not found" if row is not Worker
             else "never registered here: register it first"))
@@ -2749,10 +2790,11 @@ def say_of_endpoint(tx: Transaction, what: str, url: str, change: dict[str, Any]
         about = {"id": function_id, "endpointUrl": shown(url)} | change
         tx.append("function", f"breaker_{what}", function_id, about, now)
 
-def resume_pushes(tx: Transaction, limits: Limits, now: float) -> float:
+def resume(tx: Transaction, limits: Limits, now: float) -> float:
     """At start, before the first slot: what was under way when this server died."""
     for run in tx.pushed_runs():
         become(tx, run, queued(unleased(run), now), now)
+    tx.recall_deliveries()
     return tx.next_instant()
 
 # --- Reports --------------------------------------------------------------------------
@@ -3011,6 +3053,114 @@ def wait_on(tx: Transaction, run: Run, now: float) -> Run:
         return queued(replace(run, woken_fence=run.fence, woken_seq=tx.last_seq), now)
     return waiting(run, min(deadlines))
 
+# --- Consumer groups ------------------------------------------------------------------
+
+ACK_S = 30.0  # after which a message goes to another member
+
+def create_group(tx: Transaction, new: ConsumerGroup, now: float) -> ConsumerGroup:
+    """A group that begins with what comes from now on. Raises AlreadyExists."""
+    if tx.find(ConsumerGroup, name=new.name) is not None:
+        raise AlreadyExists(f"consumer group {new.name!r} exists: update it, or choose "
+                            "another name")
+    return join_group(tx, new, now)
+
+def join_group(tx: Transaction, wanted: ConsumerGroup, now: float) -> ConsumerGroup:
+    """The group that a member joins; a new one, if there is none of its name.
+
+    Raises InvalidInput if it watches something else.
+    """
+    group = tx.find(ConsumerGroup, name=wanted.name)
+    if group is None:
+        begin = tx.last_seq if wanted.position < 0 else wanted.position
+        group = replace(wanted, group_id=tx.ids.new("grp", now), position=begin,
+                        created_at=now, updated_at=now)
+        tx.save(group)
+    if wanted.pattern != group.pattern or wanted.filter not in ("", group.filter):
+        raise InvalidInput(
+            f"consumer group {group.name!r} watches {group.pattern!r}"
+            + f" with the filter {group.filter!r}" * bool(group.filter)
+            + ": subscribe with these, or name another group")
+    return group
+
+def update_group(tx: Transaction, name: str, changes: dict[str, Any], now: float
+                 ) -> ConsumerGroup:
+    group = replace(known(tx, ConsumerGroup, name), **changes, updated_at=now)
+    tx.save(group)
+    tx.rung.add(name)
+    return group
+
+def delete_group(tx: Transaction, name: str, now: float) -> None:
+    known(tx, ConsumerGroup, name)
+    tx.delete_group(name)
+    tx.rung.add(name)
+
+def deal(tx: Transaction, name: str, seqs: list[int], members: list[str], now: float
+         ) -> tuple[list[Delivery], int]:
+    """Deal messages out to members, each to who has the fewest: those that are due
+    again, then new ones. What was dealt, and the group's position. Raises NotFound."""
+    group = known(tx, ConsumerGroup, name)
+    held = tx.held_by_members(name)
+    room = group.max_inflight - held.total()
+    dealt = tx.due_deliveries(name, max(room, 0))
+    new = [seq for seq in seqs if seq > group.position][: max(room - len(dealt), 0)]
+    dealt += [Delivery(name, seq) for seq in new]
+    for i, each in enumerate(dealt):
+        member = min(members, key=lambda member: held[member])
+        held[member] += 1
+        dealt[i] = replace(each, state="out", member=member, due_at=now + ACK_S)
+        tx.save(dealt[i])
+    if new:
+        tx.save(group := replace(group, position=new[-1]))
+    return dealt, group.position
+
+def acked(tx: Transaction, name: str, seqs: list[int], how: str, delay_s: float | None,
+          now: float) -> None:
+    """Members are done with messages, or, by nak, want them again later. One that comes
+    late counts, but a nak of what went to somebody else. Raises NotFound."""
+    group = known(tx, ConsumerGroup, name)
+    if delay_s is None:
+        delay_s = group.redeliver_delay_ms / 1000
+    for seq in seqs:
+        found = tx.find(Delivery, name=name, seq=seq)
+        if found is None or found.state == "dead":
+            continue
+        if how != "nak":
+            tx.delete_delivery(found)
+        elif found.state == "out":
+            missed(tx, group, found, now + delay_s, now)
+    tx.rung.add(name)
+
+def acked_event(tx: Transaction, name: str, event_id: str, how: str,
+                delay_s: float | None, now: float) -> None:
+    acked(tx, name, tx.seqs_of(event_id), how, delay_s, now)
+
+def missed(tx: Transaction, group: ConsumerGroup, delivery: Delivery, due_at: float,
+           now: float) -> None:
+    """A delivery came to nothing: again at an instant, or never."""
+    misses, state = delivery.misses + 1, "due" if due_at <= now else "later"
+    if misses > group.max_redeliveries:
+        state, due_at = "dead", now
+    tx.save(replace(delivery, misses=misses, state=state, due_at=due_at))
+    tx.rung.add(group.name)
+
+def member_left(tx: Transaction, name: str, member: str, now: float) -> None:
+    """What it held is due again."""
+    if (group := tx.find(ConsumerGroup, name=name)) is not None:
+        for each in tx.deliveries_to(name, member):
+            missed(tx, group, each, now, now)
+
+def revive(tx: Transaction, name: str, event_ids: list[str] | None, now: float) -> int:
+    """Deal dead letters out again, as if they were new: all, or those; how many."""
+    known(tx, ConsumerGroup, name)
+    wanted = None if event_ids is None else {
+        seq for event_id in event_ids for seq in tx.seqs_of(event_id)}
+    dead = [each for each in tx.dead_letters(name, 0, -1)
+            if wanted is None or each.seq in wanted]
+    for each in dead:
+        tx.save(replace(each, state="due", misses=0, due_at=now))
+    tx.rung.add(name)
+    return len(dead)
+
 # --- Time, and people -----------------------------------------------------------------
 
 def heartbeat(tx: Transaction, worker_id: str, job_ids: list[str], limits: Limits,
@@ -3061,6 +3211,12 @@ def turn_clock(tx: Transaction, limits: Limits, now: float) -> float:
     for endpoint in tx.overdue_endpoints(now):
         tx.save(replace(endpoint, open_until=None))
         tx.touched.update(tx.functions_at(endpoint.url))
+    for each in tx.overdue_deliveries(now):
+        if each.state == "out":
+            missed(tx, known(tx, ConsumerGroup, each.name), each, now, now)
+        else:
+            tx.save(replace(each, state="due"))
+            tx.rung.add(each.name)
     return tx.next_instant()
 
 def strike(tx: Transaction, timer: Timer, emitted: set[tuple[str, str]], now: float
@@ -3087,6 +3243,7 @@ def keep_leases(tx: Transaction, limits: Limits, now: float) -> float:
     discovery is in the new time, the rest in the old one, and no row says which.
     """
     tx.bring_forward(now)
+    tx.renew_deliveries(now + ACK_S)
     tx.renew_leases(now + limits.lease_s, acked=True)
     tx.renew_leases(now + limits.reservation_s, acked=False)
     return tx.next_instant()
@@ -3411,9 +3568,11 @@ def columns(row: Any, form: str = "{}", after: str = "") -> str:
 @lru_cache(maxsize=64)
 def select(row: Any, *keys: str) -> str:
     """The statement that finds a row by some of its columns."""
-    table = "journal" if row is Event else row.__name__.lower()
     tests = " AND ".join(f"{key} = :{key}" for key in keys)
-    return f"SELECT {columns(row)} FROM {table} WHERE {tests}"
+    return f"SELECT {columns(row)} FROM {table_of(row)} WHERE {tests}"
+
+def table_of(row: Any) -> str:
+    return "journal" if row is Event else snake(row.__name__).strip("_")
 
 @lru_cache(maxsize=4 * ROWS_AT_ONCE)
 def insert(table: str, names: tuple[str, ...], count: int = 1) -> str:
@@ -3648,12 +3807,13 @@ class Queries:
                 + (f"what was older is deleted, go on after {first - 1}" if seq < first
                    else "is it a restored backup? go on without a place"))
 
-    def messages(self, interest: Interest, after: int) -> Slice:
+    def messages(self, interest: Interest, after: int, exact: bool = True) -> Slice:
         """What subscribers are told of the rows after a `seq`, so many at a time.
 
-        Raises OutOfRange if some of those rows are deleted.
+        Raises OutOfRange if some of those rows are deleted, and it has to be `exact`.
         """
-        self.check_since(after)
+        if exact:
+            self.check_since(after)
         rows, seq = self._selected(interest, after)
         found, size = list[Message](), 0
         for row in rows:
@@ -3712,6 +3872,14 @@ class Queries:
 
     def compose(self, rows: list[tuple[Any, ...]]) -> list[Message]:
         return [self.message(row) for row in rows]
+
+    def groups(self) -> list[ConsumerGroup]:
+        return self._rows(ConsumerGroup, "consumer_group ORDER BY name")
+
+    def dead_letters(self, name: str, after: int, limit: int) -> list[Delivery]:
+        return self._rows(
+            Delivery, "delivery WHERE name = :name AND state = 'dead' AND seq > :after"
+            " ORDER BY seq LIMIT :limit", name=name, after=after, limit=limit)
 
     def messages_at(self, seqs: list[int]) -> list[Message]:
         """Those of rows that are not deleted."""
@@ -3794,7 +3962,8 @@ class Transaction(Queries):
             self.flush()
         return super().find(row, **key)
 
-    def save(self, row: Function | Worker | Step | Timer | Endpoint) -> None:
+    def save(self, row: Function | Worker | Step | Timer | Endpoint | ConsumerGroup
+             | Delivery) -> None:
         """A new row, or the same one later; the name and type of a step stay."""
         kind: Any = type(row)
         kept = key = column_names(kind)[0]
@@ -3804,12 +3973,16 @@ class Transaction(Queries):
             kept, key = "event", "kind, function_id, key, event"
             self.alarm = min(self.alarm, row.due_at)
             self.flush()  # the event that it refers to
+        elif isinstance(row, Delivery):
+            kept, key = "seq", "name, seq"
+            if row.state in ("out", "later"):
+                self.alarm = min(self.alarm, row.due_at)
         elif isinstance(row, Endpoint):
             self.alarm = min(self.alarm, row.open_until or math.inf)
         elif isinstance(row, Worker):
             self._carried = None
         changes = columns(kind, "{0} = excluded.{0}", kept)
-        sql = insert(kind.__name__.lower(), column_names(kind))
+        sql = insert(table_of(kind), column_names(kind))
         self._db.execute(f"{sql} ON CONFLICT ({key}) DO UPDATE SET {changes}",
                          list(columns_of(row).values()))
 
@@ -4161,10 +4334,53 @@ class Transaction(Queries):
         return min(self._value(sql) or math.inf for sql in [
             "SELECT min(due_at) FROM timer",
             "SELECT min(due_at) FROM place WHERE state = 'passed'",
-            "SELECT min(open_until) FROM endpoint", *[
+            "SELECT min(open_until) FROM endpoint",
+            f"SELECT min(due_at) FROM delivery WHERE {self.TIMED}", *[
                 f"SELECT min({instant}) FROM run INDEXED BY {index}"
                 f" WHERE status = '{status}' AND {instant} IS NOT NULL"
                 for status, (index, instant) in self.TIMERS.items()]])
+
+    TIMED = "state IN ('out', 'later')"
+
+    def overdue_deliveries(self, now: float) -> list[Delivery]:
+        return self._rows(Delivery, f"delivery WHERE {self.TIMED} AND due_at <= :now"
+                          f" ORDER BY due_at LIMIT {BEHIND_AT_ONCE}", now=now)
+
+    def held_by_members(self, name: str) -> Counter[str]:
+        return Counter(dict(self._db.execute(
+            "SELECT member, count(*) FROM delivery WHERE name = ? AND state = 'out'"
+            " GROUP BY 1", (name,)).fetchall()))
+
+    def due_deliveries(self, name: str, limit: int) -> list[Delivery]:
+        return self._rows(
+            Delivery, "delivery WHERE name = :name AND state = 'due'"
+            " ORDER BY due_at, seq LIMIT :limit", name=name, limit=limit)
+
+    def deliveries_to(self, name: str, member: str) -> list[Delivery]:
+        return self._rows(
+            Delivery, "delivery WHERE name = :name AND state = 'out'"
+            " AND member = :member ORDER BY seq", name=name, member=member)
+
+    def recall_deliveries(self) -> None:
+        """No member outlived the last process; that is no fault of a message."""
+        self._db.execute("UPDATE delivery SET state = 'due' WHERE state = 'out'")
+
+    def renew_deliveries(self, until: float) -> None:
+        self._db.execute("UPDATE delivery SET due_at = ? WHERE state = 'out'", (until,))
+
+    def delete_delivery(self, each: Delivery) -> None:
+        self._db.execute("DELETE FROM delivery WHERE name = ? AND seq = ?",
+                         (each.name, each.seq))
+
+    def delete_group(self, name: str) -> None:
+        for table in ("delivery", "consumer_group"):
+            self._db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
+
+    def seqs_of(self, event_id: str) -> list[int]:
+        """The row that a subscriber knows by this id."""
+        if found := re.fullmatch("seq_([0-9]{1,18})", event_id):
+            return [int(found[1])]
+        return [event.seq] if (event := self.find(Event, event_id=event_id)) else []
 
     def children_waited_for(self, run_id: str) -> list[Run]:
         found = [self.find(Run, run_id=step.child_run_id)
@@ -4252,7 +4468,7 @@ def run_message(run: Run, data: Json, verb: str, change: dict[str, Any],
              " max_attempts=policy.max_attempts")
     names += " started_at" if verb != "created" else ""
     names += " output" if verb == "completed" else ""
-    return join(in_camel(members(run, names)) | as_texts(change) | {
+    return join(as_texts(change) | in_camel(members(run, names)) | {
         "input": data, "updatedAt": stamp(at),
         "endedAt": stamp(at) if verb in TERMINAL else None})
 
@@ -4261,7 +4477,7 @@ def step_message(step: Step, verb: str, change: dict[str, Any]) -> Json:
     names = "id=step_id step_id run_id name type sequence started_at"
     names += " ended_at duration_ms" if verb in ("completed", "failed") else ""
     names += " output" if verb == "completed" else ""
-    return join(in_camel(members(step, names)) | as_texts(change))
+    return join(as_texts(change) | in_camel(members(step, names)))
 
 # --- The file, in one thread ----------------------------------------------------------
 
@@ -4777,6 +4993,7 @@ class Subscription:
     live: bool  # False: `fall_behind` has to be called once
     form: Form = ()
     drops: bool = False  # skip what there is no room for
+    exact: bool = True  # False: rows that retention deleted are not missed
     skipped: int = 0
     meanwhile: list[Batch] | None = None
     fall_behind: Callable[[Subscription], None] = lambda _: None
@@ -4879,10 +5096,15 @@ class Watch:
     def __init__(self, journal: Journal, clock: Clock, seq: int) -> None:
         self.journal, self.clock, self.stream = journal, clock, Stream(seq)
         self.outlets: dict[Outlet, bool] = {}
+        self.groups: dict[str, Group] = {}  # those that have members here
         self._full: list[Outlet] = []  # have something to write in this turn
         self._backlog: list[tuple[Row, Iterable[Interest]]] = []
         self._backlog_bytes, self._composing = 0, False
         self._tasks: dict[Any, asyncio.Task[Any]] = {}  # by what they are for
+        self._ids, self.closing = count(1), False
+
+    def new_id(self) -> str:
+        return str(next(self._ids))
 
     def begin(self, purpose: Any, deed: Coroutine[Any, Any, Any]) -> None:
         """Have it done in the background, unless it is being done for that already."""
@@ -4896,13 +5118,18 @@ class Watch:
     def _ended(self, purpose: Any, task: asyncio.Task[Any]) -> None:
         if self._tasks.get(purpose) is task:
             del self._tasks[purpose]
-        if not task.cancelled() and (error := task.exception()):
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, IronflowError):
+            log.warning("a subscription: %s", error)
+        elif error is not None:
             log.error("a subscription failed", exc_info=error)
 
     def announce(self, rows: list[Row], rung: set[str]) -> None:
         """What a commit brought. Rows of runs and steps hold what changed; the rest is
         read, and whatever comes after them waits for that."""
         found = self.stream.announce(rows)
+        for name in rung & self.groups.keys():
+            self.groups[name].again.set()
         if not self._composing and not any(row[2] in PARTS for row, _ in found):
             self.stream.tell((message_of(row, row[6]), who) for row, who in found)
             return
@@ -4931,25 +5158,61 @@ class Watch:
         self._backlog, self._backlog_bytes = [], 0
         self.stream.interrupt()
 
+    async def subscribe(self, wanted: Wanted, outlet: Outlet, name: str, form: Form
+                        ) -> tuple[Subscription | Member, bool]:
+        """What is wanted, begun; whether its replay is short. Raises IronflowError.
+
+        Without a wish for what was, nothing is waited for: it hears of the next commit.
+        """
+        if wanted.group:
+            return await self.join(wanted, outlet, name, form), False
+        start, cut = await self.start_of(wanted)
+        seq = self.stream.seq if start is None else start
+        begun = Subscription(wanted.interest, outlet, seq, start is None, form,
+                             wanted.drops)
+        outlet.subscriptions[name] = begun
+        self.follow(begun)
+        return begun, cut
+
     def follow(self, subscription: Subscription) -> None:
         self.stream.add(subscription)
         subscription.fall_behind = lambda each: self.begin(each, self._catch_up(each))
         if not subscription.live:
             subscription.fall_behind(subscription)
 
-    def leave(self, subscription: Subscription) -> None:
+    def leave(self, subscription: Subscription | Member) -> None:
+        if isinstance(subscription, Member):
+            subscription.group.part(subscription)
+            return
         self.stream.remove(subscription)
         if subscription in self._tasks:
             self._tasks[subscription].cancel()
+
+    async def join(self, wanted: Wanted, outlet: Outlet, name: str, form: Form
+                   ) -> Member:
+        """Another member of a group. Raises InvalidInput, as `join_group`."""
+        asked = ConsumerGroup(
+            wanted.group, wanted.pattern, wanted.interest.filter,
+            ack_mode="manual" if wanted.manual else "auto",
+            position=-1 if wanted.since is None else wanted.since)
+        found = await self.journal.write(join_group, asked)
+        if (group := self.groups.get(wanted.group)) is None:
+            group = self.groups[wanted.group] = Group(self, found)
+            self.follow(group.subscription)
+        member = Member(group, outlet, name, form, wanted.manual, self.new_id())
+        outlet.subscriptions[name] = group.members[member.id] = member
+        group.again.set()
+        self.begin(group, group.deal())
+        return member
 
     async def _catch_up(self, subscription: Subscription) -> None:
         """Read for a subscription until it is live."""
         while not subscription.live:
             await subscription.sink.drained()
-            interest, seq = subscription.interest, subscription.begin()
+            seq = subscription.begin()
             try:
-                subscription.take(
-                    await self.journal.read(Queries.messages, interest, seq))
+                subscription.take(await self.journal.read(
+                    Queries.messages, subscription.interest, seq, subscription.exact))
             except OutOfRange as error:
                 subscription.sink.fail(subscription, error)
                 return
@@ -4997,6 +5260,7 @@ class Watch:
 
     async def close(self) -> None:
         """Say goodbye to everybody."""
+        self.closing = True
         for outlet in list(self.outlets):
             outlet.end(Unavailable("the server is stopping: try again in a moment"))
         if self._tasks:
@@ -5029,12 +5293,14 @@ def read_wanted(api: Api, patterns: list[str], body: Fields) -> Wanted:
     if (namespace := body.text("namespace")) not in ("", "default", api.environment):
         raise InvalidInput(f"namespace {namespace[:80]!r} is not served here, but "
                            f"{api.environment!r}")
+    if group := body.text("consumerGroup", "group"):
+        check_group_name(group)
     since = body.get("startAfterSequence", "since")
     return Wanted(
         " ".join(patterns), Interest(tuple(dict.fromkeys(spread_out)), test),
         min(body.whole("replay"), MAX_REPLAY),
         None if since is None else body.whole("startAfterSequence", "since"),
-        body.text("consumerGroup", "group"), namespace or "default",
+        group, namespace or "default",
         read_word(body, "ack_mode", "ackMode", "ack") == "manual",
         read_word(body, "backpressure_mode", "backpressure") == "drop",
         body.flag("includeMetadata"))
@@ -5060,12 +5326,18 @@ class Outlet:
 
     def __init__(self, watch: Watch, request: web.BaseRequest) -> None:
         self.watch, self.request, self._wire = watch, request, request.transport
-        self.subscriptions: dict[str, Subscription] = {}
+        self.subscriptions: dict[str, Subscription | Member] = {}
         self.begun = self.over = False  # its head was sent; nothing may be sent any more
         self._parts: list[bytes] = []
         self._unsent = self._put = self._moved = 0  # bytes
         self._moved_at = watch.clock.steady()
         watch.outlets[self] = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     def begin(self) -> None:
         """From now on bytes may go out; what gathered before goes first."""
@@ -5101,6 +5373,16 @@ class Outlet:
 
     def send(self, subscription: Subscription, batch: Batch) -> None:
         self.put(batch.written(subscription.form))
+
+    def confirm(self, member: Member, seqs: list[int]) -> None:
+        """These went to a member that does not ack: find out whether it has them. Here
+        there is no way to: what was written counts."""
+        member.done(seqs)
+
+    def skipped(self, subscription: Subscription, count: int) -> None: ...
+
+    def fail(self, subscription: Subscription | Member, error: IronflowError) -> None:
+        """It cannot go on."""
 
     def look(self, now: float) -> None:
         """Now and then: see whether the other side is there, and that it reads."""
@@ -5138,34 +5420,143 @@ def about(message: Message) -> dict[str, Json | None]:
     return {"topic": dumps(message.topic), "data": message.data,
             "eventId": dumps(message.event_id)}
 
+# --- Consumer groups ------------------------------------------------------------------
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A subscription that shares the messages of a group with others."""
+    group: Group
+    outlet: Outlet
+    name: str  # the subscription's id
+    form: Form
+    manual: bool  # it acks; else we find out
+    id: str
+
+    def done(self, seqs: list[int]) -> None:
+        self.group.write(acked, seqs, "ack", 0.0)
+
+class Group:
+    """The members of a consumer group that are connected here, and what waits for them.
+
+    It is the sink of one subscription, that of the group, from the group's position on;
+    the rule `deal` decides who gets what, and is on disk before anybody is told.
+    """
+
+    def __init__(self, watch: Watch, row: ConsumerGroup) -> None:
+        self.watch, self.name, self._most = watch, row.name, row.max_inflight
+        self.members: dict[str, Member] = {}
+        self.again = asyncio.Event()  # there may be something to deal
+        self._roomy = asyncio.Event()
+        self._ready: deque[Message] = deque()
+        self.subscription = Subscription(
+            Interest(tuple(spread(row.pattern)), row.filter), self, row.position,
+            live=False, exact=False)
+
+    def has_room(self) -> bool:
+        return len(self._ready) < self._most
+
+    async def drained(self) -> None:
+        while not self.has_room():
+            self._roomy.clear()
+            await self._roomy.wait()
+
+    def send(self, subscription: Subscription, batch: Batch) -> None:
+        self._ready.extend(batch.messages)
+        self.again.set()
+
+    def skipped(self, subscription: Subscription, count: int) -> None: ...
+
+    def fail(self, subscription: Subscription, error: IronflowError) -> None: ...
+
+    def write(self, rule: Callable[..., Any], *args: Any) -> None:
+        """Have a rule carried out, in the background; should that fail, what it was to
+        say is found out when its time is over."""
+        self.watch.begin(object(), self.watch.journal.write(rule, self.name, *args))
+
+    def part(self, member: Member) -> None:
+        if self.members.pop(member.id, None) is not None:
+            if not self.watch.closing:  # what we end is no fault of a message
+                self.write(member_left, member.id)
+            self.again.set()
+
+    async def deal(self) -> None:
+        """As long as there are members."""
+        write = self.watch.journal.write
+        while self.members:
+            self.again.clear()
+            able = [each.id for each in self.members.values() if each.outlet.has_room()]
+            seqs = [each.seq for each in islice(self._ready, self._most)]
+            dealt, patience_s = list[Delivery](), None
+            try:
+                if able:
+                    dealt, position = await write(deal, self.name, seqs, able)
+                    await self._hand_out(dealt, position)
+            except NotFound:
+                gone = GroupDeleted(f"consumer group {self.name!r} was deleted")
+                for member in [*self.members.values()]:
+                    member.outlet.fail(member, gone)
+            except (DiskFull, Unavailable):  # the log has it
+                able = []
+            if len(able) < len(self.members):  # who has no room is asked again
+                patience_s = RETRY_S
+            if not dealt:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(patience_s):
+                        await self.again.wait()
+        self.watch.leave(self.subscription)
+        if self.watch.groups.get(self.name) is self:
+            del self.watch.groups[self.name]
+
+    async def _hand_out(self, dealt: list[Delivery], position: int) -> None:
+        """To each member what it was dealt, oldest first."""
+        known: dict[int, Message] = {}
+        while self._ready and self._ready[0].seq <= position:
+            message = self._ready.popleft()
+            known[message.seq] = message
+        self._roomy.set()
+        if old := [each.seq for each in dealt if each.seq not in known]:
+            found = await self.watch.journal.read(Queries.messages_at, old)
+            known |= {message.seq: message for message in found}
+        if gone := [each.seq for each in dealt if each.seq not in known]:
+            self.write(acked, gone, "term", 0.0)
+        for name, some in groupby(sorted(dealt, key=attrgetter("member", "seq")),
+                                  attrgetter("member")):
+            told = [each for each in some if each.seq in known]
+            if (member := self.members.get(name)) is None:
+                self.write(member_left, name)  # while this was written
+                continue
+            for each in told:
+                write, *how = member.form
+                member.outlet.put(write(known[each.seq], *how, each.misses + 1))
+            if not member.manual:
+                member.outlet.confirm(member, [each.seq for each in told])
+
 # --- The door /ws ---------------------------------------------------------------------
 
 async def get_ws(api: Api, request: web.BaseRequest) -> web.WebSocketResponse:
     """GET /ws: subscribe, unsubscribe, ack, as many as one connection likes."""
     socket = web.WebSocketResponse(compress=False, autoping=False,
-                                   max_msg_size=FRAME_BYTES, timeout=GOODBYE_S)
+                                   max_msg_size=FRAME_BYTES + 1, timeout=GOODBYE_S)
     if not socket.can_prepare(request):
         raise InvalidInput("this door speaks WebSocket: connect with ws://, or use GET"
                            " /api/v1/stream")
-    outlet = Socket(api, request, socket)
-    try:
+    with Socket(api, request, socket) as outlet:
         await socket.prepare(request)
         outlet.begin()
         await outlet.listen()
-    finally:
-        outlet.leave()
     return socket
 
 class Socket(Outlet):
     """A WebSocket. Facts: the clients of the public SDKs (JS 0.29)."""
 
-    __slots__ = ("_api", "_bad", "_heard_at", "_socket")
+    __slots__ = ("_api", "_bad", "_heard_at", "_pings", "_socket")
 
     def __init__(self, api: Api, request: web.BaseRequest,
                  socket: web.WebSocketResponse) -> None:
         super().__init__(api.watch, request)
         self._api, self._socket, self._bad = api, socket, 0
         self._heard_at = self._moved_at
+        self._pings: dict[str, tuple[Member, list[int]]] = {}
 
     async def listen(self) -> None:
         """Until it is closed."""
@@ -5173,6 +5564,9 @@ class Socket(Outlet):
             self._heard_at = self.watch.clock.steady()
             if frame.type is WSMsgType.PING:
                 await self._socket.pong(frame.data)
+            elif frame.type is WSMsgType.PONG:
+                if told := self._pings.pop(bytes(frame.data).decode(errors="replace"), None):
+                    told[0].done(told[1])
             elif frame.type is WSMsgType.TEXT:
                 await self.hear(frame.data.encode())
             elif frame.type is WSMsgType.BINARY:
@@ -5188,7 +5582,7 @@ class Socket(Outlet):
                 case "unsubscribe":
                     self._unsubscribe(body.text("subscriptionId"))
                 case "ack":
-                    pass
+                    self._ack(body)
                 case word:
                     raise InvalidInput(f"type is {word[:40]!r}: send subscribe, "
                                        "unsubscribe or ack")
@@ -5208,32 +5602,43 @@ class Socket(Outlet):
                 raise TooMany(f"this connection has {SUBSCRIPTIONS} subscriptions: end"
                               " some, or open another connection")
             wanted = read_wanted(self._api, [pattern], asked.inner("options"))
-            start, cut = await self.watch.start_of(wanted)
-        except IronflowError as error:
-            found: dict[str, Any] = {
-                "status": "error", "code": error.word, "message": error.message}
-        else:
             name = name_of(wanted, self.subscriptions)
-            subscription = Subscription(
-                wanted.interest, self, self.watch.stream.seq if start is None else start,
-                start is None, (as_frame, name, wanted.metadata), wanted.drops)
-            self.subscriptions[name] = subscription
-            found = {"status": "ok", "subscriptionId": name,
-                     "sequence": subscription.seq}
-        self.say(type="subscription_result", results=[{"pattern": pattern, **found}])
-        if found["status"] == "ok":
-            self.watch.follow(subscription)
-            if cut:
-                self._complain(subscription, "REPLAY_CUT", CUT, True)
+            form = (as_frame, name, wanted.metadata)
+            begun, cut = await self.watch.subscribe(wanted, self, name, form)
+        except IronflowError as error:
+            found = {"status": "error", "code": error.word, "message": error.message}
+            self.say(type="subscription_result", results=[{"pattern": pattern, **found}])
+            return
+        found = {"pattern": pattern, "status": "ok", "subscriptionId": name}
+        self.say(type="subscription_result", results=[
+            found | ({} if isinstance(begun, Member) else {"sequence": begun.seq})])
+        if cut:
+            self._complain(begun, "REPLAY_CUT", CUT, True)
 
     def _unsubscribe(self, name: str) -> None:
         if (subscription := self.subscriptions.pop(name, None)) is not None:
             self.watch.leave(subscription)
 
+    def _ack(self, body: Fields) -> None:
+        """Of a message of a group; without its subscription's id, any of them may be
+        meant. What is not a group's needs no ack."""
+        name, event_id = body.text("subscriptionId"), body.text("eventId")
+        how = read_word(body, "ack_type", "ackType") or "ack"
+        delay_ms = body.whole("redeliverDelay", high=MAX_INT32)
+        for key, member in self.subscriptions.items():
+            if isinstance(member, Member) and name in ("", key):
+                member.group.write(acked_event, event_id, how,
+                                   delay_ms / 1000 if delay_ms else None)
+
+    def confirm(self, member: Member, seqs: list[int]) -> None:
+        """By a ping behind them: who answers it has read what came before."""
+        self._pings[number := self.watch.new_id()] = (member, seqs)
+        self.put(frame(number, PING))
+
     def say(self, **message: Any) -> None:
         self.put(frame(dumps(message)))
 
-    def _complain(self, subscription: Subscription, code: str, message: str,
+    def _complain(self, subscription: Subscription | Member, code: str, message: str,
                   goes_on: bool) -> None:
         self.say(type="subscription_error", subscriptionId=subscription.form[1],
                  code=code, message=message, retrying=goes_on)
@@ -5241,7 +5646,7 @@ class Socket(Outlet):
     def skipped(self, subscription: Subscription, count: int) -> None:
         self._complain(subscription, "MESSAGES_DROPPED", skipped(count), True)
 
-    def fail(self, subscription: Subscription, error: IronflowError) -> None:
+    def fail(self, subscription: Subscription | Member, error: IronflowError) -> None:
         self._complain(subscription, error.word, error.message, False)
         self._unsubscribe(subscription.form[1])
 
@@ -5279,7 +5684,7 @@ def frame(text: Json, opcode: int = TEXT) -> bytes:
         return struct.pack("!BBH", 0x80 | opcode, 126, size) + data
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + data
 
-def as_frame(message: Message, name: str, metadata: bool) -> bytes:
+def as_frame(message: Message, name: str, metadata: bool, attempt: int = 1) -> bytes:
     meta = {"timestamp": stamp(message.at), "sequence": str(message.seq)}
     return frame(join({"type": '"event"', "subscriptionId": dumps(name)}
                       | about(message) | {"meta": join(meta) if metadata else None}))
@@ -5295,16 +5700,15 @@ def skipped(count: int) -> str:
 class Body(Outlet):
     """The body of an answer, to which more and more is added."""
 
-    __slots__ = ("_chunked", "ended", "form")
+    __slots__ = ("chunked", "ended")
 
-    def __init__(self, watch: Watch, request: web.BaseRequest, *form: Any) -> None:
+    def __init__(self, watch: Watch, request: web.BaseRequest) -> None:
         super().__init__(watch, request)
         self.ended: Future = asyncio.get_running_loop().create_future()
-        self._chunked = request.version >= HttpVersion11  # before: until it closes
-        self.form = (as_chunk, self._chunked, *form)
+        self.chunked = request.version >= HttpVersion11  # before: until it closes
 
     def add(self, text: str) -> None:
-        self.put(chunk(text.encode(), self._chunked))
+        self.put(chunk(text.encode(), self.chunked))
 
     def end(self, error: IronflowError, code: int = 1001) -> None:
         self.last_word(error)
@@ -5316,9 +5720,7 @@ class Body(Outlet):
 
     def last_word(self, error: IronflowError) -> None: ...
 
-    def skipped(self, subscription: Subscription, count: int) -> None: ...
-
-    def fail(self, subscription: Subscription, error: IronflowError) -> None:
+    def fail(self, subscription: Subscription | Member, error: IronflowError) -> None:
         self.end(error)
 
 def chunk(data: bytes, chunked: bool) -> bytes:
@@ -5328,27 +5730,16 @@ def as_chunk(message: Message, chunked: bool, write: Callable[..., bytes], *how:
              ) -> bytes:
     return chunk(write(message, *how), chunked)
 
-async def flow(api: Api, request: web.BaseRequest, body: Body, wanted: Wanted,
-               start: int | None, headers: dict[str, str]) -> web.StreamResponse:
-    """Answer with all that is wanted, until somebody has had enough.
-
-    It is a subscriber before its head goes out: what happens then is told already.
-    """
-    seq = api.watch.stream.seq if start is None else start
-    subscription = Subscription(wanted.interest, body, seq, start is None, body.form,
-                                wanted.drops)
+async def flow(api: Api, request: web.BaseRequest, body: Body, headers: dict[str, str]
+               ) -> web.StreamResponse:
+    """Answer with what `body` is told, until somebody has had enough."""
     response = web.StreamResponse(headers={
         **headers, **cors(request), "Cache-Control": "no-cache",
         "X-Accel-Buffering": "no"})
-    try:
-        body.subscriptions[""] = subscription
-        api.watch.follow(subscription)
-        api.let_go(request)
-        await response.prepare(request)
-        body.begin()
-        await body.ended
-    finally:
-        body.leave()
+    api.let_go(request)
+    await response.prepare(request)
+    body.begin()
+    await body.ended
     return response
 
 async def get_stream(api: Api, request: web.BaseRequest) -> web.StreamResponse:
@@ -5365,13 +5756,14 @@ async def get_stream(api: Api, request: web.BaseRequest) -> web.StreamResponse:
         raise InvalidInput("since and replay: send one of them")
     asks = Fields({name: text for name, text in asked.items() if text})
     wanted = read_wanted(api, patterns, asks)
-    start, cut = await api.watch.start_of(wanted)
-    body = EventSource(api.watch, request, as_event)
-    body.add(f"id: {api.watch.stream.seq if start is None else start}\n\n")
-    if cut:
-        body.complain("REPLAY_CUT", CUT)
-    return await flow(api, request, body, wanted, start,
-                      {"Content-Type": "text/event-stream; charset=utf-8"})
+    with EventSource(api.watch, request) as body:
+        begun, cut = await api.watch.subscribe(
+            wanted, body, "", (as_chunk, body.chunked, as_event))
+        if isinstance(begun, Subscription):
+            body.add(f"id: {begun.seq}\n\n")
+        if cut:
+            body.complain("REPLAY_CUT", CUT)
+        return await flow(api, request, body, EVENT_STREAM)
 
 class EventSource(Body):
     """Server-sent events (HTML standard). An `id` alone moves the place from where a
@@ -5380,10 +5772,11 @@ class EventSource(Body):
     __slots__ = ()
 
     def keep_alive(self, now: float) -> None:
-        for subscription in self.subscriptions.values():
-            told = self.watch.told() if subscription.live else 0
-            place = f"id: {told}\n" if told and not self._unsent else ""
-            self.add(f": keep-alive\n{place}\n")
+        place = ""
+        for each in self.subscriptions.values():
+            if isinstance(each, Subscription) and each.live and not self._unsent:
+                place = f"id: {self.watch.told()}\n" if self.watch.told() else ""
+        self.add(f": keep-alive\n{place}\n")
 
     def complain(self, code: str, message: str) -> None:
         data = dumps({"code": code, "message": message})
@@ -5396,31 +5789,38 @@ class EventSource(Body):
         if not isinstance(error, Unavailable):  # then it comes back by itself
             self.complain(error.word, error.message)
 
-def as_event(message: Message) -> bytes:
+def as_event(message: Message, attempt: int = 1) -> bytes:
     topic = message.topic.replace("\r", " ").replace("\n", " ")
     data = join(about(message) | {"sequence": str(message.seq),
                                   "timestamp": stamp(message.at)})
     return f"id: {message.seq}\nevent: {topic}\ndata: {data}\n\n".encode()
 
+EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8"}
 CONNECT_STREAM = {"Content-Type": "application/connect+json"}
 MESSAGE, END = 0, 2  # flags
 
-async def subscribe(api: Api, request: web.BaseRequest) -> web.StreamResponse:
+async def post_subscribe(api: Api, request: web.BaseRequest) -> web.StreamResponse:
     """PubSubService/Subscribe {pattern, options}: Connect's server streaming."""
+    async def read(asks: Fields) -> Wanted:
+        return read_wanted(api, [asks.text("pattern")], asks.inner("options"))
+
+    return await stream_envelopes(api, request, read)
+
+async def stream_envelopes(
+    api: Api, request: web.BaseRequest, read: Callable[[Fields], Awaitable[Wanted]]
+) -> web.StreamResponse:
     if request.content_type != CONNECT_STREAM["Content-Type"]:
         raise InvalidInput("this call answers with a stream: send application/"
                            "connect+json, or use GET /api/v1/stream")
-    body = Envelopes(api.watch, request)
-    try:
-        asked = await read_envelope(api, request)
-        options = asked.inner("options")
-        wanted = read_wanted(api, [asked.text("pattern")], options)
-        start, _ = await api.watch.start_of(wanted)
-    except IronflowError as error:
-        body.leave()
-        return web.Response(body=last_envelope(error), headers=CONNECT_STREAM)
-    body.form += (as_envelope, name_of(wanted, ()), wanted.namespace, 1)
-    return await flow(api, request, body, wanted, start, CONNECT_STREAM)
+    with Envelopes(api.watch, request) as body:
+        try:
+            wanted = await read(await read_envelope(api, request))
+            name = name_of(wanted, ())
+            await api.watch.subscribe(wanted, body, name, (
+                as_chunk, body.chunked, as_envelope, name, wanted.namespace))
+        except IronflowError as error:
+            return web.Response(body=last_envelope(error), headers=CONNECT_STREAM)
+        return await flow(api, request, body, CONNECT_STREAM)
 
 async def read_envelope(api: Api, request: web.BaseRequest) -> Fields:
     """The one message of a streaming call: flags, length, JSON."""
@@ -5439,7 +5839,7 @@ class Envelopes(Body):
         log.warning("a subscriber: %s", skipped(count))
 
     def last_word(self, error: IronflowError) -> None:
-        self.put(chunk(last_envelope(error), self._chunked))
+        self.put(chunk(last_envelope(error), self.chunked))
 
 def envelope(flags: int, text: Json) -> bytes:
     data = text.encode()
@@ -5449,7 +5849,8 @@ def last_envelope(error: IronflowError) -> bytes:
     found = {"code": error.code, "message": error.message}
     return envelope(END, _to_text.encode({"error": found}))
 
-def as_envelope(message: Message, name: str, namespace: str, attempt: int) -> bytes:
+def as_envelope(message: Message, name: str, namespace: str, attempt: int = 1
+                ) -> bytes:
     whole = about(message)
     if not message.data.startswith("{"):
         whole["dataValue"] = whole.pop("data")
@@ -5458,6 +5859,126 @@ def as_envelope(message: Message, name: str, namespace: str, attempt: int) -> by
     return envelope(MESSAGE, join(whole | {
         "subscriptionId": dumps(name), "metadata": join(metadata),
         "sequence": f'"{message.seq}"', "deliveryAttempt": str(attempt)}))
+
+# --- The doors of consumer groups -----------------------------------------------------
+# PubSubService/CreateConsumerGroup and so on; the two of dead letters are REST.
+
+async def create_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
+    asks = await asked(api, request)
+    interest = read_wanted(api, [asks.text("pattern")], Fields({
+        "filter": asks.text("filterExpr"), "namespace": asks.text("namespace")}))
+    new = ConsumerGroup(check_group_name(asks.text("name")), asks.text("pattern"),
+                        interest.interest.filter, **read_group(asks))
+    return answer(group_to_connect(api, await api.journal.write(create_group, new)))
+
+def read_group(asks: Fields) -> dict[str, Any]:
+    """What of a group can be set, and is."""
+    modes = {"ack_mode": read_word(asks, "ack_mode", "ackMode"),
+             "backpressure": read_word(asks, "backpressure_mode", "backpressure")}
+    numbers = {name: asks.whole(camel(name), high=MAX_INT32) for name in (
+        "max_inflight", "max_redeliveries", "redeliver_delay_ms")}
+    metadata = asks.inner("metadata").all
+    return {name: value for name, value in (modes | numbers).items() if value} | (
+        {"metadata": dumps(metadata)} if metadata else {})
+
+def check_group_name(name: str) -> str:
+    if not 0 < len(name) <= 255 or CONTROL.search(name):
+        raise InvalidInput("consumer group: send a name of up to 255 characters, none "
+                           "of control")
+    return name
+
+def group_to_connect(api: Api, group: ConsumerGroup) -> Json:
+    here = api.watch.groups.get(group.name)
+    found = members(group, "id=group_id name pattern filter_expr=filter max_inflight"
+                           " max_redeliveries redeliver_delay_ms metadata created_at"
+                           " updated_at")
+    return join(in_camel(found) | as_texts({
+        "namespace": "default", "status": "CONSUMER_GROUP_STATUS_ACTIVE",
+        "ackMode": f"ACK_MODE_{group.ack_mode.upper()}",
+        "backpressure": f"BACKPRESSURE_MODE_{group.backpressure.upper()}",
+        "memberCount": len(here.members) if here else 0}))
+
+async def get_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
+    name = (await asked(api, request)).text("name")
+    group = await api.journal.read(known, ConsumerGroup, name)
+    return answer(group_to_connect(api, group))
+
+async def list_consumer_groups(api: Api, request: web.BaseRequest) -> web.Response:
+    asks = await asked(api, request)
+    status = read_word(asks, "consumer_group_status", "status")
+    found = [each for each in await api.journal.read(Queries.groups)
+             if each.name > asks.text("cursor") and status in ("", "active")]
+    page = found[: asks.whole("limit", high=1000) or 1000]
+    more = page[-1].name if len(page) < len(found) else ""
+    return answer(join(as_texts({"nextCursor": more, "totalCount": len(found)}) | {
+        "groups": listed(group_to_connect(api, each) for each in page)}))
+
+async def update_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
+    """UpdateConsumerGroup {group, updateMask}: all but what it watches."""
+    asks = await asked(api, request)
+    given, mask = asks.inner("group"), asks.get("updateMask")
+    paths = mask.get("paths") if isinstance(mask, dict) else mask
+    names = paths.split(",") if isinstance(paths, str) else paths or []
+    group = await api.journal.read(known, ConsumerGroup, given.text("name"))
+    wanted = (given.text("pattern") or group.pattern,
+              given.text("filterExpr") or group.filter)
+    if wanted != (group.pattern, group.filter):
+        raise InvalidInput("what a group watches cannot change: create another one")
+    changes = {name: value for name, value in read_group(given).items()
+               if not names or {name, camel(name)} & set(map(str, names))}
+    return answer(group_to_connect(api, await api.journal.write(
+        update_group, group.name, changes)))
+
+async def delete_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
+    await api.journal.write(delete_group, (await asked(api, request)).text("name"))
+    return answer("{}")
+
+async def ack_event(api: Api, request: web.BaseRequest) -> web.Response:
+    """AckEvent {groupName, eventId, ackType, redeliverDelayMs}; again: as the first."""
+    asks = await asked(api, request)
+    delay_ms = asks.whole("redeliverDelayMs", high=MAX_INT32)
+    await api.journal.write(
+        acked_event, asks.text("groupName"), asks.text("eventId"),
+        read_word(asks, "ack_type", "ackType") or "ack",
+        delay_ms / 1000 if delay_ms else None)
+    return answer("{}")
+
+async def join_consumer_group(api: Api, request: web.BaseRequest) -> web.StreamResponse:
+    """JoinConsumerGroup {groupName}: as Subscribe, to the group's pattern."""
+    async def read(asks: Fields) -> Wanted:
+        group = await api.journal.read(known, ConsumerGroup, asks.text("groupName"))
+        return replace(
+            read_wanted(api, [group.pattern], Fields({"filter": group.filter})),
+            group=group.name, manual=group.ack_mode == "manual")
+
+    return await stream_envelopes(api, request, read)
+
+async def list_dead(api: Api, request: web.BaseRequest) -> web.Response:
+    """GET /api/v1/consumer-groups/{name}/dead: messages given up, oldest first."""
+    asks = await asked(api, request)
+    name, limit = asks.text("name"), min(asks.whole("limit") or 50, 1000)
+    await api.journal.read(known, ConsumerGroup, name)
+    dead = await api.journal.read(
+        Queries.dead_letters, name, asks.whole("cursor"), limit + 1)
+    page = {each.seq: each for each in dead[:limit]}
+    rows = [about(message) | {
+        "event_id": dumps(message.event_id), "eventId": None,
+        "sequence": str(message.seq), "timestamp": stamp(message.at),
+        "attempts": str(page[message.seq].misses),
+        "dead_at": stamp(page[message.seq].due_at)}
+        for message in await api.journal.read(Queries.messages_at, list(page))]
+    more = f'"{max(page)}"' if len(dead) > limit else None
+    return answer(join({"dead": listed(map(join, rows)), "count": str(len(rows)),
+                        "next_cursor": more}))
+
+async def replay_dead(api: Api, request: web.BaseRequest) -> web.Response:
+    """POST .../replay {event_ids}: deal them out again; all of them, if none is named.
+    """
+    asks = await asked(api, request)
+    event_ids = asks.items("eventIds")
+    count = await api.journal.write(
+        revive, asks.text("name"), [str(each) for each in event_ids] or None)
+    return answer(dumps({"replayed": count}))
 
 # ======================================================================================
 # 10. The way out: pull
@@ -6330,7 +6851,7 @@ class Timekeeper:
         """Until cancelled. An error here ends the server: nothing would ever be due."""
         clock, secrets = self._clock, self._desk.offers.secrets
         readings = secrets.readings
-        await self._turn(resume_pushes)
+        await self._turn(resume)
         self._desk.offers.open_slots(self._push_slots)
         await self._turn(keep_leases)
         wall, steady = clock.wall(), clock.steady()
@@ -6569,7 +7090,7 @@ def commands() -> dict[str, tuple[Deed, str, str, str]]:
                  """order.placed --data '{"total": 5}' --wait""",
                  "name --data --data-file --metadata --version --idempotency-key --wait"
                  " --timeout"),
-        "subscribe": (subscribe, "print what happens, as it is committed, until Ctrl-C",
+        "subscribe": (print_stream, "print what is committed, as it is, until Ctrl-C",
                       "'system.run.>' 'events:order.*' --replay 10",
                       "patterns --replay --since/ --filter --metadata/"),
         "run list": (show_rows, "list runs, newest first", "--status failed",
@@ -6619,7 +7140,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "target": arg("the copy", Path, metavar="FILE"),
         "patterns": arg("such as system.run.>, events:order.* or topic:shop.news",
                         nargs="+", metavar="PATTERN"),
-        "--replay": arg("begin with the newest so many", within(0, 1000)),
+        "--replay": arg("begin with the newest so many", within(0, 1000), metavar="N"),
         "--since/": arg("begin behind this sequence", within(0, 2**63 - 1), dest="seq",
                         metavar="SEQ"),
         "--filter": arg("only those for which this is true (CEL)", metavar="EXPR"),
@@ -6801,7 +7322,8 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Any = None,
     while True:
         try:
             data = None if body is None else _to_text.encode(body).encode()
-            with replied(asked, method, path, data, wait_s, query) as reply:
+            with contextlib.closing(dial(asked, wait_s)) as line:
+                reply = send(line, asked, method, path, data, query)
                 answer = _from_text.decode(reply.read().decode())
             if reply.status < 300 and holds in {"", *answer}:
                 return {**answer}
@@ -6815,27 +7337,29 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Any = None,
             raise IronflowError(trouble)
         time.sleep(delays_s.pop())
 
-@contextlib.contextmanager
-def replied(asked: argparse.Namespace, method: str, path: str, data: bytes | None,
-            wait_s: float, query: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
-    """The reply to a request, its body not read yet; then the connection is closed."""
-    url, env = asked.server, os.environ
-    key, tls = env.get("IRONFLOW_API_KEY", ""), url.scheme == "https"
+def dial(asked: argparse.Namespace, wait_s: float) -> http.client.HTTPConnection:
+    tls = asked.server.scheme == "https"
     kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-    headers = {"X-Ironflow-Environment": env.get("IRONFLOW_ENV", ""),
-               "Authorization": f"Bearer {' '.join(key.split())}"}
+    return kind(asked.server.netloc, timeout=wait_s)
+
+def send(line: http.client.HTTPConnection, asked: argparse.Namespace, method: str,
+         path: str, data: bytes | None, query: dict[str, Any]
+         ) -> http.client.HTTPResponse:
+    env = os.environ.get
+    headers = {"X-Ironflow-Environment": env("IRONFLOW_ENV", ""), "Authorization":
+               f"Bearer {' '.join(env('IRONFLOW_API_KEY', '').split())}"}
     named = path.replace("{id}", quote(getattr(asked, "id", ""), safe=""))
-    target = f"{url.path.rstrip('/')}{named}?{urlencode(query, doseq=True)}"
-    with contextlib.closing(kind(url.netloc, timeout=wait_s)) as line:
-        line.request(method, target, data, headers)
-        yield line.getresponse()
+    query = {name: value for name, value in query.items() if value is not None}
+    line.request(method, f"{asked.server.path.rstrip('/')}{named}?"
+                 f"{urlencode(query, doseq=True)}", data, headers)
+    return line.getresponse()
 
 def unreachable(asked: argparse.Namespace, error: Exception) -> str:
     why = getattr(error, "strerror", None) or error
     return (f"cannot reach {asked.server.geturl()} ({why}); is it running? `python "
             "ironflow.py` starts one")
 
-def subscribe(asked: argparse.Namespace) -> None:
+def print_stream(asked: argparse.Namespace) -> None:
     """Print messages, in the colour of their status, until Ctrl-C: no failure."""
     names = ["topic", "data", *["eventId", "sequence", "timestamp"] * asked.metadata]
     columns, width = f"timestamp {'sequence id ' * asked.metadata}topic data", 0
@@ -6849,7 +7373,7 @@ def subscribe(asked: argparse.Namespace) -> None:
                  [paint(table([cells], columns)[1], COLOURS.get(status or "", 0))])
             sys.stdout.flush()
 
-def follow(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def follow(asked: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """The stream's messages, each once: where it breaks off it is taken up again.
 
     Raises IronflowError for a refusal, and if the server is not there to begin with.
@@ -6858,9 +7382,9 @@ def follow(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
              "replay": asked.replay}
     begun = away = False
     while True:
-        given = {name: value for name, value in query.items() if value is not None}
         try:
-            with replied(asked, "GET", "/api/v1/stream", None, 60, given) as reply:
+            with contextlib.closing(dial(asked, 60)) as line:
+                reply = send(line, asked, "GET", "/api/v1/stream", None, query)
                 if reply.status != 200:
                     why = str(_from_text.decode(reply.read().decode())["message"])
                     raise OSError(why) if begun and reply.status >= 500 else (
@@ -6868,9 +7392,10 @@ def follow(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for fields in blocks(reply):
                     message = _from_text.decode(fields.get("data", "{}"))
                     if fields.get("event") == "ironflow.error":
-                        raise IronflowError(message["message"])
+                        tell(message["message"])  # if that was all, it says so again
+                        continue
                     begun, away = True, False
-                    query |= {"since": fields["id"], "replay": None}
+                    query |= {"since": fields.get("id", query["since"]), "replay": None}
                     if message:
                         yield message
                 raise OSError("the stream ended")
@@ -6882,7 +7407,7 @@ def follow(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
             away = True
         time.sleep(0.5)
 
-def blocks(lines: Iterable[bytes]) -> Iterator[dict[str, str]]:
+def blocks(lines: Iterable[bytes]) -> Iterable[dict[str, str]]:
     """Server-sent events, as their fields. One that breaks off midway is none."""
     fields: dict[str, str] = {}
     for line in lines:

@@ -2548,7 +2548,7 @@ class Feed:
         body: dict[str, Any] = {"eventId": event_id, "ackType": word}
         if delay is not None:               # each of the two doors has a name for it
             names = ("redeliverDelay", "redeliverDelayMs")
-            body |= dict.fromkeys(names, _ms(delay, "delay"))
+            body |= dict.fromkeys(names, _ms(delay, "delay") or 1)      # 0: its own
         if event_id not in self._unanswered:
             return
         if self._socket is None:
@@ -2636,6 +2636,8 @@ class Feed:
                 if (status := int(head.split()[1])) != 200:
                     answer = _body(status, await reader.read())
                     raise Reply(status, answer).error(f"subscribe {self._pattern!r}")
+            if self._group:                 # its stream begins with an event
+                self._subscribed(None)
             await self._read(reader)
         finally:
             writer.transport.abort()
