@@ -19856,7 +19856,7 @@ def test_the_todo_page_is_the_same_in_two_windows_and_goes_on_after_a_kill(
     browser: Browser, tmp_path: Path
 ) -> None:
     app = TodoApp(tmp_path / "todo.db")
-    pictures = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    pictures = Path(os.environ.get("SCREENSHOTS", tmp_path))  # a folder, to look at them
 
     def pages(name: str) -> None:
         for width, height in ((1200, 800), (390, 760)):
