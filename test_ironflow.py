@@ -19873,7 +19873,8 @@ def test_the_todo_page_is_the_same_in_two_windows_and_goes_on_after_a_kill(
     def planned() -> bool:
         return all(chips.count(", ") == 2 for _, _, chips in todos())
 
-    with contextlib.closing(app.seat):
+    with contextlib.closing(app.seat), contextlib.ExitStack() as stack:
+        stack.callback(app.kill)
         app.start()
         browser.open(f"http://localhost:{app.port}")
         eventually(lambda: link() == "live")
