@@ -87,7 +87,7 @@ from weakref import WeakValueDictionary
 
 try:
     import aiohttp
-    from aiohttp import HttpVersion11, WSMsgType, web
+    from aiohttp import HttpVersion11, WSMessage, WSMsgType, web
     from aiohttp.abc import AbstractResolver
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.http import HttpProcessingError
@@ -769,6 +769,9 @@ class TooLarge(IronflowError, status=413, code="resource_exhausted"):
         super().__init__(f"{what} is {size} bytes, the limit is {limit}: send less, or "
                          f"start the server with a larger {flag}")
 
+class DeadlineExceeded(IronflowError, status=504, code="deadline_exceeded"):
+    """The caller's own patience is over."""
+
 class Unimplemented(IronflowError, status=501, code="unimplemented"):
     """In the protocol, but not in this server."""
 
@@ -1403,19 +1406,17 @@ class Api:
 
     async def gate(self, request: web.BaseRequest) -> web.StreamResponse:
         """Who may ask, what errors look like, CORS: the same for every door."""
-        response: web.StreamResponse = web.Response(status=204)
-        method, headers = request.method, request.headers
+        response: web.StreamResponse
+        method = request.method
         path = request.rel_url.raw_path  # also of the absolute form, behind a proxy
         try:
-            query = request.query if path in BY_QUERY else {}
-            self.guard.check(method, path, headers, query.get("token", ""))
-            if method != "OPTIONS":
-                self._check_environment(headers, query.get("env"))
-                if BINARY.match(headers.get("Content-Type", "")):
-                    raise Unimplemented(
-                        "binary protobuf is not supported by this server yet: send "
-                        "JSON, for example events to POST /api/v1/events")
-                handler, request[GIVEN] = self.doors.find(method, path)
+            self._admit(request, path)
+            if method == "OPTIONS":
+                response = web.Response(status=204)
+            else:
+                handler, given = self.doors.find(method, path)
+                if given:
+                    request[GIVEN] = given
                 response = await handler(self, request)
         except IronflowError as error:
             response = error_response(path, error)
@@ -1431,6 +1432,18 @@ class Api:
         if response.status != 403:
             response.headers.update(cors(request))
         return response
+
+    def _admit(self, request: web.BaseRequest, path: str) -> None:
+        """Raises what is wrong with a request, whichever door it wants."""
+        method, headers = request.method, request.headers
+        query = request.query if path in BY_QUERY else {}
+        self.guard.check(method, path, headers, query.get("token", ""))
+        if method != "OPTIONS":
+            self._check_environment(headers, query.get("env"))
+            if BINARY.match(headers.get("Content-Type", "")):
+                raise Unimplemented(
+                    "binary protobuf is not supported by this server yet: send JSON, "
+                    "for example events to POST /api/v1/events")
 
     def _check_environment(self, headers: Mapping[str, str], named: str | None
                            ) -> None:
@@ -2102,7 +2115,7 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {camel(name): text for name, text in request[GIVEN].items()}
+    path = {camel(name): text for name, text in request.get(GIVEN, {}).items()}
     query = {name: text for name, text in request.query.items() if text}
     return Fields({**Fields(body).all, **query, **path})
 
@@ -2863,10 +2876,14 @@ def keep_step(tx: Transaction, old: Step | None, step: Step) -> Step:
     tx.save(step)
     run_id, step_id, at = step.run_id, step.step_id, step.updated_at
     change: dict[str, Any] = {"status": step.status, "attempt": step.attempt}
+    if step.status == "failed":  # the next try will have times of its own
+        change["startedAt"] = step.started_at and to_rfc3339(step.started_at)
     if old is None:
         tx.append("step", "created", run_id, change, at, step_id)
     if step.status == "failed":
-        change["error"] = json.loads(step.error or "null")
+        change |= {"error": json.loads(step.error or "null"),
+                   "endedAt": step.ended_at and to_rfc3339(step.ended_at),
+                   "durationMs": step.duration_ms}
     if step.status not in PENDING:
         verb = "updated" if step.status == "timed_out" else step.status
         tx.append("step", verb, run_id, change, at, step_id)
@@ -4477,7 +4494,8 @@ def step_message(step: Step, verb: str, change: dict[str, Any]) -> Json:
     names = "id=step_id step_id run_id name type sequence started_at"
     names += " ended_at duration_ms" if verb in ("completed", "failed") else ""
     names += " output" if verb == "completed" else ""
-    return join(as_texts(change) | in_camel(members(step, names)))
+    own = as_texts(change)
+    return join(own | in_camel(members(step, names)) | own)
 
 # --- The file, in one thread ----------------------------------------------------------
 
@@ -4934,7 +4952,7 @@ PARTS = ("run", "step")  # rows of these kinds hold a part of what is told
 COMPOSED_BYTES = 8 * MIB  # of rows that wait for the rest
 KEEP_ALIVE_S = 15.0  # between two looks at all connections
 PING_S, STALL_S = 30.0, 60.0  # silent until it is asked; without progress until it ends
-GOODBYE_S = 5.0  # for the other side to close as well
+GOODBYE_S = 2.0  # for the other side to close as well
 FRAME_BYTES = 64 * KIB  # of what a client says on a WebSocket
 BAD_FRAMES = 100
 
@@ -4994,6 +5012,7 @@ class Subscription:
     form: Form = ()
     drops: bool = False  # skip what there is no room for
     exact: bool = True  # False: rows that retention deleted are not missed
+    over: bool = False
     skipped: int = 0
     meanwhile: list[Batch] | None = None
     fall_behind: Callable[[Subscription], None] = lambda _: None
@@ -5102,6 +5121,7 @@ class Watch:
         self._backlog_bytes, self._composing = 0, False
         self._tasks: dict[Any, asyncio.Task[Any]] = {}  # by what they are for
         self._ids, self.closing = count(1), False
+        self._read_for = lambda each: self.begin(each, self._catch_up(each))
 
     def new_id(self) -> str:
         return str(next(self._ids))
@@ -5176,7 +5196,7 @@ class Watch:
 
     def follow(self, subscription: Subscription) -> None:
         self.stream.add(subscription)
-        subscription.fall_behind = lambda each: self.begin(each, self._catch_up(each))
+        subscription.fall_behind = self._read_for
         if not subscription.live:
             subscription.fall_behind(subscription)
 
@@ -5184,9 +5204,8 @@ class Watch:
         if isinstance(subscription, Member):
             subscription.group.part(subscription)
             return
+        subscription.over = True  # what is read for it ends by itself
         self.stream.remove(subscription)
-        if subscription in self._tasks:
-            self._tasks[subscription].cancel()
 
     async def join(self, wanted: Wanted, outlet: Outlet, name: str, form: Form
                    ) -> Member:
@@ -5209,6 +5228,8 @@ class Watch:
         """Read for a subscription until it is live."""
         while not subscription.live:
             await subscription.sink.drained()
+            if subscription.over:
+                return
             seq = subscription.begin()
             try:
                 subscription.take(await self.journal.read(
@@ -5284,7 +5305,7 @@ def read_wanted(api: Api, patterns: list[str], body: Fields) -> Wanted:
 
     It is SubscribeOptions on the wire, the query of an event stream (JS and Go 0.29).
     """
-    spread_out = [each for pattern in patterns for each in spread(check_pattern(pattern))]
+    forms = [each for pattern in patterns for each in spread(check_pattern(pattern))]
     if test := body.text("filter"):
         try:
             compiled(test)
@@ -5297,13 +5318,15 @@ def read_wanted(api: Api, patterns: list[str], body: Fields) -> Wanted:
         check_group_name(group)
     since = body.get("startAfterSequence", "since")
     return Wanted(
-        " ".join(patterns), Interest(tuple(dict.fromkeys(spread_out)), test),
+        " ".join(patterns), interest(tuple(dict.fromkeys(forms)), test),
         min(body.whole("replay"), MAX_REPLAY),
         None if since is None else body.whole("startAfterSequence", "since"),
         group, namespace or "default",
         read_word(body, "ack_mode", "ackMode", "ack") == "manual",
         read_word(body, "backpressure_mode", "backpressure") == "drop",
         body.flag("includeMetadata"))
+
+interest = lru_cache(maxsize=1024)(Interest)  # a thousand watchers share one
 
 # --- One connection -------------------------------------------------------------------
 
@@ -5411,10 +5434,14 @@ class Outlet:
 
 def name_of(wanted: Wanted, taken: Container[str]) -> str:
     """An id that is the same after a reconnect: the SDKs keep the old one (JS 0.29)."""
-    names = ("sub_" + hashlib.sha1("\0".join([
-        wanted.pattern, wanted.namespace, wanted.group, str(ordinal)
-    ]).encode()).hexdigest()[:16] for ordinal in count())
+    names = (hashed(wanted.pattern, wanted.namespace, wanted.group, ordinal)
+             for ordinal in count())
     return next(name for name in names if name not in taken)
+
+@lru_cache(maxsize=1024)
+def hashed(*parts: object) -> str:
+    digest = hashlib.sha1("\0".join(map(str, parts)).encode(), usedforsecurity=False)
+    return f"sub_{digest.hexdigest()[:16]}"
 
 def about(message: Message) -> dict[str, Json | None]:
     return {"topic": dumps(message.topic), "data": message.data,
@@ -5456,7 +5483,7 @@ class Group:
         return len(self._ready) < self._most
 
     async def drained(self) -> None:
-        while not self.has_room():
+        while self.members and not self.has_room():
             self._roomy.clear()
             await self._roomy.wait()
 
@@ -5503,6 +5530,7 @@ class Group:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(patience_s):
                         await self.again.wait()
+        self._roomy.set()
         self.watch.leave(self.subscription)
         if self.watch.groups.get(self.name) is self:
             del self.watch.groups[self.name]
@@ -5543,7 +5571,11 @@ async def get_ws(api: Api, request: web.BaseRequest) -> web.WebSocketResponse:
     with Socket(api, request, socket) as outlet:
         await socket.prepare(request)
         outlet.begin()
-        await outlet.listen()
+        async for frame in socket:
+            if frame.type is WSMsgType.PING:
+                await socket.pong(frame.data)
+            else:
+                await outlet.hear(frame)
     return socket
 
 class Socket(Outlet):
@@ -5556,26 +5588,22 @@ class Socket(Outlet):
         super().__init__(api.watch, request)
         self._api, self._socket, self._bad = api, socket, 0
         self._heard_at = self._moved_at
-        self._pings: dict[str, tuple[Member, list[int]]] = {}
+        self._pings: dict[str, tuple[Member, list[int]]] | None = None
 
-    async def listen(self) -> None:
-        """Until it is closed."""
-        async for frame in self._socket:
-            self._heard_at = self.watch.clock.steady()
-            if frame.type is WSMsgType.PING:
-                await self._socket.pong(frame.data)
-            elif frame.type is WSMsgType.PONG:
-                if told := self._pings.pop(bytes(frame.data).decode(errors="replace"), None):
-                    told[0].done(told[1])
-            elif frame.type is WSMsgType.TEXT:
-                await self.hear(frame.data.encode())
-            elif frame.type is WSMsgType.BINARY:
-                self._refuse("binary frames mean nothing here: send text")
-
-    async def hear(self, text: bytes) -> None:
-        """A client's message. Whatever is wrong with it is answered."""
+    async def hear(self, heard: WSMessage) -> None:
+        """What a client says. Whatever is wrong with it is answered."""
+        self._heard_at = self.watch.clock.steady()
+        if heard.type is WSMsgType.PONG and self._pings:
+            number = bytes(heard.data).decode(errors="replace")
+            member, seqs = self._pings.pop(number, (None, []))
+            if member is not None:
+                member.done(seqs)
+        elif heard.type is WSMsgType.BINARY:
+            self._refuse("binary frames mean nothing here: send text")
+        if heard.type is not WSMsgType.TEXT:
+            return
         try:
-            body = Fields(parse_json(text), "message")
+            body = Fields(parse_json(heard.data.encode()), "message")
             match body.text("type"):
                 case "subscribe":
                     await self._subscribe(body.inner("subscription"))
@@ -5632,6 +5660,7 @@ class Socket(Outlet):
 
     def confirm(self, member: Member, seqs: list[int]) -> None:
         """By a ping behind them: who answers it has read what came before."""
+        self._pings = self._pings or {}
         self._pings[number := self.watch.new_id()] = (member, seqs)
         self.put(frame(number, PING))
 
@@ -5667,11 +5696,14 @@ class Socket(Outlet):
         self.watch.begin(self, self._close(code, error.message.encode()[:120]))
 
     async def _close(self, code: int, message: bytes) -> None:
-        with contextlib.suppress(TimeoutError, ConnectionError):
+        try:
             async with asyncio.timeout(GOODBYE_S):
                 await self._socket.close(code=code, message=message)
-        if self._wire is not None:
-            self._wire.abort()  # what it never read
+        except (TimeoutError, ConnectionError):
+            log.debug("a WebSocket did not say goodbye")
+        finally:
+            if self._wire is not None:
+                self._wire.abort()  # what it never read
 
 TEXT, PING = 1, 9  # opcodes
 
@@ -5707,6 +5739,10 @@ class Body(Outlet):
         self.ended: Future = asyncio.get_running_loop().create_future()
         self.chunked = request.version >= HttpVersion11  # before: until it closes
 
+    def end_in(self, seconds: float, error: IronflowError) -> None:
+        timer = asyncio.get_running_loop().call_later(seconds, self.end, error)
+        self.ended.add_done_callback(lambda _: timer.cancel())
+
     def add(self, text: str) -> None:
         self.put(chunk(text.encode(), self.chunked))
 
@@ -5716,6 +5752,9 @@ class Body(Outlet):
         self.leave()
         if code != 1001 and self._wire is not None:
             self._wire.abort()  # what it never read
+
+    def leave(self) -> None:
+        super().leave()
         settle_future(self.ended, None)
 
     def last_word(self, error: IronflowError) -> None: ...
@@ -5820,6 +5859,10 @@ async def stream_envelopes(
                 as_chunk, body.chunked, as_envelope, name, wanted.namespace))
         except IronflowError as error:
             return web.Response(body=last_envelope(error), headers=CONNECT_STREAM)
+        late = DeadlineExceeded("the time that you gave this call is over")
+        deadline_ms = request.headers.get("Connect-Timeout-Ms", "")
+        if re.fullmatch("[0-9]{1,10}", deadline_ms):
+            body.end_in(int(deadline_ms) / 1000, late)
         return await flow(api, request, body, CONNECT_STREAM)
 
 async def read_envelope(api: Api, request: web.BaseRequest) -> Fields:
