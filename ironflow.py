@@ -7151,6 +7151,9 @@ def commands() -> dict[str, tuple[Deed, str, str, str]]:
                  """order.placed --data '{"total": 5}' --wait""",
                  "name --data --data-file --metadata --version --idempotency-key --wait"
                  " --timeout"),
+        "subscribe": (print_stream, "print what is committed, as it is, until Ctrl-C",
+                      "'system.run.>' 'events:order.*' --replay 10",
+                      "patterns --replay --since/ --filter --metadata/"),
         "run list": (show_rows, "list runs, newest first", "--status failed",
                      "--status --function --limit"),
         "run get": (show_run, "show a run and its steps", f"run_{an_id}", "id"),
@@ -7177,10 +7180,12 @@ def parser() -> argparse.ArgumentParser:
             epilog=f"example: python ironflow.py {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter)
         made.set_defaults(do=do, rows=f"{name.split()[0]}s")
-        either = made.add_mutually_exclusive_group() if name == "emit" else made
+        apart = name in ("emit", "subscribe")
+        either = made.add_mutually_exclusive_group() if apart else made
         for each in names.split() + ["-s/--server", "--json"] * (name not in LOCAL):
-            place = either if each.startswith("--data") else made
-            place.add_argument(*each.split("/"), **known[each])
+            one = each.startswith(("--data", "--replay", "--since/"))
+            place = either if one else made
+            place.add_argument(*filter(None, each.split("/")), **known[each])
     group.choices["serve"].description = (
         "environment: IRONFLOW_API_KEY (every request then needs it), IRONFLOW_ENV,\n"
         "IRONFLOW_SIGNING_KEY (of requests to endpoints), IRONFLOW_LEASE_SECONDS,\n"
@@ -7194,6 +7199,13 @@ def arguments() -> dict[str, dict[str, Any]]:
         "id": arg("as a list shows it"),
         "name": arg("of the event"),
         "target": arg("the copy", Path, metavar="FILE"),
+        "patterns": arg("such as system.run.>, events:order.* or topic:shop.news",
+                        nargs="+", metavar="PATTERN"),
+        "--replay": arg("begin with the newest so many", within(0, 1000), metavar="N"),
+        "--since/": arg("begin behind this sequence", within(0, 2**63 - 1), dest="seq",
+                        metavar="SEQ"),
+        "--filter": arg("only those for which this is true (CEL)", metavar="EXPR"),
+        "--metadata/": arg("show sequence and event id too", bool, dest="metadata"),
         "-s/--server": arg("its key comes from IRONFLOW_API_KEY", server_url,
                            env("IRONFLOW_SERVER_URL") or HOME, f"a URL such as {HOME}"),
         "--json": arg("print the server's JSON", bool),
@@ -7256,7 +7268,7 @@ def arg(what: str = "", read: Callable[[str], Any] = str, default: Any = None,
             raise argparse.ArgumentTypeError(flaw.removeprefix("body is ")) from None
 
     if read is bool:
-        return {"help": what, "action": "store_true"}
+        return {"help": what, "action": "store_true", **more}
     if default == []:  # may be said many times
         more["action"] = "append"
     shown = f"{what} (default: %(default)s)" if default else what
@@ -7367,33 +7379,105 @@ def ask(asked: argparse.Namespace, method: str, path: str, body: Any = None,
     connection and a 503 are tried again: all that is asked here may be asked twice, for
     an event carries a key.
     """
-    url, env, delays_s = asked.server, os.environ, [0.9, 0.3, 0.1]
-    key, tls = env.get("IRONFLOW_API_KEY", ""), url.scheme == "https"
-    kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-    headers = {"X-Ironflow-Environment": env.get("IRONFLOW_ENV", ""),
-               "Authorization": f"Bearer {' '.join(key.split())}"}
+    delays_s = [0.9, 0.3, 0.1]
     while True:
         try:
-            named = path.replace("{id}", quote(getattr(asked, "id", ""), safe=""))
-            target = f"{url.path.rstrip('/')}{named}?{urlencode(query)}"
             data = None if body is None else _to_text.encode(body).encode()
-            with contextlib.closing(kind(url.netloc, timeout=wait_s)) as line:
-                line.request(method, target, data, headers)
-                reply = line.getresponse()
+            with contextlib.closing(dial(asked, wait_s)) as line:
+                reply = send(line, asked, method, path, data, query)
                 answer = _from_text.decode(reply.read().decode())
             if reply.status < 300 and holds in {"", *answer}:
                 return {**answer}
             status, trouble = reply.status, str(answer["message"])
         except (OSError, http.client.HTTPException) as error:
             status = 0 if isinstance(error, TimeoutError) else 503
-            why = getattr(error, "strerror", None) or error
-            trouble = (f"cannot reach {url.geturl()} ({why}); is it running? `python "
-                       "ironflow.py` starts one")
+            trouble = unreachable(asked, error)
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            status, trouble = 0, f"cannot understand {url.geturl()}: {error}"
+            status, trouble = 0, f"cannot understand {asked.server.geturl()}: {error}"
         if status != 503 or not delays_s:
             raise IronflowError(trouble)
         time.sleep(delays_s.pop())
+
+def dial(asked: argparse.Namespace, wait_s: float) -> http.client.HTTPConnection:
+    tls = asked.server.scheme == "https"
+    kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+    return kind(asked.server.netloc, timeout=wait_s)
+
+def send(line: http.client.HTTPConnection, asked: argparse.Namespace, method: str,
+         path: str, data: bytes | None, query: dict[str, Any]
+         ) -> http.client.HTTPResponse:
+    env = os.environ.get
+    headers = {"X-Ironflow-Environment": env("IRONFLOW_ENV", ""), "Authorization":
+               f"Bearer {' '.join(env('IRONFLOW_API_KEY', '').split())}"}
+    named = path.replace("{id}", quote(getattr(asked, "id", ""), safe=""))
+    query = {name: value for name, value in query.items() if value is not None}
+    line.request(method, f"{asked.server.path.rstrip('/')}{named}?"
+                 f"{urlencode(query, doseq=True)}", data, headers)
+    return line.getresponse()
+
+def unreachable(asked: argparse.Namespace, error: Exception) -> str:
+    why = getattr(error, "strerror", None) or error
+    return (f"cannot reach {asked.server.geturl()} ({why}); is it running? `python "
+            "ironflow.py` starts one")
+
+def print_stream(asked: argparse.Namespace) -> None:
+    """Print messages, in the colour of their status, until Ctrl-C: no failure."""
+    names = ["topic", "data", *["eventId", "sequence", "timestamp"] * asked.metadata]
+    columns, width = f"timestamp {'sequence id ' * asked.metadata}topic data", 0
+    with contextlib.suppress(KeyboardInterrupt):
+        for row in follow(asked):
+            topic, data = row["topic"], row["data"]
+            width = max(width, min(len(topic), 60))
+            cells = row | {"topic": topic.ljust(width), "id": row["eventId"].ljust(24)}
+            status = data.get("status") if topic.startswith("system.") else None
+            show(asked, {name: row[name] for name in names},
+                 [paint(table([cells], columns)[1], COLOURS.get(status or "", 0))])
+            sys.stdout.flush()
+
+def follow(asked: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """The stream's messages, each once: where it breaks off it is taken up again.
+
+    Raises IronflowError for a refusal, and if the server is not there to begin with.
+    """
+    query = {"pattern": asked.patterns, "filter": asked.filter, "since": asked.seq,
+             "replay": asked.replay}
+    begun = away = False
+    while True:
+        try:
+            with contextlib.closing(dial(asked, 60)) as line:
+                reply = send(line, asked, "GET", "/api/v1/stream", None, query)
+                if reply.status != 200:
+                    why = str(_from_text.decode(reply.read().decode())["message"])
+                    raise OSError(why) if begun and reply.status >= 500 else (
+                        IronflowError(why))
+                for fields in blocks(reply):
+                    message = _from_text.decode(fields.get("data", "{}"))
+                    if fields.get("event") == "ironflow.error":
+                        tell(message["message"])  # if that was all, it says so again
+                        continue
+                    begun, away = True, False
+                    query |= {"since": fields.get("id", query["since"]), "replay": None}
+                    if message:
+                        yield message
+                raise OSError("the stream ended")
+        except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
+            if not begun:
+                raise IronflowError(unreachable(asked, error)) from None
+            if not away:
+                tell(f"{unreachable(asked, error)}; waiting for it")
+            away = True
+        time.sleep(0.5)
+
+def blocks(lines: Iterable[bytes]) -> Iterable[dict[str, str]]:
+    """Server-sent events, as their fields. One that breaks off midway is none."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.decode().rstrip("\r\n").partition(": ")
+        if name:
+            fields[name] = value
+        elif not value:  # but a comment has one
+            yield fields
+            fields = {}
 
 def show_rows(asked: argparse.Namespace) -> None:
     what, columns = asked.rows, COLUMNS[asked.rows]
@@ -7488,7 +7572,8 @@ def table(rows: list[Any], columns: str) -> list[str]:
     grid.insert(0, [label(name).upper() for name in names])
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     room = shutil.get_terminal_size().columns - 2 * len(names) + 2
-    for whole, floor in (f"id|status|{TIMES}", 8), ("id|status", 8), ("id", 4), ("", 1):
+    for whole, floor in ((f"id|topic|status|{TIMES}", 8), ("id|status", 8), ("id", 4),
+                         ("", 1)):
         cap = room if sys.stdout.isatty() else 0
         while sum(widths) > room and cap > floor:
             cap -= 1
