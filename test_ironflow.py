@@ -2772,7 +2772,8 @@ def test_what_goes_in_by_emit_sync_comes_out_again(
 
 WITHOUT_BODY = ("/Health", "/GetCapabilities", "/Info", "/ListTopics")
 WRITING_DOORS = [
-    door.format(worker_id="w", job_id="job_x_1", run_id="run_x", function_id="wrong")
+    door.format(worker_id="w", job_id="job_x_1", run_id="run_x", function_id="wrong",
+                name="wrong")
     for door in ironflow.doors()
     if door.startswith("P") and not door.endswith(WITHOUT_BODY)
 ]
