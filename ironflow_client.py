@@ -39,7 +39,7 @@ runs on every replay, so whatever touches the world belongs in a step.
 
 Names and shapes are those of the public Python SDK, so that a program moves between
 the two by changing an import. `serve`, `serve_wsgi` and `handle` put functions behind a
-URL instead, to which the server posts runs. What is not here yet: subscriptions.
+URL instead, to which the server posts runs. `AsyncClient.subscribe` watches the stream.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ import secrets
 import signal
 import socket
 import threading
-from collections import Counter, abc
+import weakref
+from collections import Counter, abc, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
@@ -76,9 +77,10 @@ from urllib.parse import quote, urlencode, urlsplit
 __version__ = "0.1.0"
 __all__ = ["AsyncClient", "Client", "Context", "Duration", "Emitted", "Event",
            "EventRow", "Function", "InvokeError", "IronflowError", "NonRetryableError",
-           "NotJSON", "RetryAfterError", "Row", "Run", "RunInfo", "Step", "StepError",
-           "StepRow", "StepTimeoutError", "Worker", "WorkerAuthError", "function",
-           "handle", "register", "run_inline", "serve", "serve_wsgi"]
+           "NotJSON", "Patterns", "RetryAfterError", "Row", "Run", "RunInfo", "Step",
+           "StepError", "StepRow", "StepTimeoutError", "StreamEvent", "Subscription",
+           "Worker", "WorkerAuthError", "function", "handle", "register", "run_inline",
+           "serve", "serve_wsgi"]
 
 T = TypeVar("T")
 Work = Callable[[], Any]
@@ -99,6 +101,8 @@ MAX_DEPTH = 190             # nesting of a value; the server takes 200, reports 
 MAX_ERROR_TEXT = 8000       # characters of an error's message that are reported
 MAX_PUSH = 64 << 20         # bytes of a request to an endpoint
 REPLAY_S = 300              # how far the time of its signature may be from ours
+READ_AHEAD = 1 << 20        # characters of events that wait for a slow subscriber
+SILENCE_S = 75.0            # a stream that lives says something every 15 or 30 s
 
 # ======================================================================================
 # 1. Words
@@ -623,10 +627,14 @@ class Calls:
         self._idle: list[Connection] = []   # append and pop are atomic: no lock
         self._address = Address(server_url, api_key)
         self._timeout = seconds(timeout, "timeout")
+        self._subscriptions = weakref.WeakSet[Subscription]()
 
     @call
     async def close(self) -> None:
-        """Close the connections that are idle. The next call would open a new one."""
+        """Close the connections that are idle, and end the subscriptions. The next call
+        would open a new one."""
+        for each in [*self._subscriptions]:
+            await each.unsubscribe()
         with contextlib.suppress(IndexError):
             while True:
                 self._idle.pop().drop()
@@ -922,6 +930,32 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
         async with asyncio.timeout(request[-1]), self._gate:
             with self._line() as line:
                 return await in_thread(lambda: line.request(*request), "a call")
+
+    def subscribe(
+        self, pattern: str, *, replay: int = 0, since: int | None = None,
+        filter: str | None = None, group: str | None = None, ack: str = "auto",
+        on_event: Hearer[StreamEvent] | None = None,
+        on_error: Hearer[Exception] | None = None,
+    ) -> Subscription:
+        """Watch what is committed: `async for event in client.subscribe("order.>")`.
+        Each event comes once, in order, whatever happens to connection and server. An
+        `async with` block begins when the server has subscribed us.
+        - `replay`: the newest so many first; `since`: all after that sequence.
+        - `filter`: only those for which it is true (CEL), such as "data.total > 9".
+        - `group`: its members share the events. One comes again, perhaps to another, if
+          it is not acked within 30 s: at least once. `ack`: "auto", when the next event
+          is asked for or on_event has returned (if it raised: nak), or "manual".
+        - `on_event`: called with one event after the other, async or not. What it
+          raises goes to `on_error`, or the log, and the next event comes.
+        A refusal (of key, pattern, `since` ...) is raised where events are awaited, or
+        goes to on_error, and ends it."""
+        check(ack in ("auto", "manual"), f"ack must be 'auto' or 'manual', not {ack!r}")
+        check(not replay or since is None, "replay and since exclude each other")
+        feed = Feed(self, pattern, since, {"replay": replay or None, "filter": filter,
+                                           "group": group, "ack": group and "manual"})
+        subscription = Subscription(feed, ack == "auto", on_event, on_error)
+        self._subscriptions.add(subscription)
+        return subscription
 
 # ======================================================================================
 # 5. Functions
@@ -2364,7 +2398,315 @@ def register(functions: Sequence[Function], *, endpoint_url: str,
         return client.register(functions, endpoint_url=endpoint_url)
 
 # ======================================================================================
-# 11. Without a server
+# 11. Subscriptions
+# ======================================================================================
+# Each has a connection, and a task that reads it a little ahead of the caller and no
+# further: the rest waits in the server's journal. When the connection breaks, the next
+# one is asked for what comes after the last event that we have. Not so for a group: it
+# knows itself what is open, and gives it to whoever is there.
+
+Hearer = Callable[[T], Any]             # a function, async or not
+NOTICES = ("REPLAY_CUT", "MESSAGES_DROPPED")    # after these the stream goes on
+BROKEN = (OSError, EOFError, ValueError, LookupError, asyncio.LimitOverrunError)
+
+class Patterns:
+    """Patterns for `subscribe`; `*` is one segment of a topic, `>` all that follow."""
+
+    all_runs = staticmethod(lambda: "system.run.>")
+    run = staticmethod(lambda run_id: f"system.run.{run_id}.>")
+    run_lifecycle = staticmethod(lambda run_id: f"system.run.{run_id}.*")
+    run_steps = staticmethod(lambda run_id: f"system.run.{run_id}.step.>")
+    all_functions = staticmethod(lambda: "system.function.>")
+    function = staticmethod(lambda function_id: f"system.function.{function_id}.>")
+    user_event = staticmethod(lambda event_name: f"events:{event_name}")
+    all_user_events = staticmethod(lambda: "events:>")
+    all_secrets = staticmethod(lambda: "system.secret.*")
+    secret = staticmethod(lambda name: f"system.secret.{name}.*")
+    secret_action = staticmethod(lambda action: f"system.secret.*.{action}")
+    topic = staticmethod(lambda topic_pattern: f"topic:{topic_pattern}")
+    all_topics = staticmethod(lambda: "topic:>")
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """An event, a topic's message or a change of state, as a subscriber sees it;
+    `topic` has its prefix, `sequence` is its place among all that was committed."""
+
+    topic: str
+    data: Any
+    event_id: str
+    sequence: int
+    timestamp: datetime
+    _feed: Feed | None = field(default=None, repr=False, compare=False)
+
+    async def ack(self) -> None:
+        """It is done: the group is not given it again."""
+        await self._say("ack")
+
+    async def nak(self, delay: Duration | None = None) -> None:
+        """It is not: the group is given it again, after `delay` or its own delay."""
+        await self._say("nak", delay)
+
+    async def term(self) -> None:
+        """It cannot be done: the group is not given it again."""
+        await self._say("term")
+
+    async def _say(self, word: str, delay: Duration | None = None) -> None:
+        if self._feed is not None:
+            await self._feed.answer(self.event_id, word, delay)
+
+class Subscription(abc.AsyncIterator[StreamEvent]):
+    """What `subscribe` returns: an async iterator and context manager, or the handle of
+    an `on_event`. Cancelling `anext` loses nothing; one that is forgotten ends."""
+
+    def __init__(self, feed: Feed, auto: bool, on_event: Hearer[StreamEvent] | None,
+                 on_error: Hearer[Exception] | None) -> None:
+        self._feed, self._auto, self._tasks = feed, auto, {feed.task}
+        self._last: StreamEvent | None = None
+        if on_event is None:
+            loop = asyncio.get_running_loop()
+            weakref.finalize(self, from_thread, loop, feed.task.cancel)
+        else:
+            on_error = on_error or functools.partial(log.error, "a subscription: %s")
+            self._tasks.add(asyncio.create_task(self._hand_out(on_event, on_error)))
+
+    async def __anext__(self) -> StreamEvent:
+        if self._auto and self._last is not None:
+            await self._last.ack()
+        self._last = None
+        self._last = await self._feed.next()
+        return self._last
+
+    async def __aenter__(self) -> Self:
+        await self._feed.until(lambda: self._feed.live)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.unsubscribe()
+
+    async def unsubscribe(self) -> None:
+        """End it, and an `on_event` that is at work, unless that is who calls this."""
+        tasks = {each for each in self._tasks if not each.done()}
+        tasks -= {asyncio.current_task()}
+        for each in tasks:
+            each.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    aclose = unsubscribe
+
+    async def _hand_out(self, on_event: Hearer[StreamEvent],
+                        on_error: Hearer[Exception]) -> None:
+        try:
+            async for event in self:
+                try:
+                    await called(on_event, event)
+                except Exception as error:
+                    if self._auto:
+                        await event.nak()
+                    await called(on_error, error)
+        except Exception as error:
+            await called(on_error, error)
+
+class Feed:
+    """What the server sends for one subscription, over one connection after another."""
+
+    def __init__(self, client: AsyncClient, pattern: str, cursor: int | None,
+                 options: dict[str, Any]) -> None:
+        self._client, self._address = client, client._address
+        self._pattern, self._options, self._group = pattern, options, options["group"]
+        self._cursor = cursor               # the sequence up to which we have all
+        self._ahead = deque[tuple[int, StreamEvent]]()      # with its size
+        self._size = 0
+        self._news, self._room = asyncio.Event(), asyncio.Event()
+        self._unanswered: set[str] = set()  # ids of a group's events
+        self._socket: Any = None            # if it is a WebSocket
+        self._delays = backoff()
+        self.live = False
+        self.task = asyncio.create_task(self._run(), name=f"subscribe {pattern}")
+        self.task.add_done_callback(lambda _: self._news.set())
+
+    async def until(self, look: Callable[[], Any]) -> None:
+        """Wait for it. Raises a refusal, or StopAsyncIteration if this was closed."""
+        while self.task.cancelled() or not look():
+            if self.task.cancelled():
+                raise StopAsyncIteration
+            if self.task.done():
+                self.task.result()          # raises
+            self._news.clear()
+            await self._news.wait()
+
+    async def next(self) -> StreamEvent:
+        await self.until(lambda: self._ahead)
+        size, event = self._ahead.popleft()
+        self._size -= size
+        self._room.set()
+        return event
+
+    async def answer(self, event_id: str, word: str, delay: Duration | None) -> None:
+        """Say what became of a group's event, unless that was said, or the connection
+        broke: then the server has it back."""
+        body: dict[str, Any] = {"eventId": event_id, "ackType": word}
+        if delay is not None:               # each of the two doors has a name for it
+            names = ("redeliverDelay", "redeliverDelayMs")
+            body |= dict.fromkeys(names, _ms(delay, "delay") or 1)      # 0: its own
+        if event_id not in self._unanswered:
+            return
+        if self._socket is None:
+            body["groupName"] = self._group
+            await self._client._send("POST", f"{PUBSUB}AckEvent", body)
+        else:
+            with contextlib.suppress(ConnectionError):
+                await self._socket.send_json({"type": "ack"} | body)
+        self._unanswered.discard(event_id)
+
+    async def _run(self) -> None:
+        """Listen, again and again; ends with what a further try would not mend."""
+        lost = False
+        while True:
+            try:
+                await self._listen()
+            except (IronflowError, *BROKEN) as error:
+                if isinstance(error, IronflowError) and not error.retryable:
+                    raise
+                if self.live or not lost:   # the first of this outage
+                    log.warning("%s: no stream from %s (%r); trying until it is back",
+                                self._pattern, self._address.url, error)
+            self.live, lost = False, True
+            if self._group:                 # the server gives to others what we have
+                self._unanswered.clear()
+                self._ahead.clear()
+                self._size = 0
+            await asyncio.sleep(next(self._delays))
+
+    async def _listen(self) -> None:
+        """By WebSocket; or by plain HTTP, if there is no aiohttp or the upgrade is
+        refused: by a proxy that knows none, or by the server, which says why there."""
+        try:
+            import aiohttp  # only here: all else works without
+        except ImportError:
+            return await self._server_sent()
+        try:
+            await self._websocket(aiohttp)
+        except aiohttp.WSServerHandshakeError:
+            await self._server_sent()
+        except aiohttp.ClientError as error:
+            raise ConnectionError(str(error)) from error
+
+    async def _websocket(self, aiohttp: Any) -> None:
+        names = {"since": "startAfterSequence", "group": "consumerGroup",
+                 "ack": "ackMode"}
+        options = {names.get(name, name): one for name, one in self._wanted().items()}
+        headers = dict(line.split(": ", 1) for line in self._address.head.splitlines())
+        async with aiohttp.ClientSession() as session:
+            async with asyncio.timeout(ANSWER_S):
+                socket = await session.ws_connect(
+                    f"{self._address.url}/ws", headers=headers, max_msg_size=0)
+            try:
+                await socket.send_json({"type": "subscribe", "subscription": {
+                    "pattern": self._pattern,
+                    "options": options | {"includeMetadata": True}}})
+                self._socket = socket
+                while (frame := await socket.receive(SILENCE_S)).type.name == "TEXT":
+                    await self._hear(json.loads(frame.data), len(frame.data))
+                raise ConnectionError(f"closed with {socket.close_code}")
+            finally:
+                self._socket = None
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(socket.close(), FAREWELL_S)
+
+    async def _hear(self, told: dict[str, Any], size: int) -> None:
+        if told["type"] == "event":
+            return await self._take(told | told["meta"], size)
+        told = told.get("results", [told])[0]
+        if told.get("status") != "ok":
+            return self._complain(told)
+        self._subscribed(told.get("sequence"))
+
+    async def _server_sent(self) -> None:
+        address = self._address
+        query = urlencode({"pattern": self._pattern, **self._wanted()})
+        async with asyncio.timeout(ANSWER_S):
+            reader, writer = await asyncio.open_connection(
+                address.host, address.port, ssl=address.tls or None)
+        try:
+            writer.write(f"GET {address.base}/api/v1/stream?{query} HTTP/1.0\r\n"
+                         f"{address.head}\r\n".encode())      # 1.0: not in chunks
+            async with asyncio.timeout(ANSWER_S):
+                head = await reader.readuntil(b"\r\n\r\n")
+                if (status := int(head.split()[1])) != 200:
+                    answer = _body(status, await reader.read())
+                    raise Reply(status, answer).error(f"subscribe {self._pattern!r}")
+            if self._group:                 # its stream begins with an event
+                self._subscribed(None)
+            await self._read(reader)
+        finally:
+            writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Server-sent events. One without data says what we have."""
+        rest, fields = b"", dict[str, str]()
+        while True:
+            async with asyncio.timeout(SILENCE_S):
+                part = await reader.read(1 << 16)
+            if not part:
+                raise ConnectionError("the stream ended")
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                name, _, value = line.decode().rstrip("\r").partition(": ")
+                if name or value:           # value alone: a comment
+                    fields[name] = value
+                    continue
+                if (text := fields.get("data")) is None:
+                    self._subscribed(int(fields.get("id", self._cursor or 0)))
+                elif fields.get("event") == "ironflow.error":
+                    self._complain(json.loads(text))
+                else:
+                    await self._take(json.loads(text), len(text))
+                fields = {}
+
+    def _wanted(self) -> dict[str, Any]:
+        """The options now: nothing is to be replayed once we have a place."""
+        given = self._options | {"since": self._cursor}
+        given |= {} if self._cursor is None else {"replay": None}
+        return {name: one for name, one in given.items() if one is not None}
+
+    def _complain(self, told: Mapping[str, Any]) -> None:
+        """Log what the server says besides. Raises what ends the subscription."""
+        code, sentence = told["code"], f"subscribe {self._pattern!r}: {told['message']}"
+        if code in NOTICES or (self.live and told.get("type") == "error"):
+            return log.warning("%s", sentence)
+        word = re.sub("^invalid_.*", "invalid_argument", code.lower())
+        raise IronflowError(sentence, 0, word, word == "internal_error")
+
+    def _subscribed(self, sequence: int | None) -> None:
+        """The server lets us in, and says from where on we shall be told."""
+        self._cursor = None if self._group else sequence
+        self.live = True
+        self._news.set()
+
+    async def _take(self, row: Mapping[str, Any], size: int) -> None:
+        """Keep an event for the caller; wait for him if that makes too many."""
+        sequence = int(row["sequence"])
+        if self._group:
+            self._unanswered.add(row["eventId"])
+        elif sequence <= (self._cursor or 0):
+            return
+        else:
+            self._cursor = sequence
+        event = StreamEvent(row["topic"], row.get("data"), row["eventId"], sequence,
+                            instant(row["timestamp"], "timestamp"), self)
+        self._delays = backoff()
+        self._ahead.append((size + 500, event))     # with the objects, by and large
+        self._size += size + 500
+        self._news.set()
+        while self._size > READ_AHEAD:
+            self._room.clear()
+            await self._room.wait()
+
+# ======================================================================================
+# 12. Without a server
 # ======================================================================================
 # An execution as a worker has it; but its updates end in a dict, and its answer is yes.
 

@@ -99,12 +99,15 @@ from ironflow_client import (
     IronflowError,
     NonRetryableError,
     NotJSON,
+    Patterns,
     RetryAfterError,
     Row,
     Run,
     StepError,
     StepRow,
     StepTimeoutError,
+    StreamEvent,
+    Subscription,
     Worker,
     WorkerAuthError,
     function,
@@ -2773,7 +2776,7 @@ def test_what_goes_in_by_emit_sync_comes_out_again(
 WITHOUT_BODY = ("/Health", "/GetCapabilities", "/Info", "/ListTopics")
 WRITING_DOORS = [
     door.format(worker_id="w", job_id="job_x_1", run_id="run_x", function_id="wrong",
-                name="g")
+                name="wrong")
     for door in ironflow.doors()
     if door.startswith("P") and not door.endswith(WITHOUT_BODY)
 ]
@@ -14371,8 +14374,12 @@ class Ledger:
         if not there:
             self.hear_join_group(wish, new)
 
-    def hear_deal(self, wish: Carried, name: str, seqs: list[int], members: list[str]) -> None:
-        if not self.known(wish):
+    def hear_deal(
+        self, wish: Carried, name: str, group_id: str, seqs: list[int], members: list[str]
+    ) -> None:
+        here = self.group is not None and self.group.group_id == group_id
+        must(here == (wish.error is None), f"dealt for {group_id}: {wish.error}")
+        if not here:
             return
         group, (dealt, position) = cast(ironflow.ConsumerGroup, self.group), wish.result
         must(position >= group.position, f"the group went back to {position}")
@@ -14991,7 +14998,7 @@ WATCHING: list[tuple[float, str, Callable[[Audience], str | None]]] = [
     (2, "subscriber hung up", Audience.somebody_hangs_up),
     (2, "subscriber read nothing for a while", Audience.somebody_reads_nothing),
     (1, "too much had to be composed", Audience.there_is_too_much_to_compose),
-    (0.0, "group was deleted", Audience.the_group_is_deleted),
+    (0.3, "group was deleted", Audience.the_group_is_deleted),
     (0.3, "", Audience.somebody_makes_the_group),
     (0.5, "dead letters were dealt out again", Audience.dead_letters_live),
     (0.3, "old rows were deleted", Audience.old_rows_are_deleted),
@@ -16679,8 +16686,8 @@ class Proxy:
     told to, it lets a request through and drops the connection instead of bringing the
     answer."""
 
-    def __init__(self, port: int) -> None:
-        self._target = port
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self._target, self._tls = port, tls
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.connections = 0
@@ -16693,6 +16700,8 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                if self._tls:
+                    client = self._tls.wrap_socket(client, server_side=True)
                 self.connections += 1
                 server = socket.create_connection(("127.0.0.1", self._target))
                 self._sockets += [client, server]
@@ -19010,6 +19019,578 @@ def test_run_inline_undoes_in_the_last_attempt() -> None:
 
 
 # ======================================================================================
+# The client: subscriptions
+# ======================================================================================
+
+
+@pytest.fixture(params=["WebSocket", "server-sent events"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test with this argument says the same of both; without aiohttp it is the second."""
+    if request.param == "server-sent events":
+        monkeypatch.setitem(cast(Any, sys.modules), "aiohttp", None)
+    return str(request.param)
+
+
+class Weather(Proxy):
+    """A proxy that cuts connections after up to `cut` bytes of the server's, or an old one
+    that knows no WebSocket; `brought` is how many bytes came through."""
+
+    def __init__(self, port: int, cut: int = 0, old: bool = False) -> None:
+        self.cut, self.old, self.brought = cut, old, 0
+        self._draw = random.Random(cut)
+        super().__init__(port)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
+        left = self._draw.randrange(1, self.cut) if answers and self.cut else sys.maxsize
+        with contextlib.suppress(OSError):
+            while left and (data := source.recv(min(left, 65536))):
+                if self.old and not answers:
+                    data = data.replace(b"Upgrade: websocket", b"Downgrade: websocket")
+                sink.sendall(data)
+                left -= len(data)
+                self.brought += len(data) * answers
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+async def taken(events: Subscription, number: int) -> list[StreamEvent]:
+    async with asyncio.timeout(DEADLINE_S):
+        return [await anext(events) for _ in range(number)]
+
+
+async def till(look: Callable[[], Any]) -> Any:
+    """`eventually`, and the loop goes on meanwhile."""
+    return await asyncio.to_thread(eventually, look)
+
+
+def committed(server: RunningServer, kind: str = "event") -> list[tuple[int, str]]:
+    """What the journal has: the sequence and the id of each event."""
+    sql = "SELECT seq, event_id FROM journal WHERE kind = ? ORDER BY seq"
+    return [tuple(row) for row in server.rows(sql, kind)]
+
+
+def places(events: Sequence[StreamEvent]) -> list[tuple[int, str]]:
+    return [(each.sequence, each.event_id) for each in events]
+
+
+def test_a_subscriber_sees_events_messages_and_changes_as_they_are_committed(
+    server: RunningServer, transport: str
+) -> None:
+    async def program() -> None:
+        async with AsyncClient(server.url) as client, client.subscribe(">") as events:
+            emitted = await client.emit("order.placed", {"total": 5})
+            published = await client.publish("shop.news", [1, "ü"])
+            server.register("f")
+            event, message, change = await taken(events, 3)
+            assert (event.topic, event.data) == ("events:order.placed", {"total": 5})
+            assert (message.topic, message.data) == ("topic:shop.news", [1, "ü"])
+            assert (event.event_id, message.event_id) == (emitted.event_id, published.event_id)
+            assert (change.topic, change.data["id"]) == ("system.function.f.registered", "f")
+            assert event.sequence < message.sequence == published.sequence < change.sequence
+            assert abs(datetime.now(UTC) - event.timestamp) < timedelta(seconds=DEADLINE_S)
+            await event.ack()  # means nothing outside of a group, and does no harm
+            run = (await client.invoke_async("f")).run_id
+            steps = client.subscribe(f"system.run.{run}.>", replay=10)
+            assert [each.data["status"] for each in await taken(steps, 1)] == [
+                "waiting_for_capacity"]
+
+    asyncio.run(program())
+
+
+def test_a_subscription_begins_in_the_past_if_it_is_asked_to(
+    server: RunningServer, transport: str
+) -> None:
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            for n in range(9):
+                await client.emit(f"order.{n % 3}", n)
+            first, *_ = committed(server)
+            asked: dict[str, Any] = {
+                "last": {"replay": 2}, "all": {"since": 0}, "behind": {"since": first[0]},
+                "some": {"replay": 5, "filter": "data > 1"}, "none": {}}
+            seen: dict[str, list[Any]] = {}
+            for name, options in asked.items():
+                async with client.subscribe("order.0", **options) as events:
+                    await client.emit("order.0", name)
+                    seen[name] = []
+                    while not seen[name] or seen[name][-1] != name:
+                        seen[name] += [(await taken(events, 1))[0].data]
+                        if options.get("filter") and seen[name][-1] == 6:
+                            break
+            assert seen["last"] == [3, 6, "last"]
+            assert seen["all"] == [0, 3, 6, "last", "all"]
+            assert seen["behind"] == [3, 6, "last", "all", "behind"]
+            assert seen["some"] == [3, 6]
+            assert seen["none"] == ["none"]
+
+    asyncio.run(program())
+
+
+@pytest.mark.parametrize("options", [{"pattern": "a..b"}, {"since": 10**9}, {"filter": "1 +"},
+                                     {"pattern": "ord*"}, {"replay": -1}])
+def test_a_refusal_is_raised_where_events_are_awaited(
+    shared: RunningServer, transport: str, options: dict[str, Any]
+) -> None:
+    heard: list[Exception] = []
+
+    async def program() -> None:
+        async with AsyncClient(shared.url) as client:
+            def again(**more: Any) -> Subscription:
+                return client.subscribe(**{"pattern": "a"} | options, **more)
+
+            for awaited in (again().__aenter__, again().__anext__):
+                with pytest.raises(IronflowError, match="subscribe '") as caught:
+                    await awaited()
+                code = "out_of_range" if "since" in options else "invalid_argument"
+                assert (caught.value.code, caught.value.retryable) == (code, False)
+            handle = again(on_event=print, on_error=heard.append)
+            await till(lambda: heard)
+            await handle.unsubscribe()
+
+    asyncio.run(program())
+    assert [type(each) for each in heard] == [IronflowError]
+
+
+def test_a_subscriber_with_a_wrong_key_is_told_so(keyed: RunningServer, transport: str) -> None:
+    async def program(key: str) -> None:
+        async with AsyncClient(keyed.url, key) as client, client.subscribe(">"):
+            pass
+
+    asyncio.run(program("ifkey_1"))
+    with pytest.raises(IronflowError, match="authentication required") as caught:
+        asyncio.run(program("other"))
+    assert (caught.value.status, caught.value.code) == (401, "unauthenticated")
+
+
+def test_what_cannot_be_meant_is_refused_at_once() -> None:
+    async def program(**options: Any) -> None:
+        AsyncClient().subscribe("a", **options)
+
+    for options in ({"ack": "never"}, {"replay": 1, "since": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            asyncio.run(program(**options))
+
+
+def test_a_wait_for_an_event_can_be_cancelled_and_loses_none(
+    server: RunningServer, transport: str
+) -> None:
+    async def program() -> None:
+        async with AsyncClient(server.url) as client, client.subscribe("a") as events:
+            for n in range(5):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(anext(events), 0.01)
+                await client.emit("a", n)
+                assert [each.data for each in await taken(events, 1)] == [n]
+
+    asyncio.run(program())
+
+
+async def alone_on_the_loop() -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while asyncio.all_tasks() != {asyncio.current_task()}:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("how", ["the block", "the iterator", "the client", "nothing at all",
+                                 "the handle", "a task"])
+def test_a_subscription_that_is_over_leaves_nothing(
+    server: RunningServer, proxy: Proxy, transport: str, how: str
+) -> None:
+    """In the middle of many events, with as many unread."""
+    server.yes("POST", "/api/v1/events", [{"name": "a", "data": "x" * 1000}] * 1000)
+    server.yes("POST", "/api/v1/events", [{"name": "a", "data": "x" * 1000}] * 1000)
+    threads = set(threading.enumerate())
+    seen: list[Any] = []
+
+    async def program() -> None:
+        client = AsyncClient(proxy.url)
+        if how == "the handle":
+            handle = client.subscribe("a", since=0, on_event=seen.append)
+            await till(lambda: seen)
+            await handle.unsubscribe()
+        elif how == "a task":
+            async def listen() -> None:
+                async for each in client.subscribe("a", since=0):
+                    seen.append(each)
+
+            task = asyncio.create_task(listen())
+            await till(lambda: seen)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            del task
+        else:
+            events = client.subscribe("a", since=0)
+            await taken(events, 3)
+            if how == "the block":
+                async with events:
+                    pass
+            elif how == "the iterator":
+                await events.aclose()
+            elif how == "the client":
+                waiting = asyncio.create_task(one_more(events))
+                await client.close()
+                await waiting
+            if how != "nothing at all":
+                with pytest.raises(StopAsyncIteration):
+                    await anext(events)
+            del events
+        gc.collect()
+        await alone_on_the_loop()
+
+    async def one_more(events: Subscription) -> None:
+        async for _ in events:
+            pass
+
+    asyncio.run(program())
+    eventually(lambda: proxy.open == 0)
+    assert {each for each in threading.enumerate() if "asyncio" not in each.name
+            and each not in proxy._threads} <= threads
+
+
+@pytest.mark.parametrize("kind", ["async", "plain"])
+def test_on_event_is_called_with_one_event_after_the_other(
+    server: RunningServer, transport: str, kind: str
+) -> None:
+    seen: list[int] = []
+    wrong: list[str] = []
+
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            async def heard(event: StreamEvent) -> None:
+                plainly_heard(event)
+                await asyncio.sleep(0)
+                if event.data == 7:
+                    await handle.unsubscribe()
+
+            def plainly_heard(event: StreamEvent) -> None:
+                seen.append(event.data)
+                if event.data % 3 == 2:
+                    raise ValueError(f"not {event.data}")
+
+            handle = client.subscribe(
+                "a", on_event=heard if kind == "async" else plainly_heard,
+                on_error=lambda error: wrong.append(str(error)))
+            async with handle:
+                for n in range(10):
+                    await client.emit("a", n)
+                await till(lambda: len(seen) == (8 if kind == "async" else 10))
+                await till(lambda: len(wrong) == (2 if kind == "async" else 3))
+                if kind == "async":
+                    await alone_on_the_loop()
+
+    asyncio.run(program())
+    assert seen == list(range(8 if kind == "async" else 10))
+    assert wrong == ["not 2", "not 5", "not 8"][:2 if kind == "async" else 3]
+
+
+def test_what_on_event_raises_is_logged_if_nobody_asks_for_it(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(event: StreamEvent) -> None:
+        raise KeyError(event.data)
+
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            async with client.subscribe("a", on_event=refuses):
+                await client.emit("a", "tray")
+                await till(lambda: "tray" in caplog.text)
+            async with contextlib.AsyncExitStack():
+                client.subscribe("a..b", on_event=refuses)
+                await till(lambda: "a..b" in caplog.text)
+
+    asyncio.run(program())
+
+
+# --- Interruptions ---------------------------------------------------------------------
+
+
+class Emitter(threading.Thread):
+    """Emits events with growing numbers, a few thousand in all, whatever happens."""
+
+    def __init__(self, url: str, number: int, size: int = 0) -> None:
+        super().__init__()
+        self.client, self.number, self.pad, self.at = Client(url, timeout="60s"), number, size, 0
+        self.start()
+
+    def run(self) -> None:
+        while self.at < self.number:
+            some = range(self.at, min(self.at + 20, self.number))
+            self.client.emit_many({"name": "a", "data": [n, "x" * self.pad]} for n in some)
+            self.at = some.stop
+
+
+def test_kills_of_the_server_are_not_noticed_in_what_comes(
+    server: RunningServer, transport: str
+) -> None:
+    emitter = Emitter(server.url, 6000)
+
+    async def program() -> list[StreamEvent]:
+        seen: list[StreamEvent] = []
+        async with AsyncClient(server.url) as client:
+            events = client.subscribe("a", since=0)
+            for n in range(1, 5):
+                seen += await taken(events, min(1200 * n, emitter.number - 50) - len(seen))
+                await asyncio.to_thread(server.kill)
+                await asyncio.to_thread(server.start)
+            return seen + await taken(events, emitter.number - len(seen))
+
+    seen = asyncio.run(program())
+    emitter.join(DEADLINE_S)
+    assert places(seen) == committed(server)
+    assert [each.data[0] for each in seen] == list(range(emitter.number))
+
+
+@pytest.mark.parametrize("begin", [{"since": 0}, {"replay": 500}, {}])
+def test_a_line_that_breaks_at_any_byte_costs_no_event(
+    server: RunningServer, transport: str, begin: dict[str, Any]
+) -> None:
+    """Also before the first event: what `replay` or now meant is settled once and for all."""
+    if begin:
+        Emitter(server.url, 500).join()
+    number = 500 if begin else 800
+    with contextlib.closing(Weather(server.port, cut=9000)) as weather:
+        async def program() -> list[StreamEvent]:
+            async with AsyncClient(weather.url) as client, client.subscribe("a", **begin) as events:
+                emitter = None if begin else Emitter(server.url, number)
+                seen = await taken(events, number)
+                if emitter:
+                    await asyncio.to_thread(emitter.join)
+                return seen
+
+        seen = asyncio.run(program())
+        assert weather.connections > 5
+    assert places(seen) == committed(server)
+
+
+def test_a_subscriber_waits_for_a_server_that_is_not_there_yet(
+    server: RunningServer, transport: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.stop()
+
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            events = client.subscribe("a")
+            await till(lambda: "trying until it is back" in caplog.text)
+            await asyncio.to_thread(server.start)
+            async with events:
+                await client.emit("a")
+                await taken(events, 1)
+
+    asyncio.run(program())
+    assert caplog.text.count("trying") == 1
+
+
+def test_where_no_websocket_passes_events_come_all_the_same(server: RunningServer) -> None:
+    with contextlib.closing(Weather(server.port, old=True)) as proxy:
+        async def program() -> None:
+            async with AsyncClient(proxy.url) as client, client.subscribe("a") as events:
+                await client.emit("a", 1)
+                assert [each.data for each in await taken(events, 1)] == [1]
+
+        asyncio.run(program())
+
+
+def test_a_slow_subscriber_leaves_the_rest_with_the_server(
+    server: RunningServer, transport: str
+) -> None:
+    """60 MB are committed; of them comes what sockets hold, and a megabyte for the caller."""
+    with contextlib.closing(Weather(server.port)) as proxy:
+        async def program() -> list[StreamEvent]:
+            async with AsyncClient(proxy.url) as client, client.subscribe("a") as events:
+                emitter = Emitter(server.url, 600, size=100_000)
+                seen = await taken(events, 1)
+                await asyncio.to_thread(emitter.join)
+                assert proxy.brought < 30_000_000
+                return seen + await taken(events, 599)
+
+        seen = asyncio.run(program())
+    assert [each.data[0] for each in seen] == list(range(600))
+
+
+SUBSCRIBED_OVER_TLS = """
+    import asyncio, sys
+    from ironflow_client import AsyncClient
+    async def program():
+        async with AsyncClient(sys.argv[1]) as client, client.subscribe("a") as events:
+            await client.emit("a", 5)
+            print((await anext(events)).data)
+    {hide}
+    asyncio.run(program())
+    """
+
+
+@pytest.mark.parametrize("hide", ["", "sys.modules['aiohttp'] = None"])
+def test_a_subscription_over_tls_is_like_any_other(
+    server: RunningServer, tmp_path: Path, hide: str
+) -> None:
+    file, context = certified(tmp_path, "IP:127.0.0.1")
+    with contextlib.closing(Proxy(server.port, context)) as proxy:
+        url = proxy.url.replace("http:", "https:")
+        code = textwrap.dedent(SUBSCRIBED_OVER_TLS.format(hide=hide))
+        done = subprocess.run(
+            [sys.executable, "-c", code, url], cwd=HERE, capture_output=True, text=True,
+            timeout=DEADLINE_S, env=own_environment({"SSL_CERT_FILE": str(file)}))
+    assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
+
+
+# --- Groups ----------------------------------------------------------------------------
+
+
+def unanswered(server: RunningServer) -> int:
+    """How many messages of groups are with a member, or have to be given out again."""
+    return int(server.rows("SELECT count(*) FROM delivery")[0][0])
+
+
+def test_the_members_of_a_group_share_its_events(server: RunningServer, transport: str) -> None:
+    shares: dict[str, list[int]] = {"Ann": [], "Bob": []}
+
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            async with (client.subscribe("a", group="g", on_event=heard("Ann")),
+                        client.subscribe("a", group="g", on_event=heard("Bob"))):
+                await client.emit_many({"name": "a", "data": n} for n in range(200))
+                await till(lambda: sum(map(len, shares.values())) == 200)
+                await till(lambda: unanswered(server) == 0)
+
+    def heard(who: str) -> Callable[[StreamEvent], Any]:
+        return lambda event: shares[who].append(event.data)
+
+    asyncio.run(program())
+    assert all(shares.values())
+    assert sorted(shares["Ann"] + shares["Bob"]) == list(range(200))
+
+
+def test_an_event_counts_as_done_when_the_next_is_asked_for(
+    server: RunningServer, transport: str
+) -> None:
+    """So who dies at work on one leaves it to others. Without a death none comes twice."""
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            for begin in 0, 4:
+                async with client.subscribe("a", group="g") as events:
+                    if begin == 0:
+                        await client.emit_many({"name": "a", "data": n} for n in range(10))
+                    assert [each.data for each in await taken(events, 5)] == [
+                        *range(begin, begin + 5)]
+            async with client.subscribe("a", group="g") as events:
+                assert [each.data for each in await taken(events, 2)] == [8, 9]
+                waiting = asyncio.create_task(anext(events))
+                await till(lambda: unanswered(server) == 0)
+                waiting.cancel()
+
+    asyncio.run(program())
+
+
+def test_a_member_that_acks_itself_says_what_becomes_of_an_event(
+    server: RunningServer, transport: str
+) -> None:
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            async with client.subscribe("a", group="g", ack="manual") as events:
+                await client.emit_many({"name": "a", "data": n} for n in range(4))
+                zero, one, two, three = await taken(events, 4)
+                await zero.ack()
+                await zero.nak()  # it was acked, and that is that
+                await one.nak(delay=0)
+                (again,) = await taken(events, 1)
+                assert (again, again.sequence) == (one, one.sequence)
+                await again.ack()
+                await two.term()
+                await till(lambda: unanswered(server) == 1)
+            async with client.subscribe("a", group="g", ack="manual") as events:
+                assert await taken(events, 1) == [three]
+                await three.ack()  # it belongs to a subscription that is over
+                assert unanswered(server) == 1
+
+    asyncio.run(program())
+
+
+def test_what_on_event_fails_at_comes_again_and_is_given_up_at_last(
+    server: RunningServer, transport: str
+) -> None:
+    tries: Counter[int] = Counter()
+
+    def heard(event: StreamEvent) -> None:
+        tries[event.data] += 1
+        if event.data == 1 or tries[event.data] < 2:
+            raise OSError("busy")
+
+    async def program() -> None:
+        pubsub, group = "/ironflow.v1.PubSubService", {"name": "g", "pattern": "a"}
+        server.yes("POST", f"{pubsub}/CreateConsumerGroup", group | {"redeliverDelayMs": 1})
+        async with AsyncClient(server.url) as client:
+            client.subscribe("a", group="g", on_event=heard, on_error=lambda error: None)
+            await client.emit_many({"name": "a", "data": n} for n in range(3))
+            await till(lambda: tries == {0: 2, 1: 4, 2: 2} and unanswered(server) == 1)
+        (dead,) = server.yes("GET", "/api/v1/consumer-groups/g/dead")["dead"]
+        assert (dead["data"], dead["attempts"]) == (1, 4)
+
+    asyncio.run(program())
+
+
+def test_a_group_misses_nothing_however_often_its_server_and_members_die(
+    server: RunningServer, transport: str
+) -> None:
+    emitter = Emitter(server.url, 1500)
+    seen: list[int] = []
+
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            for n in range(1, 5):
+                async with client.subscribe("a", group="g", since=0) as events:
+                    async for event in events:
+                        seen.append(event.data[0])
+                        if len(set(seen)) >= (300 * n if n < 4 else 1500):
+                            break
+                        if len(seen) % 400 == 0:
+                            await asyncio.to_thread(server.kill)
+                            await asyncio.to_thread(server.start)
+
+    asyncio.run(program())
+    emitter.join(DEADLINE_S)
+    assert set(seen) == set(range(1500))
+
+
+def test_a_group_that_is_deleted_or_watches_something_else_ends_a_subscription(
+    server: RunningServer, transport: str
+) -> None:
+    async def program() -> None:
+        async with AsyncClient(server.url) as client:
+            async with client.subscribe("a", group="g") as events:
+                with pytest.raises(IronflowError, match="'g' watches 'a'"):
+                    await anext(client.subscribe("b", group="g"))
+                server.yes("POST", "/ironflow.v1.PubSubService/DeleteConsumerGroup",
+                           {"name": "g"})
+                with pytest.raises(IronflowError, match="was deleted") as caught:
+                    await taken(events, 1)
+                assert caught.value.code == "group_deleted"
+
+    asyncio.run(program())
+
+
+# --- Patterns --------------------------------------------------------------------------
+
+
+def test_patterns_have_names() -> None:
+    """Those of the public SDKs' `patterns` (JS 0.29)."""
+    made = {
+        Patterns.all_runs(): "system.run.>", Patterns.run("r"): "system.run.r.>",
+        Patterns.run_lifecycle("r"): "system.run.r.*",
+        Patterns.run_steps("r"): "system.run.r.step.>",
+        Patterns.all_functions(): "system.function.>",
+        Patterns.function("f"): "system.function.f.>", Patterns.user_event("e"): "events:e",
+        Patterns.all_user_events(): "events:>", Patterns.all_secrets(): "system.secret.*",
+        Patterns.secret("s"): "system.secret.s.*",
+        Patterns.secret_action("updated"): "system.secret.*.updated",
+        Patterns.topic("t.*"): "topic:t.*", Patterns.all_topics(): "topic:>",
+    }
+    assert list(made) == list(made.values())
+    assert [ironflow.check_pattern(each) for each in made] == list(made)
+
+
+# ======================================================================================
 # The command line
 # ======================================================================================
 
@@ -19069,10 +19650,22 @@ def process(server: RunningServer, *words: str, env: Any = None, **io: Any) -> A
     return subprocess.Popen([sys.executable, HERE / "ironflow.py", *words], env=clean, **io)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Who is started here heeds Ctrl-C; shells let jobs in the background ignore it."""
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, ours)
+
+
 def on_terminal(
-    server: RunningServer, *words: str, columns: int = 80, env: dict[str, str] | None = None
+    server: RunningServer, *words: str, columns: int = 80, env: dict[str, str] | None = None,
+    until: str = "\0",
 ) -> tuple[int, str]:
-    """The same in a pseudo-terminal so many columns wide: its status, what it shows."""
+    """The same in a pseudo-terminal so many columns wide: its status, what it shows; Ctrl-C
+    comes when it shows that."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with process(server, *words, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as cli:
@@ -19081,6 +19674,8 @@ def on_terminal(
         with contextlib.suppress(OSError):  # how Linux says that the other end is closed
             while part := os.read(ours, 65536):
                 shown += part
+                if until in shown.decode(errors="ignore"):
+                    cli.send_signal(signal.SIGINT)
         os.close(ours)
     return cli.returncode, shown.decode().replace("\r\n", "\n")
 
@@ -19620,6 +20215,9 @@ def test_an_answer_that_is_not_ironflows_is_said_in_a_sentence(
     ("emit x --version 0", "--version:"),
     ("emit x --timeout soon", "--timeout:"),
     ("emit x --timeout 5", "--timeout:"),
+    ("subscribe", "PATTERN"),
+    ("subscribe a --since 1 --replay 1", "--replay"),
+    ("subscribe a --since 1h", "--since:"),
     ("run list --status unknown", "--status:"),
     ("run list --limit none", "--limit:"),
     ("event list --since yesterday", "--since:"),
@@ -19715,11 +20313,8 @@ def test_ctrl_c_ends_a_wait_quietly(shared: RunningServer) -> None:
     name = new_name()
     shared.register(name, name)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let jobs in
-    try:  # the background ignore it, and who is started by them
+    with interruptible():
         cli = process(shared, "emit", name, "--wait", **pipes)
-    finally:
-        signal.signal(signal.SIGINT, ours)
     with cli:
         eventually(lambda: shared.yes("GET", f"/api/v1/runs?function_id={name}")["count"])
         cli.send_signal(signal.SIGINT)
@@ -19746,6 +20341,374 @@ def test_a_pipe_that_nobody_reads_ends_it_quietly(past: RunningServer) -> None:
         os.close(write)
         assert cli.stderr.read() == b""
     assert cli.returncode == 141
+
+
+# --- Subscribing -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def subscribed(server: RunningServer, *words: str) -> Iterator[Any]:
+    """`subscribe` as a process of its own, ended by Ctrl-C, which is no failure."""
+    with interruptible():
+        cli = process(server, "subscribe", *words, stdout=subprocess.PIPE,
+                      stderr=subprocess.PIPE, text=True)
+    with cli:
+        try:
+            yield cli
+            cli.send_signal(signal.SIGINT)
+            assert cli.wait(DEADLINE_S) == 0
+        finally:
+            cli.kill()
+
+
+def shown(cli: Any, number: int) -> list[str]:
+    lines = [cli.stdout.readline().rstrip("\n") for _ in range(number)]
+    return [re.sub(r"[-0-9]{10} [:0-9]{8}Z|[-0-9]{10}T[:0-9]{8}\.\d+Z", "{at}", line)
+            for line in lines]
+
+
+def test_subscribe_prints_a_line_for_each_message(server: RunningServer) -> None:
+    server.emit("order.placed", {"n": 1})
+    publish(server, "a", "ein\nandrer")
+    server.emit("order.placed.in.the.end", [0])
+    server.emit("cart.placed")
+    with subscribed(server, "order.>", "topic:*", "--since", "0") as cli:
+        assert shown(cli, 3) == [
+            '{at}  events:order.placed  {"n":1}',
+            r"{at}  topic:a              ein\nandrer",
+            "{at}  events:order.placed.in.the.end  [0]"]
+        publish(server, "news", 5)
+        assert shown(cli, 1) == ["{at}  topic:news                      5"]
+        cli.send_signal(signal.SIGINT)
+        assert (cli.stdout.read(), cli.stderr.read()) == ("", "")
+
+
+def test_subscribe_prints_json_and_what_is_known_of_a_message(server: RunningServer) -> None:
+    first, second = (server.emit(f"order.{n}", {"n": "ü"})["event_id"] for n in (1, 2))
+    (seq, _), (after, _) = committed(server)
+    for words, line in {
+        "--json": '{"topic":"events:order.1","data":{"n":"ü"}}',
+        "--metadata --replay 5": f"{{at}}  {seq:<8}  {first}  events:order.1  " '{"n":"ü"}',
+        "--json --metadata": '{"topic":"events:order.1","data":{"n":"ü"},"eventId":"'
+                             f'{first}","sequence":{seq},"timestamp":"{{at}}"}}',
+    }.items():
+        begin = () if "--replay" in words else ("--since", "0")
+        with subscribed(server, ">", *words.split(), *begin) as cli:
+            lines = shown(cli, 2)
+            assert lines[0] == line
+            assert lines[1] == line.replace("order.1", "order.2").replace(
+                first, second).replace(f'"sequence":{seq}', f'"sequence":{after}').replace(
+                f"{seq:<8}", f"{after:<8}")
+    with subscribed(server, ">", "--replay", "1", "--filter", 'topic.endsWith("1")') as cli:
+        assert shown(cli, 1) == ['{at}  events:order.1  {"n":"ü"}']
+
+
+def test_subscribe_goes_on_when_the_server_is_back(server: RunningServer) -> None:
+    with subscribed(server, "a", "--since", "0", "--json") as cli:
+        for n in range(1, 4):
+            server.emit("a", n)
+            assert shown(cli, 1) == [f'{{"topic":"events:a","data":{n}}}']
+            server.stop()
+            assert "waiting for it" in cli.stderr.readline()
+            server.start()
+        cli.send_signal(signal.SIGINT)
+        assert (cli.stdout.read(), cli.stderr.read()) == ("", "")
+
+
+def test_subscribe_shows_each_message_once_however_often_the_server_is_killed(
+    server: RunningServer
+) -> None:
+    emitter = Emitter(server.url, 3000)
+    with subscribed(server, "a", "--since", "0", "--json") as cli:
+        numbers: list[int] = []
+        for until in 500, 1500, 2500, 3000:
+            numbers += [json.loads(each)["data"][0] for each in shown(cli, until - len(numbers))]
+            server.kill()
+            server.start()
+        emitter.join(DEADLINE_S)
+    assert numbers == list(range(3000))
+
+
+def test_subscribe_says_why_it_is_refused(
+    cli: Cli, past: RunningServer, keyed: RunningServer
+) -> None:
+    with socket.socket() as seat:  # where nobody listens
+        seat.bind(("127.0.0.1", 0))
+        for server, words, sentence in (
+            (past, "a..b", "pattern 'a..b'"), (past, "a b*", "pattern 'b*'"),
+            (past, "a --since 99999", "cannot go on after 99999"),
+            (past, "a --filter 1+", "filter '1+' is no CEL"),
+            (past, f"a -s http://127.0.0.1:{seat.getsockname()[1]}", "is it running?"),
+            (keyed, "a", "authentication required"),
+        ):
+            status, out, err = cli(server, "subscribe", *words.split())
+            assert (status, out) == (1, "")
+            assert err.count("\n") == 1 and sentence in err, err
+
+
+def test_subscribe_does_not_pretend_that_deleted_messages_can_be_shown(tmp_path: Path) -> None:
+    with serve(tmp_path, "--retain", "300ms") as server:
+        old = server.emit("old")["event_id"]
+        eventually(lambda: server.call("GET", f"/api/v1/events/{old}")[0] == 404)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with process(server, "subscribe", ">", "--since", "0", **pipes) as cli:
+            out, err = cli.communicate(timeout=DEADLINE_S)
+    assert (cli.returncode, out) == (1, "")
+    assert "cannot go on after 0: this journal has 2 to" in err
+
+
+def test_subscribe_ends_quietly_when_nobody_reads_what_it_prints(server: RunningServer) -> None:
+    with interruptible():
+        cli = process(server, "subscribe", "a", "--since", "0", stdout=subprocess.PIPE,
+                      stderr=subprocess.PIPE)
+    with cli:
+        server.emit("a")
+        assert b"events:a" in cli.stdout.readline()
+        cli.stdout.close()
+        eventually(lambda: server.emit("a") and cli.poll() is not None)
+        assert cli.stderr.read() == b""
+    assert cli.returncode == 141
+
+
+def test_on_a_terminal_subscribe_colours_a_status_and_keeps_to_the_width(
+    server: RunningServer
+) -> None:
+    server.register("f")
+    server.join("w", "f")
+    run_id = server.emit(data={"text": "x" * 200})["run_ids"][0]
+    server.tell(server.job(), "completed")
+    server.run_becomes(run_id, "completed")
+    server.emit("the.end")
+    with interruptible():
+        status, screen = on_terminal(server, "subscribe", ">", "--since", "0", columns=100,
+                                     until="the.end")
+    assert status == 0
+    lines = screen.splitlines()
+    assert all(len(without_colours(line)) <= 100 for line in lines)
+    coloured = {line[:5] for line in lines if f"{run_id}.completed" in line}
+    assert coloured == {"\x1b[32m"}
+    (event,) = [line for line in lines if "order.placed" in line and line.endswith("…")]
+    assert "\x1b" not in event
+
+
+# ======================================================================================
+# The example with a page, in a real browser
+# ======================================================================================
+
+
+class Browser:
+    """Headless Chromium, driven by chromedriver over plain HTTP (W3C WebDriver)."""
+
+    FLAGS = ["--headless", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+    def __init__(self, folder: Path) -> None:
+        root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses root without
+        self.log = (folder / "chromedriver.log").open("w+")
+        self.process = subprocess.Popen(
+            ["chromedriver", "--port=0"], stdout=self.log, stderr=subprocess.STDOUT)
+        self.port = int(eventually(self._port)[1])
+        self.base = ""
+        flags = [*self.FLAGS, *root, f"--user-data-dir={folder / 'profile'}"]
+        wanted = {"goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}
+        answer = self.ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+        self.base = f"/session/{answer['sessionId']}"
+
+    def _port(self) -> re.Match[str] | None:
+        return re.search(r"successfully on port (\d+)", Path(self.log.name).read_text())
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
+        with contextlib.closing(connection):
+            payload = json.dumps(body or {}) if method == "POST" else None
+            connection.request(method, self.base + path, payload)
+            answer = connection.getresponse()
+            value = json.load(answer)["value"]
+        assert answer.status == 200, f"{method} {path}: {value}"
+        return value
+
+    def open(self, url: str) -> None:
+        self.ask("POST", "/url", {"url": url})
+
+    def js(self, script: str, *args: Any) -> Any:
+        """What the page's script returns."""
+        return self.ask("POST", "/execute/sync", {"script": script, "args": args})
+
+    def type(self, keys: str) -> None:
+        """Keys for whatever has the focus, as a person presses them."""
+        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.ask("POST", "/actions", {"actions": [
+            {"type": "key", "id": "keyboard", "actions": actions}]})
+
+    def click(self, selector: str) -> None:
+        found = self.ask("POST", "/element", {"using": "css selector", "value": selector})
+        self.ask("POST", f"/element/{next(iter(found.values()))}/click")
+
+    def other_window(self, handle: str | None = None) -> str:
+        """Goes to that window, or to a new one; the handle of the one that is left."""
+        before: str = self.ask("GET", "/window")
+        handle = handle or self.ask("POST", "/window/new", {"type": "window"})["handle"]
+        self.ask("POST", "/window", {"handle": handle})
+        return before
+
+    def look(self, folder: Path, name: str, width: int, height: int, scheme: str) -> None:
+        """A picture of the page on such a screen, `light` or `dark`; nothing sticks out."""
+        self.cdp("Emulation.setDeviceMetricsOverride",
+                 width=width, height=height, deviceScaleFactor=2, mobile=width < 600)
+        self.cdp("Emulation.setEmulatedMedia",
+                 features=[{"name": "prefers-color-scheme", "value": scheme}])
+        eventually(lambda: self.js(
+            "return innerWidth == arguments[0] && !document.getAnimations().some("
+            "each => each instanceof CSSTransition)", width))
+        assert self.js("return document.documentElement.scrollWidth <= innerWidth")
+        picture = base64.b64decode(self.ask("GET", "/screenshot"))
+        (folder / f"{name}-{width}-{scheme}.png").write_bytes(picture)
+        self.cdp("Emulation.clearDeviceMetricsOverride")
+
+    def cdp(self, command: str, **params: Any) -> None:
+        self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def complaints(self) -> list[str]:
+        """What this window's console was told since the last call."""
+        return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"})]
+
+    def close(self) -> None:
+        try:
+            if self.base:
+                self.ask("DELETE", "")
+        finally:
+            self.process.terminate()
+            self.process.wait(DEADLINE_S)
+            self.log.close()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    if not (shutil.which("chromedriver") or os.environ.get("CI")):
+        pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
+    with contextlib.closing(Browser(tmp_path)) as browser:
+        yield browser
+
+
+class TodoApp(RunningServer):
+    """`examples/todo-web/app.py` in place of a server: it starts its own."""
+
+    def start(self) -> TodoApp:
+        command = [sys.executable, str(HERE / "examples/todo-web/app.py")]
+        command += ["--port", str(self.port), "--db", str(self.db)]
+        with self.db.with_suffix(".log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.env)
+        assert self.process.stdout is not None
+        self.journal_url = self.process.stdout.readline().split()[-2]
+        assert "todos: " in self.process.stdout.readline(), self.log
+        return self
+
+
+TODOS = """return [...document.querySelectorAll('ul > li')].map(row => [
+    row.querySelector('label').textContent, row.querySelector('input').checked,
+    [...row.querySelectorAll('ol > li.has')].map(chip => chip.textContent).join(', ')])"""
+TAB, ENTER = "\ue004", "\ue007"  # as WebDriver spells them
+
+
+@pytest.mark.slow
+def test_the_todo_page_is_the_same_in_two_windows_and_goes_on_after_a_kill(
+    browser: Browser, tmp_path: Path
+) -> None:
+    app = TodoApp(tmp_path / "todo.db")
+    pictures = Path(os.environ.get("SCREENSHOTS", tmp_path))  # a folder, to look at them
+
+    def pages(name: str) -> None:
+        for width, height in ((1200, 800), (390, 760)):
+            for scheme in ("light", "dark"):
+                browser.look(pictures, name, width, height, scheme)
+
+    def todos() -> list[list[Any]]:
+        found: list[list[Any]] = browser.js(TODOS)
+        return found
+
+    def link() -> str:
+        return str(browser.js("return document.querySelector('#link').textContent"))
+
+    def planned() -> bool:
+        return all(chips.count(", ") == 2 for _, _, chips in todos())
+
+    with contextlib.closing(app.seat), contextlib.ExitStack() as stack:
+        stack.callback(app.kill)
+        app.start()
+        browser.open(f"http://localhost:{app.port}")
+        eventually(lambda: link() == "live")
+        pages("empty")
+        browser.type("Call grandma tomorrow" + ENTER)
+        eventually(lambda: todos() and todos()[0][2])
+        browser.type("Buy bread & <b>butter</b>" + ENTER)
+        eventually(lambda: len(todos()) == 2)
+        assert browser.complaints() == []
+
+        app.kill()  # both are being worked on
+        eventually(lambda: link() != "live")
+        browser.type("Water the plants" + ENTER)
+        said = "return document.querySelector('#said').textContent"
+        eventually(lambda: browser.js(said) == "1 not saved yet, trying again")
+        pages("lost")
+        app.start()
+        eventually(lambda: len(todos()) == 3 and planned() and link() == "live")
+        assert browser.js(said) == ""
+        names = ["Water the plants", "Buy bread & <b>butter</b>", "Call grandma tomorrow"]
+        assert [todo[:2] for todo in todos()] == [[name, False] for name in names]
+        assert "ERR_CONNECTION_REFUSED" in str(browser.complaints())  # and the kill was real
+        pages("planned")
+
+        first = browser.other_window()
+        browser.open(f"http://localhost:{app.port}")
+        eventually(lambda: len(todos()) == 3)
+        second, seen = browser.other_window(first), todos()
+        browser.type(TAB * 2 + " ")  # over the button to the newest todo's box
+        eventually(lambda: browser.js("return !!document.querySelector('li.done :focus')"))
+        browser.other_window(second)
+        eventually(lambda: todos() == [["Water the plants", True, seen[0][2]], *seen[1:]])
+        browser.click("li:nth-child(2) > .drop")
+        eventually(lambda: [name for name, *_ in todos()] == [names[0], names[2]])
+        browser.other_window(first)
+        eventually(lambda: [name for name, *_ in todos()] == [names[0], names[2]])
+        pages("done")
+        assert browser.complaints() == []
+        steps = app.rows("SELECT topic FROM topic WHERE topic LIKE '%:0.completed'")
+        assert len(steps) == len(set(steps)) == 10  # three of each, and one is done
+        assert app.stop() == 0
+    assert "Traceback" not in app.log, app.log
+
+
+@pytest.mark.slow
+def test_the_readmes_page_follows_the_stream_from_another_origin_and_over_a_kill(
+    browser: Browser, server: RunningServer
+) -> None:
+    (page,) = fenced("html")
+    browser.open(f"http://localhost:{server.port}/health")
+    browser.js("""document.body.textContent = '';
+        const script = document.createElement('script');
+        script.textContent = arguments[0].replace(/<.?script>/g, '');
+        document.head.append(script)""",
+               page.replace("localhost:9123", f"127.0.0.1:{server.port}"))
+    eventually(lambda: browser.js("return events.readyState === EventSource.OPEN"))
+    server.emit(data={"orderId": "a"})
+    eventually(lambda: "a" in browser.js("return document.body.textContent"))
+    server.kill()
+    server.start()
+    for order in ("b", "c"):
+        server.emit(data={"orderId": order})
+    orders = server.rows("SELECT seq, json_extract(data, '$.orderId') FROM topic ORDER BY seq")
+    shown = "".join(f"{seq}: {order} " for seq, order in orders)
+    eventually(lambda: "c" in browser.js("return document.body.textContent"))
+    assert browser.js("return document.body.textContent") == shown
+
+    (program,) = fenced("js")
+    browser.js("window.told = []; (new Function(arguments[0]))()", program.replace(
+        "localhost:9123", f"127.0.0.1:{server.port}").replace("console.log(", "told.push("))
+    result, event = eventually(lambda: len(browser.js("return told")) == 2
+                               and browser.js("return told"))
+    assert result["results"][0]["status"] == "ok"
+    assert (event["data"], event["meta"]["sequence"]) == ({"orderId": "c"}, orders[-1][0])
 
 
 # ======================================================================================
