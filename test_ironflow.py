@@ -14539,6 +14539,13 @@ class Line(ironflow.Outlet):
             self.task.cancel()
         self.leave()
 
+    def keep_alive(self, now: float) -> None:
+        """As server-sent events do: who is told of nothing hears where it is."""
+        for each in self.subscriptions.values():
+            live = isinstance(each, ironflow.Subscription) and each.live
+            if live and self.watch.told() and not self.unread:
+                self.say("place", max(each.seq, self.watch.told()))
+
     def confirm(self, member: ironflow.Member, seqs: list[int]) -> None:
         """As a WebSocket does: by a ping behind them."""
         self.pings[len(self.pings)] = member, seqs
@@ -14679,8 +14686,11 @@ class Audience:
         """The server starts."""
         self.loop = SlowLoop(self.world)
         self.journal = SlowJournal(self.world, self.loop)
-        newest = ironflow.Queries(self.witness.db).last_seq
-        self.desk = ironflow.Watch(cast(Any, self.journal), cast(Any, self.loop), newest)
+        async def desk() -> ironflow.Watch:
+            newest = ironflow.Queries(self.witness.db).last_seq
+            return ironflow.Watch(cast(Any, self.journal), cast(Any, self.loop), newest)
+
+        self.desk = self.loop.run_until_complete(desk())
         self.frames: list[tuple[Line, Callable[..., Any], tuple[Any, ...]]] = []
         self.hung_up: list[Line] = []
         if self.ledger.group is None and self.draw.random() < 0.7:
@@ -14698,6 +14708,8 @@ class Audience:
     def written(self, batch: Batch, kept: bool) -> None:
         tx = self.world.file.tx
         self.journal.written(batch, *((tx.rows, tx.rung) if kept else ()))
+        if kept and any(call.kind == "start" for call, _ in batch):
+            self.loop.call_soon(ironflow.settle_future, self.desk.resumed, None)
         owed = [each.due_at for each in self.ledger.owed.values()
                 if each.state in ("out", "later")]
         if not (self.world.starting or self.world.keep or self.world.clock_set):
@@ -14710,7 +14722,7 @@ class Audience:
         if client.seq is not None and self.draw.random() < 0.1:
             client.seq = None
         replay = self.draw.choice([0, 0, 2, 10, 1000]) if client.seq is None else 0
-        group = self.group if client.member else None
+        group = (self.ledger.group or self.group) if client.member else None
         patterns = (group.pattern,) if group else client.patterns
         spread = [each for pattern in patterns for each in ironflow.spread(pattern)]
         wanted = ironflow.Wanted(
@@ -14767,6 +14779,9 @@ class Audience:
         client.skipped += count
         self.seen["messages were dropped for who was slow"] += 1
 
+    def hears_place(self, client: Watcher, line: Line, seq: int) -> None:
+        self.moves_to(client, seq)
+
     def hears_ping(self, client: Watcher, line: Line, number: int) -> None:
         self.frames.append((line, line.pong, (number,)))
 
@@ -14793,18 +14808,29 @@ class Audience:
             self.ledger.read.add(seq)
             client.hand += [event_id] * client.manual
             return
-        dropped = [self.next_due(client) for _ in range(client.skipped)]
+        self.moves_to(client, seq - 1)
         due = self.next_due(client)
-        must(due == seq, f"{client} was told of {seq}, due was {due} after {dropped}")
+        must(due == seq, f"{client} was told of {seq}, due was {due}")
+        client.seq = seq
+
+    def moves_to(self, client: Watcher, seq: int) -> None:
+        """It has all up to there, but for what it knows to be dropped."""
+        assert client.seq is not None
+        must(seq >= client.seq, f"{client} was sent back to {seq}, and has {client.seq}")
+        dropped = 0
+        while (due := self.next_due(client, seq)) is not None:
+            dropped += 1
+            must(dropped <= client.skipped, f"{client} was not told of {due}, and is at {seq}")
+        must(dropped == client.skipped, f"{client} missed {dropped}, it heard {client.skipped}")
         client.seq, client.skipped = seq, 0
 
-    def next_due(self, client: Watcher) -> int | None:
-        """What a client has to be told next: None for nothing."""
-        assert client.seq is not None
-        for client.due in range(client.due, len(topics := self.witness.topics)):
+    def next_due(self, client: Watcher, upto: float = math.inf) -> int | None:
+        """What a client has to be told next, up to there: None for nothing."""
+        topics = self.witness.topics
+        while client.due < len(topics) and topics[client.due][0] <= upto:
             seq, *row = topics[client.due]
+            client.due += 1
             if client.wants(*row):
-                client.due += 1
                 return seq
         return None
 
@@ -14845,6 +14871,10 @@ class Audience:
         client = self.pick(self.connected())
         client.silent_until = self.loop.time() + self.draw.choice([5.0, 20.0, 60.0])
         return f"{client.name} reads nothing for a while"
+
+    def the_desk_looks_at_a_connection(self) -> None:
+        line = self.pick([c.line for c in self.clients if c.line is not None])
+        self.loop.call_soon(line.look, self.loop.time())
 
     def somebody_hangs_up(self) -> str:
         """Or its machine dies: what lay unread is lost, and the server sees it later."""
@@ -14947,13 +14977,16 @@ class Audience:
                 there += 1
             while client.hand:
                 self.ack(client, client.hand.pop(), "ack")
-        self.loop.turn(4)
+        if there:
+            self.loop.turn(4)
         return there > 0
 
     def finish(self) -> None:
         """Time passes until nobody is owed anything: then everybody was told all."""
         for _ in range(100):
             self.world.now += 2 * ironflow.RETRY_S
+            for line in [client.line for client in self.clients if client.line is not None]:
+                self.loop.call_soon(line.look, self.loop.time())
             while self.world.a_calm_round():
                 pass
             owed = [each for each in self.ledger.owed.values() if each.state != "dead"]
@@ -14966,9 +14999,6 @@ class Audience:
         for client in self.clients:
             if not client.member:
                 assert client.line is not None
-                kept = client.line.subscriptions[""]
-                for _ in range(kept.skipped if isinstance(kept, ironflow.Subscription) else 0):
-                    self.next_due(client)
                 late = self.next_due(client)
                 must(late is None, f"{client} was never told of {late}")
         there = [seq for seq in self.told if seq not in self.witness.gone]
@@ -14995,6 +15025,7 @@ WATCHING: list[tuple[float, str, Callable[[Audience], str | None]]] = [
     (3, "", Audience.somebody_returns),
     (3, "", Audience.the_server_sees_it),
     (1, "", Audience.somebody_publishes),
+    (2, "", Audience.the_desk_looks_at_a_connection),
     (2, "subscriber hung up", Audience.somebody_hangs_up),
     (2, "subscriber read nothing for a while", Audience.somebody_reads_nothing),
     (1, "too much had to be composed", Audience.there_is_too_much_to_compose),
