@@ -16088,11 +16088,10 @@ class World:
         ready = self.ready()
         for script in ready:
             self.say(self.go_on(script))
-        busy = self.audience.calm_round() or bool(ready)
         try:
             self.say(self.a_batch())
         except Impossible:
-            return busy
+            return bool(ready) or self.audience.calm_round()
         return True
 
 
