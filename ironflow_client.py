@@ -951,9 +951,10 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
         goes to on_error, and ends it."""
         check(ack in ("auto", "manual"), f"ack must be 'auto' or 'manual', not {ack!r}")
         check(not replay or since is None, "replay and since exclude each other")
-        feed = Feed(self, pattern, since, {"replay": replay or None, "filter": filter,
-                                           "group": group, "ack": group and "manual"})
-        subscription = Subscription(feed, ack == "auto", on_event, on_error)
+        feed = Feed(self, pattern, since, ack == "manual", {
+            "replay": replay or None, "filter": filter, "group": group,
+            "ack": group and "manual"})
+        subscription = Subscription(feed, on_event, on_error)
         self._subscriptions.add(subscription)
         return subscription
 
@@ -2439,7 +2440,7 @@ class StreamEvent:
     _feed: Feed | None = field(default=None, repr=False, compare=False)
 
     async def ack(self) -> None:
-        """It is done: the group is not given it again."""
+        """It is done: the group is not given it again. (ack="manual" only.)"""
         await self._say("ack")
 
     async def nak(self, delay: Duration | None = None) -> None:
@@ -2451,16 +2452,17 @@ class StreamEvent:
         await self._say("term")
 
     async def _say(self, word: str, delay: Duration | None = None) -> None:
-        if self._feed is not None:
+        if self._feed is not None:          # else it is of no group, and nothing to say
+            check(self._feed.manual, f"{word} needs subscribe(..., ack='manual')")
             await self._feed.answer(self.event_id, word, delay)
 
 class Subscription(abc.AsyncIterator[StreamEvent]):
     """What `subscribe` returns: an async iterator and context manager, or the handle of
     an `on_event`. Cancelling `anext` loses nothing; one that is forgotten ends."""
 
-    def __init__(self, feed: Feed, auto: bool, on_event: Hearer[StreamEvent] | None,
+    def __init__(self, feed: Feed, on_event: Hearer[StreamEvent] | None,
                  on_error: Hearer[Exception] | None) -> None:
-        self._feed, self._auto, self._tasks = feed, auto, {feed.task}
+        self._feed, self._tasks = feed, {feed.task}
         self._last: StreamEvent | None = None
         if on_event is None:
             loop = asyncio.get_running_loop()
@@ -2470,11 +2472,14 @@ class Subscription(abc.AsyncIterator[StreamEvent]):
             self._tasks.add(asyncio.create_task(self._hand_out(on_event, on_error)))
 
     async def __anext__(self) -> StreamEvent:
-        if self._auto and self._last is not None:
-            await self._last.ack()
-        self._last = None
+        await self._done("ack")
         self._last = await self._feed.next()
         return self._last
+
+    async def _done(self, word: str) -> None:
+        if self._feed.auto and self._last is not None:
+            await self._feed.answer(self._last.event_id, word)
+        self._last = None
 
     async def __aenter__(self) -> Self:
         await self._feed.until(lambda: self._feed.live)
@@ -2501,8 +2506,7 @@ class Subscription(abc.AsyncIterator[StreamEvent]):
                 try:
                     await called(on_event, event)
                 except Exception as error:
-                    if self._auto:
-                        await event.nak()
+                    await self._done("nak")
                     await called(on_error, error)
         except Exception as error:
             await called(on_error, error)
@@ -2511,14 +2515,14 @@ class Feed:
     """What the server sends for one subscription, over one connection after another."""
 
     def __init__(self, client: AsyncClient, pattern: str, cursor: int | None,
-                 options: dict[str, Any]) -> None:
+                 manual: bool, options: dict[str, Any]) -> None:
         self._client, self._address = client, client._address
         self._pattern, self._options, self._group = pattern, options, options["group"]
+        self.manual, self.auto = manual, bool(self._group) and not manual
         self._cursor = cursor               # the sequence up to which we have all
         self._ahead = deque[tuple[int, StreamEvent]]()      # with its size
         self._size = 0
         self._news, self._room = asyncio.Event(), asyncio.Event()
-        self._unanswered: set[str] = set()  # ids of a group's events
         self._socket: Any = None            # if it is a WebSocket
         self._delays = backoff()
         self.live = False
@@ -2542,22 +2546,22 @@ class Feed:
         self._room.set()
         return event
 
-    async def answer(self, event_id: str, word: str, delay: Duration | None) -> None:
-        """Say what became of a group's event, unless that was said, or the connection
-        broke: then the server has it back."""
+    async def answer(self, event_id: str, word: str, delay: Duration | None = None
+                     ) -> None:
+        """Say what became of a group's event, late if need be. If the server does not
+        hear it, it gives the event out again."""
         body: dict[str, Any] = {"eventId": event_id, "ackType": word}
         if delay is not None:               # each of the two doors has a name for it
             names = ("redeliverDelay", "redeliverDelayMs")
             body |= dict.fromkeys(names, _ms(delay, "delay") or 1)      # 0: its own
-        if event_id not in self._unanswered:
-            return
-        if self._socket is None:
+        try:
+            if self._socket is not None:
+                return await self._socket.send_json(body | {"type": "ack"})  # type: ignore[no-any-return]
             body["groupName"] = self._group
             await self._client._send("POST", f"{PUBSUB}AckEvent", body)
-        else:
-            with contextlib.suppress(ConnectionError):
-                await self._socket.send_json({"type": "ack"} | body)
-        self._unanswered.discard(event_id)
+        except (ConnectionError, IronflowError) as error:
+            if isinstance(error, IronflowError) and not error.retryable:
+                raise
 
     async def _run(self) -> None:
         """Listen, again and again; ends with what a further try would not mend."""
@@ -2573,7 +2577,6 @@ class Feed:
                                 self._pattern, self._address.url, error)
             self.live, lost = False, True
             if self._group:                 # the server gives to others what we have
-                self._unanswered.clear()
                 self._ahead.clear()
                 self._size = 0
             await asyncio.sleep(next(self._delays))
@@ -2689,14 +2692,13 @@ class Feed:
     async def _take(self, row: Mapping[str, Any], size: int) -> None:
         """Keep an event for the caller; wait for him if that makes too many."""
         sequence = int(row["sequence"])
-        if self._group:
-            self._unanswered.add(row["eventId"])
-        elif sequence <= (self._cursor or 0):
-            return
-        else:
+        if not self._group:
+            if sequence <= (self._cursor or 0):
+                return
             self._cursor = sequence
         event = StreamEvent(row["topic"], row.get("data"), row["eventId"], sequence,
-                            instant(row["timestamp"], "timestamp"), self)
+                            instant(row["timestamp"], "timestamp"),
+                            self if self._group else None)
         self._delays = backoff()
         self._ahead.append((size + 500, event))     # with the objects, by and large
         self._size += size + 500
