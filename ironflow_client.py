@@ -951,9 +951,9 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
         goes to on_error, and ends it."""
         check(ack in ("auto", "manual"), f"ack must be 'auto' or 'manual', not {ack!r}")
         check(not replay or since is None, "replay and since exclude each other")
-        feed = Feed(self, pattern, since, ack == "manual", {
-            "replay": replay or None, "filter": filter, "group": group,
-            "ack": group and "manual"})
+        feed = Feed(self, pattern, group, ack == "manual", {
+            "replay": replay or None, "startAfterSequence": since, "filter": filter,
+            "consumerGroup": group, "ackMode": group and "manual"})
         subscription = Subscription(feed, on_event, on_error)
         self._subscriptions.add(subscription)
         return subscription
@@ -2440,7 +2440,7 @@ class StreamEvent:
     _feed: Feed | None = field(default=None, repr=False, compare=False)
 
     async def ack(self) -> None:
-        """It is done: the group is not given it again. (ack="manual" only.)"""
+        """It is done: the group is not given it again."""
         await self._say("ack")
 
     async def nak(self, delay: Duration | None = None) -> None:
@@ -2452,7 +2452,7 @@ class StreamEvent:
         await self._say("term")
 
     async def _say(self, word: str, delay: Duration | None = None) -> None:
-        if self._feed is not None:          # else it is of no group, and nothing to say
+        if self._feed is not None:          # else it is of no group: nothing to say
             check(self._feed.manual, f"{word} needs subscribe(..., ack='manual')")
             await self._feed.answer(self.event_id, word, delay)
 
@@ -2514,12 +2514,12 @@ class Subscription(abc.AsyncIterator[StreamEvent]):
 class Feed:
     """What the server sends for one subscription, over one connection after another."""
 
-    def __init__(self, client: AsyncClient, pattern: str, cursor: int | None,
+    def __init__(self, client: AsyncClient, pattern: str, group: str | None,
                  manual: bool, options: dict[str, Any]) -> None:
         self._client, self._address = client, client._address
-        self._pattern, self._options, self._group = pattern, options, options["group"]
-        self.manual, self.auto = manual, bool(self._group) and not manual
-        self._cursor = cursor               # the sequence up to which we have all
+        self._pattern, self._group, self._options = pattern, group, options
+        self.manual, self.auto = manual, bool(group) and not manual
+        self._cursor = -1                   # the sequence up to which we have all
         self._ahead = deque[tuple[int, StreamEvent]]()      # with its size
         self._size = 0
         self._news, self._room = asyncio.Event(), asyncio.Event()
@@ -2556,11 +2556,12 @@ class Feed:
             body |= dict.fromkeys(names, _ms(delay, "delay") or 1)      # 0: its own
         try:
             if self._socket is not None:
-                return await self._socket.send_json(body | {"type": "ack"})  # type: ignore[no-any-return]
-            body["groupName"] = self._group
-            await self._client._send("POST", f"{PUBSUB}AckEvent", body)
-        except (ConnectionError, IronflowError) as error:
-            if isinstance(error, IronflowError) and not error.retryable:
+                await self._socket.send_json(body | {"type": "ack"})
+            else:
+                await self._client._send("POST", f"{PUBSUB}AckEvent",
+                                         body | {"groupName": self._group})
+        except (IronflowError, ConnectionError) as error:
+            if not getattr(error, "retryable", True):
                 raise
 
     async def _run(self) -> None:
@@ -2570,7 +2571,7 @@ class Feed:
             try:
                 await self._listen()
             except (IronflowError, *BROKEN) as error:
-                if isinstance(error, IronflowError) and not error.retryable:
+                if not getattr(error, "retryable", True):
                     raise
                 if self.live or not lost:   # the first of this outage
                     log.warning("%s: no stream from %s (%r); trying until it is back",
@@ -2596,18 +2597,15 @@ class Feed:
             raise ConnectionError(str(error)) from error
 
     async def _websocket(self, aiohttp: Any) -> None:
-        names = {"since": "startAfterSequence", "group": "consumerGroup",
-                 "ack": "ackMode"}
-        options = {names.get(name, name): one for name, one in self._wanted().items()}
         headers = dict(line.split(": ", 1) for line in self._address.head.splitlines())
         async with aiohttp.ClientSession() as session:
             async with asyncio.timeout(ANSWER_S):
                 socket = await session.ws_connect(
                     f"{self._address.url}/ws", headers=headers, max_msg_size=0)
             try:
+                options = self._wanted() | {"includeMetadata": True}
                 await socket.send_json({"type": "subscribe", "subscription": {
-                    "pattern": self._pattern,
-                    "options": options | {"includeMetadata": True}}})
+                    "pattern": self._pattern, "options": options}})
                 self._socket = socket
                 while (frame := await socket.receive(SILENCE_S)).type.name == "TEXT":
                     await self._hear(json.loads(frame.data), len(frame.data))
@@ -2623,7 +2621,7 @@ class Feed:
         told = told.get("results", [told])[0]
         if told.get("status") != "ok":
             return self._complain(told)
-        self._subscribed(told.get("sequence"))
+        self._subscribed(told.get("sequence", -1))
 
     async def _server_sent(self) -> None:
         address = self._address
@@ -2640,7 +2638,7 @@ class Feed:
                     answer = _body(status, await reader.read())
                     raise Reply(status, answer).error(f"subscribe {self._pattern!r}")
             if self._group:                 # its stream begins with an event
-                self._subscribed(None)
+                self._subscribed(-1)
             await self._read(reader)
         finally:
             writer.transport.abort()
@@ -2662,7 +2660,7 @@ class Feed:
                     fields[name] = value
                     continue
                 if (text := fields.get("data")) is None:
-                    self._subscribed(int(fields.get("id", self._cursor or 0)))
+                    self._subscribed(int(fields.get("id", -1)))
                 elif fields.get("event") == "ironflow.error":
                     self._complain(json.loads(text))
                 else:
@@ -2670,10 +2668,10 @@ class Feed:
                 fields = {}
 
     def _wanted(self) -> dict[str, Any]:
-        """The options now: nothing is to be replayed once we have a place."""
-        given = self._options | {"since": self._cursor}
-        given |= {} if self._cursor is None else {"replay": None}
-        return {name: one for name, one in given.items() if one is not None}
+        """The options now, by the protocol's names, which both doors know."""
+        if self._cursor >= 0:
+            self._options |= {"startAfterSequence": self._cursor, "replay": None}
+        return {name: one for name, one in self._options.items() if one is not None}
 
     def _complain(self, told: Mapping[str, Any]) -> None:
         """Log what the server says besides. Raises what ends the subscription."""
@@ -2683,9 +2681,9 @@ class Feed:
         word = re.sub("^invalid_.*", "invalid_argument", code.lower())
         raise IronflowError(sentence, 0, word, word == "internal_error")
 
-    def _subscribed(self, sequence: int | None) -> None:
+    def _subscribed(self, sequence: int) -> None:
         """The server lets us in, and says from where on we shall be told."""
-        self._cursor = None if self._group else sequence
+        self._cursor = max(self._cursor, sequence)
         self.live = True
         self._news.set()
 
@@ -2693,7 +2691,7 @@ class Feed:
         """Keep an event for the caller; wait for him if that makes too many."""
         sequence = int(row["sequence"])
         if not self._group:
-            if sequence <= (self._cursor or 0):
+            if sequence <= self._cursor:
                 return
             self._cursor = sequence
         event = StreamEvent(row["topic"], row.get("data"), row["eventId"], sequence,

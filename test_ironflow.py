@@ -18294,6 +18294,11 @@ class Weather(Proxy):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
 
+    def hang_up(self) -> None:
+        for one in self._sockets[1:]:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
 
 async def taken(events: Subscription, number: int) -> list[StreamEvent]:
     async with asyncio.timeout(DEADLINE_S):
@@ -18587,7 +18592,7 @@ def test_kills_of_the_server_are_not_noticed_in_what_comes(
 def test_a_line_that_breaks_at_any_byte_costs_no_event(
     server: RunningServer, transport: str, begin: dict[str, Any]
 ) -> None:
-    """Also before the first event: what `replay` or now meant is settled once and for all."""
+    """Also before the first event of all: what `replay` or "now" meant is settled once."""
     if begin:
         Emitter(server.url, 500).join()
     number = 500 if begin else 800
@@ -18603,6 +18608,23 @@ def test_a_line_that_breaks_at_any_byte_costs_no_event(
         seen = asyncio.run(program())
         assert weather.connections > 5
     assert places(seen) == committed(server)
+
+
+@pytest.mark.parametrize("begin", [{"since": 0}, {"replay": 3}, {}])
+def test_what_is_committed_while_the_line_is_down_comes_all_the_same(
+    server: RunningServer, transport: str, begin: dict[str, Any]
+) -> None:
+    """Nothing came before, so no event says where to go on; and it is more than 3."""
+    with contextlib.closing(Weather(server.port)) as weather:
+        async def program() -> None:
+            async with (AsyncClient(weather.url) as client,
+                        client.subscribe("a", **begin) as events):
+                weather.hang_up()
+                for _ in range(5):
+                    server.emit("a")  # the loop stands still: nobody connects meanwhile
+                assert places(await taken(events, 5)) == committed(server)
+
+        asyncio.run(program())
 
 
 def test_a_subscriber_waits_for_a_server_that_is_not_there_yet(
