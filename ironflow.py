@@ -12,7 +12,8 @@
 An *event* comes in by HTTP and is on disk before the caller hears yes. Each *function*
 whose *trigger* matches gets a *run*: steps that are done once, whose results are kept,
 so that a crash resumes and does not repeat. A *worker* pulls runs by long polling, or
-the server *pushes* them to an HTTP endpoint.
+the server *pushes* them to an HTTP endpoint. Whoever *subscribes* to a pattern is told,
+at once and in order, of every event and every change.
 
 The life of one event, and who carries it:
 
@@ -26,17 +27,17 @@ The life of one event, and who carries it:
     7. the worker does a step and reports; `record_steps` keeps the result for good
     8. it reports an end, or what the run waits for; `settle` decides what becomes of it
     9. whoever dies on the way: `turn_clock` sees the lease end and the run is due again
-   10. each of these left a row in `journal`, the one order of all that happened
+   10. each of these left a row in `journal`, the one order of all that happened;
+       `Stream.tell` tells those who watch, as soon as it is on disk
 
 What holds, always: whatever was acknowledged survives kill -9 and power loss; a step
 recorded as completed never runs again; what happens, happens in one transaction.
 
-What is not here yet: live subscriptions, pausing and patching of runs. Each is refused
-with a sentence, never ignored.
+What is not here yet: pausing and patching of runs. It is refused with a sentence, never
+ignored.
 
 The file reads from top to bottom: words and laws (2 to 5), the way in (6), the engine
-(7), the disk (8), the ways out (10, 11), the server (12), its command line (13). The
-missing number belongs to a chapter that is still to come.
+(7), the disk (8), the ways out (9 to 11), the server (12), its command line (13).
 """
 
 # ======================================================================================
@@ -81,13 +82,13 @@ from functools import cached_property, lru_cache, partial
 from itertools import count, groupby, islice, product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlencode, urljoin, urlsplit
 from weakref import WeakValueDictionary
 
 try:
     import aiohttp
-    from aiohttp import HttpVersion11, WSMsgType, web
+    from aiohttp import HttpVersion11, WSMessage, WSMsgType, web
     from aiohttp.abc import AbstractResolver
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.http import HttpProcessingError
@@ -769,6 +770,9 @@ class TooLarge(IronflowError, status=413, code="resource_exhausted"):
         super().__init__(f"{what} is {size} bytes, the limit is {limit}: send less, or "
                          f"start the server with a larger {flag}")
 
+class DeadlineExceeded(IronflowError, status=504, code="deadline_exceeded"):
+    """The caller's own patience is over."""
+
 class Unimplemented(IronflowError, status=501, code="unimplemented"):
     """In the protocol, but not in this server."""
 
@@ -1282,6 +1286,7 @@ def doors() -> dict[str, Handler]:
         get_run: [f"GET {runs}/{{run_id}}", f"{service}/GetRun"],
         list_steps: [f"GET {runs}/{{run_id}}/steps", f"{service}/GetRunSteps"],
         cancel: [f"POST {runs}/{{run_id}}/cancel", f"{service}/CancelRun"],
+        # from here on: chapter 9
         get_ws: ["GET /ws"],
         get_stream: ["GET /api/v1/stream"],
         post_subscribe: [f"{pubsub}/Subscribe"],
@@ -1294,7 +1299,7 @@ def doors() -> dict[str, Handler]:
         ack_event: [f"{pubsub}/AckEvent"],
         list_dead: ["GET /api/v1/consumer-groups/{name}/dead"],
         replay_dead: ["POST /api/v1/consumer-groups/{name}/replay"],
-        # from here on: chapter 10
+        # chapter 10
         post_worker: [f"POST {worker}/register", f"PUT {worker}/register"],
         post_heartbeat: [f"POST {worker}/heartbeat", f"PUT {worker}/heartbeat"],
         poll_jobs: [f"GET {worker}/jobs"],
@@ -1403,19 +1408,17 @@ class Api:
 
     async def gate(self, request: web.BaseRequest) -> web.StreamResponse:
         """Who may ask, what errors look like, CORS: the same for every door."""
-        response: web.StreamResponse = web.Response(status=204)
-        method, headers = request.method, request.headers
+        response: web.StreamResponse
+        method = request.method
         path = request.rel_url.raw_path  # also of the absolute form, behind a proxy
         try:
-            query = request.query if path in BY_QUERY else {}
-            self.guard.check(method, path, headers, query.get("token", ""))
-            if method != "OPTIONS":
-                self._check_environment(headers, query.get("env"))
-                if BINARY.match(headers.get("Content-Type", "")):
-                    raise Unimplemented(
-                        "binary protobuf is not supported by this server yet: send "
-                        "JSON, for example events to POST /api/v1/events")
-                handler, request[GIVEN] = self.doors.find(method, path)
+            self._admit(request, path)
+            if method == "OPTIONS":
+                response = web.Response(status=204)
+            else:
+                handler, given = self.doors.find(method, path)
+                if given:
+                    request[GIVEN] = given
                 response = await handler(self, request)
         except IronflowError as error:
             response = error_response(path, error)
@@ -1431,6 +1434,18 @@ class Api:
         if response.status != 403:
             response.headers.update(cors(request))
         return response
+
+    def _admit(self, request: web.BaseRequest, path: str) -> None:
+        """Raises what is wrong with a request, whichever door it wants."""
+        method, headers = request.method, request.headers
+        query = request.query if path in BY_QUERY else {}
+        self.guard.check(method, path, headers, query.get("token", ""))
+        if method != "OPTIONS":
+            self._check_environment(headers, query.get("env"))
+            if BINARY.match(headers.get("Content-Type", "")):
+                raise Unimplemented(
+                    "binary protobuf is not supported by this server yet: send JSON, "
+                    "for example events to POST /api/v1/events")
 
     def _check_environment(self, headers: Mapping[str, str], named: str | None
                            ) -> None:
@@ -2102,7 +2117,7 @@ async def get_workers(api: Api, request: web.BaseRequest) -> web.Response:
 async def asked(api: Api, request: web.BaseRequest) -> Fields:
     """What a call asks for, wherever it says so: in its path, its query or its body."""
     body = await api.read_json(request) if request.body_exists else {}
-    path = {camel(name): text for name, text in request[GIVEN].items()}
+    path = {camel(name): text for name, text in request.get(GIVEN, {}).items()}
     query = {name: text for name, text in request.query.items() if text}
     return Fields({**Fields(body).all, **query, **path})
 
@@ -2863,10 +2878,14 @@ def keep_step(tx: Transaction, old: Step | None, step: Step) -> Step:
     tx.save(step)
     run_id, step_id, at = step.run_id, step.step_id, step.updated_at
     change: dict[str, Any] = {"status": step.status, "attempt": step.attempt}
+    if step.status == "failed":  # the next try will have times of its own
+        change["startedAt"] = step.started_at and to_rfc3339(step.started_at)
     if old is None:
         tx.append("step", "created", run_id, change, at, step_id)
     if step.status == "failed":
-        change["error"] = json.loads(step.error or "null")
+        change |= {"error": json.loads(step.error or "null"),
+                   "endedAt": step.ended_at and to_rfc3339(step.ended_at),
+                   "durationMs": step.duration_ms}
     if step.status not in PENDING:
         verb = "updated" if step.status == "timed_out" else step.status
         tx.append("step", verb, run_id, change, at, step_id)
@@ -3094,11 +3113,16 @@ def delete_group(tx: Transaction, name: str, now: float) -> None:
     tx.delete_group(name)
     tx.rung.add(name)
 
-def deal(tx: Transaction, name: str, seqs: list[int], members: list[str], now: float
-         ) -> tuple[list[Delivery], int]:
+def deal(tx: Transaction, name: str, group_id: str, seqs: list[int],
+         members: list[str], now: float) -> tuple[list[Delivery], int]:
     """Deal messages out to members, each to who has the fewest: those that are due
-    again, then new ones. What was dealt, and the group's position. Raises NotFound."""
+    again, then new ones. What was dealt, and the group's position.
+
+    Raises NotFound, also if the name is another group's now.
+    """
     group = known(tx, ConsumerGroup, name)
+    if group.group_id != group_id:
+        raise NotFound(f"consumer group {group_id} not found")
     held = tx.held_by_members(name)
     room = group.max_inflight - held.total()
     dealt = tx.due_deliveries(name, max(room, 0))
@@ -4477,7 +4501,8 @@ def step_message(step: Step, verb: str, change: dict[str, Any]) -> Json:
     names = "id=step_id step_id run_id name type sequence started_at"
     names += " ended_at duration_ms" if verb in ("completed", "failed") else ""
     names += " output" if verb == "completed" else ""
-    return join(as_texts(change) | in_camel(members(step, names)))
+    own = as_texts(change)
+    return join(own | in_camel(members(step, names)) | own)
 
 # --- The file, in one thread ----------------------------------------------------------
 
@@ -4882,8 +4907,8 @@ class Journal:
             offer.answer(offer.error or offer.jobs)
         for run_id in ended:
             settle_future(self._ends.pop(run_id, None), None)
-        if news:
-            self._on_commit(*news)
+        if news:  # when the answers are on their way
+            self._loop.call_soon(self._on_commit, *news)
         if alarm < math.inf:
             self._on_alarm(alarm)
 
@@ -4934,7 +4959,7 @@ PARTS = ("run", "step")  # rows of these kinds hold a part of what is told
 COMPOSED_BYTES = 8 * MIB  # of rows that wait for the rest
 KEEP_ALIVE_S = 15.0  # between two looks at all connections
 PING_S, STALL_S = 30.0, 60.0  # silent until it is asked; without progress until it ends
-GOODBYE_S = 5.0  # for the other side to close as well
+GOODBYE_S = 2.0  # for the other side to close as well
 FRAME_BYTES = 64 * KIB  # of what a client says on a WebSocket
 BAD_FRAMES = 100
 
@@ -4962,21 +4987,24 @@ class Batch:
             self._written[form] = found
         return found
 
-class Sink(Protocol):
+class Sink:
     """Where the messages of a subscription go."""
+
+    __slots__ = ()
 
     def has_room(self) -> bool:
         """Whether it takes more; if not, `drained` returns when it does again."""
+        raise NotImplementedError
 
     async def drained(self) -> None: ...
 
     def send(self, subscription: Subscription, batch: Batch) -> None: ...
 
     def skipped(self, subscription: Subscription, count: int) -> None:
-        """So many messages were dropped, for it had no room."""
+        """So many messages were dropped, for there was no room."""
 
-    def fail(self, subscription: Subscription, error: IronflowError) -> None:
-        """It cannot go on: what it has to be told next is not there any more."""
+    def fail(self, subscription: Subscription | Member, error: IronflowError) -> None:
+        """It cannot go on: what comes next is not there any more."""
 
 @dataclass(slots=True, eq=False)
 class Subscription:
@@ -4994,6 +5022,7 @@ class Subscription:
     form: Form = ()
     drops: bool = False  # skip what there is no room for
     exact: bool = True  # False: rows that retention deleted are not missed
+    over: bool = False
     skipped: int = 0
     meanwhile: list[Batch] | None = None
     fall_behind: Callable[[Subscription], None] = lambda _: None
@@ -5011,8 +5040,12 @@ class Subscription:
         elif self.drops:
             self.seq, self.skipped = batch.seq, self.skipped + len(batch.messages)
         else:
-            self.live = False
-            self.fall_behind(self)
+            self.lag(batch.messages[0].seq - 1)
+
+    def lag(self, seq: int) -> None:
+        """From now on it has to be read for; of what was up to `seq` it has all."""
+        self.live, self.seq = False, max(self.seq, seq)
+        self.fall_behind(self)
 
     def pass_on(self, batch: Batch) -> None:
         self.seq = batch.seq
@@ -5040,7 +5073,8 @@ class Stream:
     """All subscriptions; whom to tell of a row."""
 
     def __init__(self, seq: int) -> None:
-        self.seq = seq  # of the newest row that was announced
+        self.seq = seq  # of the newest row that was announced ...
+        self.told = seq  # ... and of the newest message that was told
         self._index = Index[Interest]()
         self._watchers: dict[Interest, dict[Subscription, bool]] = {}
 
@@ -5072,6 +5106,7 @@ class Stream:
         """Tell who watches, in the order of `seq`."""
         told: dict[Interest, list[Message]] = {}
         for message, interests in found:
+            self.told = message.seq
             for interest in interests:
                 if passes(interest.filter, message):
                     told.setdefault(interest, []).append(message)
@@ -5085,8 +5120,7 @@ class Stream:
         for watchers in self._watchers.values():
             for each in watchers:
                 if each.live:
-                    each.live = False
-                    each.fall_behind(each)
+                    each.lag(self.told)
                 else:
                     each.meanwhile = None
 
@@ -5102,6 +5136,9 @@ class Watch:
         self._backlog_bytes, self._composing = 0, False
         self._tasks: dict[Any, asyncio.Task[Any]] = {}  # by what they are for
         self._ids, self.closing = count(1), False
+        self.resumed: Future = asyncio.get_running_loop().create_future()
+        self._read_for: Callable[[Subscription], None] = (
+            lambda each: self.begin(each, self._catch_up(each)))
 
     def new_id(self) -> str:
         return str(next(self._ids))
@@ -5176,7 +5213,7 @@ class Watch:
 
     def follow(self, subscription: Subscription) -> None:
         self.stream.add(subscription)
-        subscription.fall_behind = lambda each: self.begin(each, self._catch_up(each))
+        subscription.fall_behind = self._read_for
         if not subscription.live:
             subscription.fall_behind(subscription)
 
@@ -5184,9 +5221,8 @@ class Watch:
         if isinstance(subscription, Member):
             subscription.group.part(subscription)
             return
+        subscription.over = True  # what is read for it ends by itself
         self.stream.remove(subscription)
-        if subscription in self._tasks:
-            self._tasks[subscription].cancel()
 
     async def join(self, wanted: Wanted, outlet: Outlet, name: str, form: Form
                    ) -> Member:
@@ -5195,8 +5231,10 @@ class Watch:
             wanted.group, wanted.pattern, wanted.interest.filter,
             ack_mode="manual" if wanted.manual else "auto",
             position=-1 if wanted.since is None else wanted.since)
+        await asyncio.shield(self.resumed)  # what the last process dealt is due again
         found = await self.journal.write(join_group, asked)
-        if (group := self.groups.get(wanted.group)) is None:
+        group = self.groups.get(wanted.group)
+        if group is None or group.id != found.group_id:
             group = self.groups[wanted.group] = Group(self, found)
             self.follow(group.subscription)
         member = Member(group, outlet, name, form, wanted.manual, self.new_id())
@@ -5209,6 +5247,8 @@ class Watch:
         """Read for a subscription until it is live."""
         while not subscription.live:
             await subscription.sink.drained()
+            if subscription.over:
+                return
             seq = subscription.begin()
             try:
                 subscription.take(await self.journal.read(
@@ -5284,45 +5324,40 @@ def read_wanted(api: Api, patterns: list[str], body: Fields) -> Wanted:
 
     It is SubscribeOptions on the wire, the query of an event stream (JS and Go 0.29).
     """
-    spread_out = [each for pattern in patterns for each in spread(check_pattern(pattern))]
+    forms = [each for pattern in patterns for each in spread(check_pattern(pattern))]
     if test := body.text("filter"):
         try:
             compiled(test)
         except InvalidInput as error:
             raise InvalidFilter(f"filter {error.message}") from None
-    if (namespace := body.text("namespace")) not in ("", "default", api.environment):
-        raise InvalidInput(f"namespace {namespace[:80]!r} is not served here, but "
-                           f"{api.environment!r}")
     if group := body.text("consumerGroup", "group"):
         check_group_name(group)
     since = body.get("startAfterSequence", "since")
     return Wanted(
-        " ".join(patterns), Interest(tuple(dict.fromkeys(spread_out)), test),
+        " ".join(patterns), interest(tuple(dict.fromkeys(forms)), test),
         min(body.whole("replay"), MAX_REPLAY),
         None if since is None else body.whole("startAfterSequence", "since"),
-        group, namespace or "default",
+        group, namespace_of(api, body),
         read_word(body, "ack_mode", "ackMode", "ack") == "manual",
         read_word(body, "backpressure_mode", "backpressure") == "drop",
         body.flag("includeMetadata"))
 
+def namespace_of(api: Api, body: Fields) -> str:
+    """The one that is served. Raises InvalidInput for another."""
+    if (named := body.text("namespace")) not in ("", "default", api.environment):
+        raise InvalidInput(f"namespace {named[:80]!r} is not served here, but "
+                           f"{api.environment!r}")
+    return named or "default"
+
+interest = lru_cache(maxsize=1024)(Interest)  # a thousand watchers share one
+
 # --- One connection -------------------------------------------------------------------
 
-class Outlet:
+class Outlet(Sink):
     """A connection, and what it is told. Each door has its own words for that."""
 
-    __slots__ = (
-        "_moved",
-        "_moved_at",
-        "_parts",
-        "_put",
-        "_unsent",
-        "_wire",
-        "begun",
-        "over",
-        "request",
-        "subscriptions",
-        "watch",
-    )
+    __slots__ = ("_moved", "_moved_at", "_parts", "_put", "_unsent", "_wire", "begun",
+                 "over", "request", "subscriptions", "watch")
 
     def __init__(self, watch: Watch, request: web.BaseRequest) -> None:
         self.watch, self.request, self._wire = watch, request, request.transport
@@ -5352,14 +5387,15 @@ class Outlet:
         self._unsent += len(data)
 
     def flush(self) -> None:
-        if not self.begun or not self._parts:
-            return
-        data, self._parts = b"".join(self._parts), []
-        if self._wire is None or self.over:
-            return
-        self._wire.write(data)
-        self._put += len(data)
-        self._unsent = self._wire.get_write_buffer_size()
+        if self.begun and self._parts:
+            data, self._parts = b"".join(self._parts), []
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        if self._wire is not None and not self.over:
+            self._wire.write(data)
+            self._put += len(data)
+            self._unsent = self._wire.get_write_buffer_size()
 
     def has_room(self) -> bool:
         if self._unsent > ROOM_BYTES and not self._parts and self._wire is not None:
@@ -5372,22 +5408,24 @@ class Outlet:
             await self.request.writer.drain()
 
     def send(self, subscription: Subscription, batch: Batch) -> None:
-        self.put(batch.written(subscription.form))
+        data = batch.written(subscription.form)
+        if self._parts or not self.begun or len(self.subscriptions) > 1:
+            self.put(data)
+        else:  # a commit brings it no more
+            self._write(data)
 
     def confirm(self, member: Member, seqs: list[int]) -> None:
         """These went to a member that does not ack: find out whether it has them. Here
         there is no way to: what was written counts."""
         member.done(seqs)
 
-    def skipped(self, subscription: Subscription, count: int) -> None: ...
-
-    def fail(self, subscription: Subscription | Member, error: IronflowError) -> None:
-        """It cannot go on."""
-
     def look(self, now: float) -> None:
         """Now and then: see whether the other side is there, and that it reads."""
         self.flush()
         unsent = self._wire.get_write_buffer_size() if self._wire is not None else 0
+        for each in self.subscriptions.values() if self.has_room() else ():
+            if isinstance(each, Subscription) and each.skipped:
+                each.pass_on(Batch([], each.seq))  # says what it missed
         if not unsent or self._put - unsent != self._moved:
             self._moved, self._moved_at = self._put - unsent, now
         elif now - self._moved_at >= STALL_S:
@@ -5411,10 +5449,14 @@ class Outlet:
 
 def name_of(wanted: Wanted, taken: Container[str]) -> str:
     """An id that is the same after a reconnect: the SDKs keep the old one (JS 0.29)."""
-    names = ("sub_" + hashlib.sha1("\0".join([
-        wanted.pattern, wanted.namespace, wanted.group, str(ordinal)
-    ]).encode()).hexdigest()[:16] for ordinal in count())
+    names = (hashed(wanted.pattern, wanted.namespace, wanted.group, ordinal)
+             for ordinal in count())
     return next(name for name in names if name not in taken)
+
+@lru_cache(maxsize=1024)
+def hashed(*parts: object) -> str:
+    digest = hashlib.sha1("\0".join(map(str, parts)).encode(), usedforsecurity=False)
+    return f"sub_{digest.hexdigest()[:16]}"
 
 def about(message: Message) -> dict[str, Json | None]:
     return {"topic": dumps(message.topic), "data": message.data,
@@ -5435,7 +5477,7 @@ class Member:
     def done(self, seqs: list[int]) -> None:
         self.group.write(acked, seqs, "ack", 0.0)
 
-class Group:
+class Group(Sink):
     """The members of a consumer group that are connected here, and what waits for them.
 
     It is the sink of one subscription, that of the group, from the group's position on;
@@ -5443,7 +5485,8 @@ class Group:
     """
 
     def __init__(self, watch: Watch, row: ConsumerGroup) -> None:
-        self.watch, self.name, self._most = watch, row.name, row.max_inflight
+        self.watch, self.name, self.id = watch, row.name, row.group_id
+        self._most = min(row.max_inflight, LOOKED_AT)  # in memory
         self.members: dict[str, Member] = {}
         self.again = asyncio.Event()  # there may be something to deal
         self._roomy = asyncio.Event()
@@ -5456,17 +5499,13 @@ class Group:
         return len(self._ready) < self._most
 
     async def drained(self) -> None:
-        while not self.has_room():
+        while self.members and not self.has_room():
             self._roomy.clear()
             await self._roomy.wait()
 
     def send(self, subscription: Subscription, batch: Batch) -> None:
         self._ready.extend(batch.messages)
         self.again.set()
-
-    def skipped(self, subscription: Subscription, count: int) -> None: ...
-
-    def fail(self, subscription: Subscription, error: IronflowError) -> None: ...
 
     def write(self, rule: Callable[..., Any], *args: Any) -> None:
         """Have a rule carried out, in the background; should that fail, what it was to
@@ -5489,7 +5528,7 @@ class Group:
             dealt, patience_s = list[Delivery](), None
             try:
                 if able:
-                    dealt, position = await write(deal, self.name, seqs, able)
+                    dealt, position = await write(deal, self.name, self.id, seqs, able)
                     await self._hand_out(dealt, position)
             except NotFound:
                 gone = GroupDeleted(f"consumer group {self.name!r} was deleted")
@@ -5503,6 +5542,7 @@ class Group:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(patience_s):
                         await self.again.wait()
+        self._roomy.set()
         self.watch.leave(self.subscription)
         if self.watch.groups.get(self.name) is self:
             del self.watch.groups[self.name]
@@ -5543,7 +5583,11 @@ async def get_ws(api: Api, request: web.BaseRequest) -> web.WebSocketResponse:
     with Socket(api, request, socket) as outlet:
         await socket.prepare(request)
         outlet.begin()
-        await outlet.listen()
+        async for frame in socket:
+            if frame.type is WSMsgType.PING:
+                await socket.pong(frame.data)
+            else:
+                await outlet.hear(frame)
     return socket
 
 class Socket(Outlet):
@@ -5556,26 +5600,22 @@ class Socket(Outlet):
         super().__init__(api.watch, request)
         self._api, self._socket, self._bad = api, socket, 0
         self._heard_at = self._moved_at
-        self._pings: dict[str, tuple[Member, list[int]]] = {}
+        self._pings: dict[str, tuple[Member, list[int]]] | None = None
 
-    async def listen(self) -> None:
-        """Until it is closed."""
-        async for frame in self._socket:
-            self._heard_at = self.watch.clock.steady()
-            if frame.type is WSMsgType.PING:
-                await self._socket.pong(frame.data)
-            elif frame.type is WSMsgType.PONG:
-                if told := self._pings.pop(bytes(frame.data).decode(errors="replace"), None):
-                    told[0].done(told[1])
-            elif frame.type is WSMsgType.TEXT:
-                await self.hear(frame.data.encode())
-            elif frame.type is WSMsgType.BINARY:
-                self._refuse("binary frames mean nothing here: send text")
-
-    async def hear(self, text: bytes) -> None:
-        """A client's message. Whatever is wrong with it is answered."""
+    async def hear(self, heard: WSMessage) -> None:
+        """What a client says. Whatever is wrong with it is answered."""
+        self._heard_at = self.watch.clock.steady()
+        if heard.type is WSMsgType.PONG and self._pings:
+            number = bytes(heard.data).decode(errors="replace")
+            member, seqs = self._pings.pop(number, (None, []))
+            if member is not None:
+                member.done(seqs)
+        elif heard.type is WSMsgType.BINARY:
+            self._refuse("binary frames mean nothing here: send text")
+        if heard.type is not WSMsgType.TEXT:
+            return
         try:
-            body = Fields(parse_json(text), "message")
+            body = Fields(parse_json(heard.data.encode()), "message")
             match body.text("type"):
                 case "subscribe":
                     await self._subscribe(body.inner("subscription"))
@@ -5632,6 +5672,7 @@ class Socket(Outlet):
 
     def confirm(self, member: Member, seqs: list[int]) -> None:
         """By a ping behind them: who answers it has read what came before."""
+        self._pings = self._pings or {}
         self._pings[number := self.watch.new_id()] = (member, seqs)
         self.put(frame(number, PING))
 
@@ -5644,15 +5685,15 @@ class Socket(Outlet):
                  code=code, message=message, retrying=goes_on)
 
     def skipped(self, subscription: Subscription, count: int) -> None:
-        self._complain(subscription, "MESSAGES_DROPPED", skipped(count), True)
+        self._complain(subscription, "MESSAGES_DROPPED", DROPPED.format(count), True)
 
     def fail(self, subscription: Subscription | Member, error: IronflowError) -> None:
         self._complain(subscription, error.word, error.message, False)
         self._unsubscribe(subscription.form[1])
 
-    def flush(self) -> None:
+    def _write(self, data: bytes) -> None:
         self.over = self.over or self._socket.closed  # no frame follows that of the end
-        super().flush()
+        super()._write(data)
 
     def keep_alive(self, now: float) -> None:
         silent_s = now - self._heard_at
@@ -5667,11 +5708,14 @@ class Socket(Outlet):
         self.watch.begin(self, self._close(code, error.message.encode()[:120]))
 
     async def _close(self, code: int, message: bytes) -> None:
-        with contextlib.suppress(TimeoutError, ConnectionError):
+        try:
             async with asyncio.timeout(GOODBYE_S):
                 await self._socket.close(code=code, message=message)
-        if self._wire is not None:
-            self._wire.abort()  # what it never read
+        except (TimeoutError, ConnectionError):
+            log.debug("a WebSocket did not say goodbye")
+        finally:
+            if self._wire is not None:
+                self._wire.abort()  # what it never read
 
 TEXT, PING = 1, 9  # opcodes
 
@@ -5692,8 +5736,7 @@ def as_frame(message: Message, name: str, metadata: bool, attempt: int = 1) -> b
 CUT = (f"older messages may be missing: {REPLAY_ROWS} rows were looked at for the "
        "replay, ask for a narrower pattern")
 
-def skipped(count: int) -> str:
-    return f"{count} messages were dropped, for you did not read them fast enough"
+DROPPED = "{} messages were dropped, for they were not read fast enough"
 
 # --- The doors that answer and never end ----------------------------------------------
 
@@ -5707,6 +5750,10 @@ class Body(Outlet):
         self.ended: Future = asyncio.get_running_loop().create_future()
         self.chunked = request.version >= HttpVersion11  # before: until it closes
 
+    def end_in(self, seconds: float, error: IronflowError) -> None:
+        timer = asyncio.get_running_loop().call_later(seconds, self.end, error)
+        self.ended.add_done_callback(lambda _: timer.cancel())
+
     def add(self, text: str) -> None:
         self.put(chunk(text.encode(), self.chunked))
 
@@ -5716,6 +5763,9 @@ class Body(Outlet):
         self.leave()
         if code != 1001 and self._wire is not None:
             self._wire.abort()  # what it never read
+
+    def leave(self) -> None:
+        super().leave()
         settle_future(self.ended, None)
 
     def last_word(self, error: IronflowError) -> None: ...
@@ -5783,7 +5833,7 @@ class EventSource(Body):
         self.add(f"event: ironflow.error\ndata: {data}\n\n")
 
     def skipped(self, subscription: Subscription, count: int) -> None:
-        self.complain("MESSAGES_DROPPED", skipped(count))
+        self.complain("MESSAGES_DROPPED", DROPPED.format(count))
 
     def last_word(self, error: IronflowError) -> None:
         if not isinstance(error, Unavailable):  # then it comes back by itself
@@ -5820,6 +5870,10 @@ async def stream_envelopes(
                 as_chunk, body.chunked, as_envelope, name, wanted.namespace))
         except IronflowError as error:
             return web.Response(body=last_envelope(error), headers=CONNECT_STREAM)
+        late = DeadlineExceeded("the time that you gave this call is over")
+        deadline_ms = request.headers.get("Connect-Timeout-Ms", "")
+        if re.fullmatch("[0-9]{1,10}", deadline_ms):
+            body.end_in(int(deadline_ms) / 1000, late)
         return await flow(api, request, body, CONNECT_STREAM)
 
 async def read_envelope(api: Api, request: web.BaseRequest) -> Fields:
@@ -5836,7 +5890,7 @@ class Envelopes(Body):
     __slots__ = ()
 
     def skipped(self, subscription: Subscription, count: int) -> None:
-        log.warning("a subscriber: %s", skipped(count))
+        log.warning("a subscriber: %s", DROPPED.format(count))
 
     def last_word(self, error: IronflowError) -> None:
         self.put(chunk(last_envelope(error), self.chunked))
@@ -5863,23 +5917,28 @@ def as_envelope(message: Message, name: str, namespace: str, attempt: int = 1
 # --- The doors of consumer groups -----------------------------------------------------
 # PubSubService/CreateConsumerGroup and so on; the two of dead letters are REST.
 
+async def asked_of_group(api: Api, request: web.BaseRequest) -> Fields:
+    namespace_of(api, asks := await asked(api, request))
+    return asks
+
 async def create_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     interest = read_wanted(api, [asks.text("pattern")], Fields({
-        "filter": asks.text("filterExpr"), "namespace": asks.text("namespace")}))
+        "filter": asks.text("filterExpr")}))
     new = ConsumerGroup(check_group_name(asks.text("name")), asks.text("pattern"),
                         interest.interest.filter, **read_group(asks))
     return answer(group_to_connect(api, await api.journal.write(create_group, new)))
 
 def read_group(asks: Fields) -> dict[str, Any]:
     """What of a group can be set, and is."""
-    modes = {"ack_mode": read_word(asks, "ack_mode", "ackMode"),
-             "backpressure": read_word(asks, "backpressure_mode", "backpressure")}
-    numbers = {name: asks.whole(camel(name), high=MAX_INT32) for name in (
-        "max_inflight", "max_redeliveries", "redeliver_delay_ms")}
     metadata = asks.inner("metadata").all
-    return {name: value for name, value in (modes | numbers).items() if value} | (
-        {"metadata": dumps(metadata)} if metadata else {})
+    words = {"ack_mode": read_word(asks, "ack_mode", "ackMode"),
+             "backpressure": read_word(asks, "backpressure_mode", "backpressure"),
+             "max_inflight": asks.whole("maxInflight", high=MAX_INT32),
+             "metadata": dumps(metadata) if metadata else ""}
+    numbers = {name: asks.whole(camel(name), high=MAX_INT32) for name in (
+        "max_redeliveries", "redeliver_delay_ms") if asks.get(camel(name)) is not None}
+    return {name: value for name, value in words.items() if value} | numbers
 
 def check_group_name(name: str) -> str:
     if not 0 < len(name) <= 255 or CONTROL.search(name):
@@ -5899,23 +5958,23 @@ def group_to_connect(api: Api, group: ConsumerGroup) -> Json:
         "memberCount": len(here.members) if here else 0}))
 
 async def get_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
-    name = (await asked(api, request)).text("name")
+    name = (await asked_of_group(api, request)).text("name")
     group = await api.journal.read(known, ConsumerGroup, name)
     return answer(group_to_connect(api, group))
 
 async def list_consumer_groups(api: Api, request: web.BaseRequest) -> web.Response:
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     status = read_word(asks, "consumer_group_status", "status")
-    found = [each for each in await api.journal.read(Queries.groups)
-             if each.name > asks.text("cursor") and status in ("", "active")]
-    page = found[: asks.whole("limit", high=1000) or 1000]
-    more = page[-1].name if len(page) < len(found) else ""
+    found = await api.journal.read(Queries.groups) if status in ("", "active") else []
+    rest = [each for each in found if each.name > asks.text("cursor")]
+    page = rest[: asks.whole("limit", high=1000) or 1000]
+    more = page[-1].name if len(page) < len(rest) else ""
     return answer(join(as_texts({"nextCursor": more, "totalCount": len(found)}) | {
         "groups": listed(group_to_connect(api, each) for each in page)}))
 
 async def update_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
     """UpdateConsumerGroup {group, updateMask}: all but what it watches."""
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     given, mask = asks.inner("group"), asks.get("updateMask")
     paths = mask.get("paths") if isinstance(mask, dict) else mask
     names = paths.split(",") if isinstance(paths, str) else paths or []
@@ -5930,12 +5989,12 @@ async def update_consumer_group(api: Api, request: web.BaseRequest) -> web.Respo
         update_group, group.name, changes)))
 
 async def delete_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
-    await api.journal.write(delete_group, (await asked(api, request)).text("name"))
+    await api.journal.write(delete_group, (await asked_of_group(api, request)).text("name"))
     return answer("{}")
 
 async def ack_event(api: Api, request: web.BaseRequest) -> web.Response:
     """AckEvent {groupName, eventId, ackType, redeliverDelayMs}; again: as the first."""
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     delay_ms = asks.whole("redeliverDelayMs", high=MAX_INT32)
     await api.journal.write(
         acked_event, asks.text("groupName"), asks.text("eventId"),
@@ -5955,7 +6014,7 @@ async def join_consumer_group(api: Api, request: web.BaseRequest) -> web.StreamR
 
 async def list_dead(api: Api, request: web.BaseRequest) -> web.Response:
     """GET /api/v1/consumer-groups/{name}/dead: messages given up, oldest first."""
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     name, limit = asks.text("name"), min(asks.whole("limit") or 50, 1000)
     await api.journal.read(known, ConsumerGroup, name)
     dead = await api.journal.read(
@@ -5974,7 +6033,7 @@ async def list_dead(api: Api, request: web.BaseRequest) -> web.Response:
 async def replay_dead(api: Api, request: web.BaseRequest) -> web.Response:
     """POST .../replay {event_ids}: deal them out again; all of them, if none is named.
     """
-    asks = await asked(api, request)
+    asks = await asked_of_group(api, request)
     event_ids = asks.items("eventIds")
     count = await api.journal.write(
         revive, asks.text("name"), [str(each) for each in event_ids] or None)
@@ -6836,8 +6895,9 @@ def private_text(path: Path) -> str:
 class Timekeeper:
     """One task that sleeps until the next lease ends or the next sleeper is due."""
 
-    def __init__(self, desk: PullDesk, push_slots: int) -> None:
+    def __init__(self, desk: PullDesk, push_slots: int, resumed: Future) -> None:
         self._desk, self._clock, self._push_slots = desk, desk.clock, push_slots
+        self._resumed = resumed
         self._next_at = math.inf
         self._rung = asyncio.Event()
 
@@ -6852,6 +6912,7 @@ class Timekeeper:
         clock, secrets = self._clock, self._desk.offers.secrets
         readings = secrets.readings
         await self._turn(resume)
+        settle_future(self._resumed, None)
         self._desk.offers.open_slots(self._push_slots)
         await self._turn(keep_leases)
         wall, steady = clock.wall(), clock.steady()
@@ -6961,7 +7022,7 @@ class Server:
                 desk.remember(worker.worker_id)
             newest = await journal.read(lambda queries: queries.last_seq)
             watch = Watch(journal, self.clock, newest)
-            timekeeper = Timekeeper(desk, self.push_concurrency)
+            timekeeper = Timekeeper(desk, self.push_concurrency, watch.resumed)
             for loop in timekeeper.keep(), sweep(journal, self.retain_s), watch.keep():
                 task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)

@@ -19760,6 +19760,226 @@ def test_on_a_terminal_subscribe_colours_a_status_and_keeps_to_the_width(
 
 
 # ======================================================================================
+# The example with a page, in a real browser
+# ======================================================================================
+
+
+class Browser:
+    """Headless Chromium, driven by chromedriver over plain HTTP (W3C WebDriver)."""
+
+    FLAGS = ["--headless", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+    def __init__(self, folder: Path) -> None:
+        root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses root without
+        self.log = (folder / "chromedriver.log").open("w+")
+        self.process = subprocess.Popen(
+            ["chromedriver", "--port=0"], stdout=self.log, stderr=subprocess.STDOUT)
+        self.port = int(eventually(self._port)[1])
+        self.base = ""
+        flags = [*self.FLAGS, *root, f"--user-data-dir={folder / 'profile'}"]
+        wanted = {"goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}
+        answer = self.ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+        self.base = f"/session/{answer['sessionId']}"
+
+    def _port(self) -> re.Match[str] | None:
+        return re.search(r"successfully on port (\d+)", Path(self.log.name).read_text())
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
+        with contextlib.closing(connection):
+            payload = json.dumps(body or {}) if method == "POST" else None
+            connection.request(method, self.base + path, payload)
+            answer = connection.getresponse()
+            value = json.load(answer)["value"]
+        assert answer.status == 200, f"{method} {path}: {value}"
+        return value
+
+    def open(self, url: str) -> None:
+        self.ask("POST", "/url", {"url": url})
+
+    def js(self, script: str, *args: Any) -> Any:
+        """What the page's script returns."""
+        return self.ask("POST", "/execute/sync", {"script": script, "args": args})
+
+    def type(self, keys: str) -> None:
+        """Keys for whatever has the focus, as a person presses them."""
+        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.ask("POST", "/actions", {"actions": [
+            {"type": "key", "id": "keyboard", "actions": actions}]})
+
+    def click(self, selector: str) -> None:
+        found = self.ask("POST", "/element", {"using": "css selector", "value": selector})
+        self.ask("POST", f"/element/{next(iter(found.values()))}/click")
+
+    def other_window(self, handle: str | None = None) -> str:
+        """Goes to that window, or to a new one; the handle of the one that is left."""
+        before: str = self.ask("GET", "/window")
+        handle = handle or self.ask("POST", "/window/new", {"type": "window"})["handle"]
+        self.ask("POST", "/window", {"handle": handle})
+        return before
+
+    def look(self, folder: Path, name: str, width: int, height: int, scheme: str) -> None:
+        """A picture of the page on such a screen, `light` or `dark`; nothing sticks out."""
+        self.cdp("Emulation.setDeviceMetricsOverride",
+                 width=width, height=height, deviceScaleFactor=2, mobile=width < 600)
+        self.cdp("Emulation.setEmulatedMedia",
+                 features=[{"name": "prefers-color-scheme", "value": scheme}])
+        eventually(lambda: self.js(
+            "return innerWidth == arguments[0] && !document.getAnimations().some("
+            "each => each instanceof CSSTransition)", width))
+        assert self.js("return document.documentElement.scrollWidth <= innerWidth")
+        picture = base64.b64decode(self.ask("GET", "/screenshot"))
+        (folder / f"{name}-{width}-{scheme}.png").write_bytes(picture)
+        self.cdp("Emulation.clearDeviceMetricsOverride")
+
+    def cdp(self, command: str, **params: Any) -> None:
+        self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def complaints(self) -> list[str]:
+        """What this window's console was told since the last call."""
+        return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"})]
+
+    def close(self) -> None:
+        try:
+            if self.base:
+                self.ask("DELETE", "")
+        finally:
+            self.process.terminate()
+            self.process.wait(DEADLINE_S)
+            self.log.close()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    if not (shutil.which("chromedriver") or os.environ.get("CI")):
+        pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
+    with contextlib.closing(Browser(tmp_path)) as browser:
+        yield browser
+
+
+class TodoApp(RunningServer):
+    """`examples/todo-web/app.py` in place of a server: it starts its own."""
+
+    def start(self) -> TodoApp:
+        command = [sys.executable, str(HERE / "examples/todo-web/app.py")]
+        command += ["--port", str(self.port), "--db", str(self.db)]
+        with self.db.with_suffix(".log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.env)
+        assert self.process.stdout is not None
+        self.journal_url = self.process.stdout.readline().split()[-2]
+        assert "todos: " in self.process.stdout.readline(), self.log
+        return self
+
+
+TODOS = """return [...document.querySelectorAll('ul > li')].map(row => [
+    row.querySelector('label').textContent, row.querySelector('input').checked,
+    [...row.querySelectorAll('ol > li.has')].map(chip => chip.textContent).join(', ')])"""
+TAB, ENTER = "\ue004", "\ue007"  # as WebDriver spells them
+
+
+@pytest.mark.slow
+def test_the_todo_page_is_the_same_in_two_windows_and_goes_on_after_a_kill(
+    browser: Browser, tmp_path: Path
+) -> None:
+    app = TodoApp(tmp_path / "todo.db")
+    pictures = Path(os.environ.get("SCREENSHOTS", tmp_path))  # a folder, to look at them
+
+    def pages(name: str) -> None:
+        for width, height in ((1200, 800), (390, 760)):
+            for scheme in ("light", "dark"):
+                browser.look(pictures, name, width, height, scheme)
+
+    def todos() -> list[list[Any]]:
+        found: list[list[Any]] = browser.js(TODOS)
+        return found
+
+    def link() -> str:
+        return str(browser.js("return document.querySelector('#link').textContent"))
+
+    def planned() -> bool:
+        return all(chips.count(", ") == 2 for _, _, chips in todos())
+
+    with contextlib.closing(app.seat), contextlib.ExitStack() as stack:
+        stack.callback(app.kill)
+        app.start()
+        browser.open(f"http://localhost:{app.port}")
+        eventually(lambda: link() == "live")
+        pages("empty")
+        browser.type("Call grandma tomorrow" + ENTER)
+        eventually(lambda: todos() and todos()[0][2])
+        browser.type("Buy bread & <b>butter</b>" + ENTER)
+        eventually(lambda: len(todos()) == 2)
+        assert browser.complaints() == []
+
+        app.kill()  # both are being worked on
+        eventually(lambda: link() != "live")
+        browser.type("Water the plants" + ENTER)
+        said = "return document.querySelector('#said').textContent"
+        eventually(lambda: browser.js(said) == "1 not saved yet, trying again")
+        pages("lost")
+        app.start()
+        eventually(lambda: len(todos()) == 3 and planned() and link() == "live")
+        assert browser.js(said) == ""
+        names = ["Water the plants", "Buy bread & <b>butter</b>", "Call grandma tomorrow"]
+        assert [todo[:2] for todo in todos()] == [[name, False] for name in names]
+        assert "ERR_CONNECTION_REFUSED" in str(browser.complaints())  # and the kill was real
+        pages("planned")
+
+        first = browser.other_window()
+        browser.open(f"http://localhost:{app.port}")
+        eventually(lambda: len(todos()) == 3)
+        second, seen = browser.other_window(first), todos()
+        browser.type(TAB * 2 + " ")  # over the button to the newest todo's box
+        eventually(lambda: browser.js("return !!document.querySelector('li.done :focus')"))
+        browser.other_window(second)
+        eventually(lambda: todos() == [["Water the plants", True, seen[0][2]], *seen[1:]])
+        browser.click("li:nth-child(2) > .drop")
+        eventually(lambda: [name for name, *_ in todos()] == [names[0], names[2]])
+        browser.other_window(first)
+        eventually(lambda: [name for name, *_ in todos()] == [names[0], names[2]])
+        pages("done")
+        assert browser.complaints() == []
+        steps = app.rows("SELECT topic FROM topic WHERE topic LIKE '%:0.completed'")
+        assert len(steps) == len(set(steps)) == 10  # three of each, and one is done
+        assert app.stop() == 0
+    assert "Traceback" not in app.log, app.log
+
+
+@pytest.mark.slow
+def test_the_readmes_page_follows_the_stream_from_another_origin_and_over_a_kill(
+    browser: Browser, server: RunningServer
+) -> None:
+    (page,) = fenced("html")
+    browser.open(f"http://localhost:{server.port}/health")
+    browser.js("""document.body.textContent = '';
+        const script = document.createElement('script');
+        script.textContent = arguments[0].replace(/<.?script>/g, '');
+        document.head.append(script)""",
+               page.replace("localhost:9123", f"127.0.0.1:{server.port}"))
+    eventually(lambda: browser.js("return events.readyState === EventSource.OPEN"))
+    server.emit(data={"orderId": "a"})
+    eventually(lambda: "a" in browser.js("return document.body.textContent"))
+    server.kill()
+    server.start()
+    for order in ("b", "c"):
+        server.emit(data={"orderId": order})
+    orders = server.rows("SELECT seq, json_extract(data, '$.orderId') FROM topic ORDER BY seq")
+    shown = "".join(f"{seq}: {order} " for seq, order in orders)
+    eventually(lambda: "c" in browser.js("return document.body.textContent"))
+    assert browser.js("return document.body.textContent") == shown
+
+    (program,) = fenced("js")
+    browser.js("window.told = []; (new Function(arguments[0]))()", program.replace(
+        "localhost:9123", f"127.0.0.1:{server.port}").replace("console.log(", "told.push("))
+    result, event = eventually(lambda: len(browser.js("return told")) == 2
+                               and browser.js("return told"))
+    assert result["results"][0]["status"] == "ok"
+    assert (event["data"], event["meta"]["sequence"]) == ({"orderId": "c"}, orders[-1][0])
+
+
+# ======================================================================================
 # The project: examples and README do what they say
 # ======================================================================================
 
