@@ -2691,8 +2691,6 @@ class Feed:
         """Keep an event for the caller; wait for him if that makes too many."""
         sequence = int(row["sequence"])
         if not self._group:
-            if sequence <= self._cursor:
-                return
             self._cursor = sequence
         event = StreamEvent(row["topic"], row.get("data"), row["eventId"], sequence,
                             instant(row["timestamp"], "timestamp"),

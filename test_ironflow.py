@@ -18749,6 +18749,9 @@ def test_an_event_counts_as_done_when_the_next_is_asked_for(
 def test_a_member_that_acks_itself_says_what_becomes_of_an_event(
     server: RunningServer, transport: str
 ) -> None:
+    group = {"name": "g", "pattern": "a", "redeliverDelayMs": 10**8}
+    server.yes("POST", "/ironflow.v1.PubSubService/CreateConsumerGroup", group)
+
     async def program() -> None:
         async with AsyncClient(server.url) as client:
             async with client.subscribe("a", group="g", ack="manual") as events:
