@@ -2550,16 +2550,16 @@ class Feed:
                      ) -> None:
         """Say what became of a group's event, late if need be. If the server does not
         hear it, it gives the event out again."""
-        body: dict[str, Any] = {"eventId": event_id, "ackType": word}
+        body: dict[str, Any] = {"type": "ack", "groupName": self._group,
+                                "eventId": event_id, "ackType": word}
         if delay is not None:               # each of the two doors has a name for it
-            names = ("redeliverDelay", "redeliverDelayMs")
-            body |= dict.fromkeys(names, _ms(delay, "delay") or 1)      # 0: its own
+            ms = _ms(delay, "delay") or 1   # 0 would mean the group's own
+            body |= {"redeliverDelay": ms, "redeliverDelayMs": ms}
         try:
             if self._socket is not None:
-                await self._socket.send_json(body | {"type": "ack"})
+                await self._socket.send_json(body)
             else:
-                await self._client._send("POST", f"{PUBSUB}AckEvent",
-                                         body | {"groupName": self._group})
+                await self._client._send("POST", f"{PUBSUB}AckEvent", body)
         except (IronflowError, ConnectionError) as error:
             if not getattr(error, "retryable", True):
                 raise
