@@ -7443,27 +7443,27 @@ def follow(asked: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """
     query = {"pattern": asked.patterns, "filter": asked.filter, "since": asked.seq,
              "replay": asked.replay}
-    begun = away = False
+    away: bool | None = None  # None: it was never there
     while True:
         try:
             with contextlib.closing(dial(asked, 60)) as line:
                 reply = send(line, asked, "GET", "/api/v1/stream", None, query)
                 if reply.status != 200:
                     why = str(_from_text.decode(reply.read().decode())["message"])
-                    raise OSError(why) if begun and reply.status >= 500 else (
-                        IronflowError(why))
+                    raise (IronflowError if away is None or reply.status < 500
+                           else OSError)(why)
                 for fields in blocks(reply):
                     message = _from_text.decode(fields.get("data", "{}"))
                     if fields.get("event") == "ironflow.error":
                         tell(message["message"])  # if that was all, it says so again
                         continue
-                    begun, away = True, False
+                    away = False
                     query |= {"since": fields.get("id", query["since"]), "replay": None}
                     if message:
                         yield message
                 raise OSError("the stream ended")
         except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
-            if not begun:
+            if away is None:
                 raise IronflowError(unreachable(asked, error)) from None
             if not away:
                 tell(f"{unreachable(asked, error)}; waiting for it")
