@@ -5233,6 +5233,8 @@ class Watch:
             position=-1 if wanted.since is None else wanted.since)
         await asyncio.shield(self.resumed)  # what the last process dealt is due again
         found = await self.journal.write(join_group, asked)
+        if outlet.over:
+            raise Unavailable("this connection is closing")
         group = self.groups.get(wanted.group)
         if group is None or group.id != found.group_id:
             group = self.groups[wanted.group] = Group(self, found)
@@ -5662,13 +5664,10 @@ class Socket(Outlet):
     def _ack(self, body: Fields) -> None:
         """Of a message of a group; without its subscription's id, any of them may be
         meant. What is not a group's needs no ack."""
-        name, event_id = body.text("subscriptionId"), body.text("eventId")
-        how = read_word(body, "ack_type", "ackType") or "ack"
-        delay_ms = body.whole("redeliverDelay", high=MAX_INT32)
+        name, ack = body.text("subscriptionId"), read_ack(body)
         for key, member in self.subscriptions.items():
             if isinstance(member, Member) and name in ("", key):
-                member.group.write(acked_event, event_id, how,
-                                   delay_ms / 1000 if delay_ms else None)
+                member.group.write(acked_event, *ack)
 
     def confirm(self, member: Member, seqs: list[int]) -> None:
         """By a ping behind them: who answers it has read what came before."""
@@ -5822,10 +5821,10 @@ class EventSource(Body):
     __slots__ = ()
 
     def keep_alive(self, now: float) -> None:
-        place = ""
+        told, place = self.watch.told(), ""
         for each in self.subscriptions.values():
-            if isinstance(each, Subscription) and each.live and not self._unsent:
-                place = f"id: {self.watch.told()}\n" if self.watch.told() else ""
+            if isinstance(each, Subscription) and each.live and told:
+                place = f"id: {max(told, each.seq)}\n"  # it may have read on
         self.add(f": keep-alive\n{place}\n")
 
     def complain(self, code: str, message: str) -> None:
@@ -5975,9 +5974,9 @@ async def list_consumer_groups(api: Api, request: web.BaseRequest) -> web.Respon
 async def update_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
     """UpdateConsumerGroup {group, updateMask}: all but what it watches."""
     asks = await asked_of_group(api, request)
-    given, mask = asks.inner("group"), asks.get("updateMask")
-    paths = mask.get("paths") if isinstance(mask, dict) else mask
-    names = paths.split(",") if isinstance(paths, str) else paths or []
+    given, mask = asks.inner("group"), asks.get("updateMask") or {}
+    names = mask.split(",") if isinstance(mask, str) else (
+        Fields(mask, "updateMask").items("paths"))
     group = await api.journal.read(known, ConsumerGroup, given.text("name"))
     wanted = (given.text("pattern") or group.pattern,
               given.text("filterExpr") or group.filter)
@@ -5995,12 +5994,15 @@ async def delete_consumer_group(api: Api, request: web.BaseRequest) -> web.Respo
 async def ack_event(api: Api, request: web.BaseRequest) -> web.Response:
     """AckEvent {groupName, eventId, ackType, redeliverDelayMs}; again: as the first."""
     asks = await asked_of_group(api, request)
-    delay_ms = asks.whole("redeliverDelayMs", high=MAX_INT32)
-    await api.journal.write(
-        acked_event, asks.text("groupName"), asks.text("eventId"),
-        read_word(asks, "ack_type", "ackType") or "ack",
-        delay_ms / 1000 if delay_ms else None)
+    await api.journal.write(acked_event, asks.text("groupName"), *read_ack(asks))
     return answer("{}")
+
+def read_ack(body: Fields) -> tuple[str, str, float | None]:
+    """Which event, ack, nak or term, and after how many seconds it may come again."""
+    names = ("redeliverDelayMs", "redeliverDelay")
+    delay_ms = body.whole(*names, default=-1, high=MAX_INT32)
+    return (body.text("eventId"), read_word(body, "ack_type", "ackType") or "ack",
+            delay_ms / 1000 if delay_ms >= 0 else None)
 
 async def join_consumer_group(api: Api, request: web.BaseRequest) -> web.StreamResponse:
     """JoinConsumerGroup {groupName}: as Subscribe, to the group's pattern."""
@@ -7441,27 +7443,27 @@ def follow(asked: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """
     query = {"pattern": asked.patterns, "filter": asked.filter, "since": asked.seq,
              "replay": asked.replay}
-    begun = away = False
+    away: bool | None = None  # None: it was never there
     while True:
         try:
             with contextlib.closing(dial(asked, 60)) as line:
                 reply = send(line, asked, "GET", "/api/v1/stream", None, query)
                 if reply.status != 200:
                     why = str(_from_text.decode(reply.read().decode())["message"])
-                    raise OSError(why) if begun and reply.status >= 500 else (
-                        IronflowError(why))
+                    raise (IronflowError if away is None or reply.status < 500
+                           else OSError)(why)
                 for fields in blocks(reply):
                     message = _from_text.decode(fields.get("data", "{}"))
                     if fields.get("event") == "ironflow.error":
                         tell(message["message"])  # if that was all, it says so again
                         continue
-                    begun, away = True, False
+                    away = False
                     query |= {"since": fields.get("id", query["since"]), "replay": None}
                     if message:
                         yield message
                 raise OSError("the stream ended")
         except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
-            if not begun:
+            if away is None:
                 raise IronflowError(unreachable(asked, error)) from None
             if not away:
                 tell(f"{unreachable(asked, error)}; waiting for it")

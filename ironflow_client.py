@@ -951,9 +951,10 @@ class AsyncClient(Calls, contextlib.AbstractAsyncContextManager["AsyncClient"]):
         goes to on_error, and ends it."""
         check(ack in ("auto", "manual"), f"ack must be 'auto' or 'manual', not {ack!r}")
         check(not replay or since is None, "replay and since exclude each other")
-        feed = Feed(self, pattern, since, {"replay": replay or None, "filter": filter,
-                                           "group": group, "ack": group and "manual"})
-        subscription = Subscription(feed, ack == "auto", on_event, on_error)
+        feed = Feed(self, pattern, group, ack == "manual", {
+            "replay": replay or None, "startAfterSequence": since, "filter": filter,
+            "consumerGroup": group, "ackMode": group and "manual"})
+        subscription = Subscription(feed, on_event, on_error)
         self._subscriptions.add(subscription)
         return subscription
 
@@ -2451,16 +2452,17 @@ class StreamEvent:
         await self._say("term")
 
     async def _say(self, word: str, delay: Duration | None = None) -> None:
-        if self._feed is not None:
+        if self._feed is not None:          # else it is of no group: nothing to say
+            check(self._feed.manual, f"{word} needs subscribe(..., ack='manual')")
             await self._feed.answer(self.event_id, word, delay)
 
 class Subscription(abc.AsyncIterator[StreamEvent]):
     """What `subscribe` returns: an async iterator and context manager, or the handle of
     an `on_event`. Cancelling `anext` loses nothing; one that is forgotten ends."""
 
-    def __init__(self, feed: Feed, auto: bool, on_event: Hearer[StreamEvent] | None,
+    def __init__(self, feed: Feed, on_event: Hearer[StreamEvent] | None,
                  on_error: Hearer[Exception] | None) -> None:
-        self._feed, self._auto, self._tasks = feed, auto, {feed.task}
+        self._feed, self._tasks = feed, {feed.task}
         self._last: StreamEvent | None = None
         if on_event is None:
             loop = asyncio.get_running_loop()
@@ -2470,11 +2472,14 @@ class Subscription(abc.AsyncIterator[StreamEvent]):
             self._tasks.add(asyncio.create_task(self._hand_out(on_event, on_error)))
 
     async def __anext__(self) -> StreamEvent:
-        if self._auto and self._last is not None:
-            await self._last.ack()
-        self._last = None
+        await self._done("ack")
         self._last = await self._feed.next()
         return self._last
+
+    async def _done(self, word: str) -> None:
+        if self._feed.auto and self._last is not None:
+            await self._feed.answer(self._last.event_id, word)
+        self._last = None
 
     async def __aenter__(self) -> Self:
         await self._feed.until(lambda: self._feed.live)
@@ -2501,8 +2506,7 @@ class Subscription(abc.AsyncIterator[StreamEvent]):
                 try:
                     await called(on_event, event)
                 except Exception as error:
-                    if self._auto:
-                        await event.nak()
+                    await self._done("nak")
                     await called(on_error, error)
         except Exception as error:
             await called(on_error, error)
@@ -2510,15 +2514,15 @@ class Subscription(abc.AsyncIterator[StreamEvent]):
 class Feed:
     """What the server sends for one subscription, over one connection after another."""
 
-    def __init__(self, client: AsyncClient, pattern: str, cursor: int | None,
-                 options: dict[str, Any]) -> None:
+    def __init__(self, client: AsyncClient, pattern: str, group: str | None,
+                 manual: bool, options: dict[str, Any]) -> None:
         self._client, self._address = client, client._address
-        self._pattern, self._options, self._group = pattern, options, options["group"]
-        self._cursor = cursor               # the sequence up to which we have all
+        self._pattern, self._group, self._options = pattern, group, options
+        self.manual, self.auto = manual, bool(group) and not manual
+        self._cursor = -1                   # the sequence up to which we have all
         self._ahead = deque[tuple[int, StreamEvent]]()      # with its size
         self._size = 0
         self._news, self._room = asyncio.Event(), asyncio.Event()
-        self._unanswered: set[str] = set()  # ids of a group's events
         self._socket: Any = None            # if it is a WebSocket
         self._delays = backoff()
         self.live = False
@@ -2542,22 +2546,23 @@ class Feed:
         self._room.set()
         return event
 
-    async def answer(self, event_id: str, word: str, delay: Duration | None) -> None:
-        """Say what became of a group's event, unless that was said, or the connection
-        broke: then the server has it back."""
-        body: dict[str, Any] = {"eventId": event_id, "ackType": word}
+    async def answer(self, event_id: str, word: str, delay: Duration | None = None
+                     ) -> None:
+        """Say what became of a group's event, late if need be. If the server does not
+        hear it, it gives the event out again."""
+        body: dict[str, Any] = {"type": "ack", "groupName": self._group,
+                                "eventId": event_id, "ackType": word}
         if delay is not None:               # each of the two doors has a name for it
-            names = ("redeliverDelay", "redeliverDelayMs")
-            body |= dict.fromkeys(names, _ms(delay, "delay") or 1)      # 0: its own
-        if event_id not in self._unanswered:
-            return
-        if self._socket is None:
-            body["groupName"] = self._group
-            await self._client._send("POST", f"{PUBSUB}AckEvent", body)
-        else:
-            with contextlib.suppress(ConnectionError):
-                await self._socket.send_json({"type": "ack"} | body)
-        self._unanswered.discard(event_id)
+            ms = _ms(delay, "delay") or 1   # 0 would mean the group's own
+            body |= {"redeliverDelay": ms, "redeliverDelayMs": ms}
+        try:
+            if self._socket is not None:
+                await self._socket.send_json(body)
+            else:
+                await self._client._send("POST", f"{PUBSUB}AckEvent", body)
+        except (IronflowError, ConnectionError) as error:
+            if not getattr(error, "retryable", True):
+                raise
 
     async def _run(self) -> None:
         """Listen, again and again; ends with what a further try would not mend."""
@@ -2566,14 +2571,13 @@ class Feed:
             try:
                 await self._listen()
             except (IronflowError, *BROKEN) as error:
-                if isinstance(error, IronflowError) and not error.retryable:
+                if not getattr(error, "retryable", True):
                     raise
                 if self.live or not lost:   # the first of this outage
                     log.warning("%s: no stream from %s (%r); trying until it is back",
                                 self._pattern, self._address.url, error)
             self.live, lost = False, True
             if self._group:                 # the server gives to others what we have
-                self._unanswered.clear()
                 self._ahead.clear()
                 self._size = 0
             await asyncio.sleep(next(self._delays))
@@ -2593,18 +2597,15 @@ class Feed:
             raise ConnectionError(str(error)) from error
 
     async def _websocket(self, aiohttp: Any) -> None:
-        names = {"since": "startAfterSequence", "group": "consumerGroup",
-                 "ack": "ackMode"}
-        options = {names.get(name, name): one for name, one in self._wanted().items()}
         headers = dict(line.split(": ", 1) for line in self._address.head.splitlines())
         async with aiohttp.ClientSession() as session:
             async with asyncio.timeout(ANSWER_S):
                 socket = await session.ws_connect(
                     f"{self._address.url}/ws", headers=headers, max_msg_size=0)
             try:
+                options = self._wanted() | {"includeMetadata": True}
                 await socket.send_json({"type": "subscribe", "subscription": {
-                    "pattern": self._pattern,
-                    "options": options | {"includeMetadata": True}}})
+                    "pattern": self._pattern, "options": options}})
                 self._socket = socket
                 while (frame := await socket.receive(SILENCE_S)).type.name == "TEXT":
                     await self._hear(json.loads(frame.data), len(frame.data))
@@ -2620,7 +2621,7 @@ class Feed:
         told = told.get("results", [told])[0]
         if told.get("status") != "ok":
             return self._complain(told)
-        self._subscribed(told.get("sequence"))
+        self._subscribed(told.get("sequence", -1))
 
     async def _server_sent(self) -> None:
         address = self._address
@@ -2637,7 +2638,7 @@ class Feed:
                     answer = _body(status, await reader.read())
                     raise Reply(status, answer).error(f"subscribe {self._pattern!r}")
             if self._group:                 # its stream begins with an event
-                self._subscribed(None)
+                self._subscribed(-1)
             await self._read(reader)
         finally:
             writer.transport.abort()
@@ -2659,7 +2660,7 @@ class Feed:
                     fields[name] = value
                     continue
                 if (text := fields.get("data")) is None:
-                    self._subscribed(int(fields.get("id", self._cursor or 0)))
+                    self._subscribed(int(fields.get("id", -1)))
                 elif fields.get("event") == "ironflow.error":
                     self._complain(json.loads(text))
                 else:
@@ -2667,10 +2668,10 @@ class Feed:
                 fields = {}
 
     def _wanted(self) -> dict[str, Any]:
-        """The options now: nothing is to be replayed once we have a place."""
-        given = self._options | {"since": self._cursor}
-        given |= {} if self._cursor is None else {"replay": None}
-        return {name: one for name, one in given.items() if one is not None}
+        """The options now, by the protocol's names, which both doors know."""
+        if self._cursor >= 0:
+            self._options |= {"startAfterSequence": self._cursor, "replay": None}
+        return {name: one for name, one in self._options.items() if one is not None}
 
     def _complain(self, told: Mapping[str, Any]) -> None:
         """Log what the server says besides. Raises what ends the subscription."""
@@ -2680,23 +2681,20 @@ class Feed:
         word = re.sub("^invalid_.*", "invalid_argument", code.lower())
         raise IronflowError(sentence, 0, word, word == "internal_error")
 
-    def _subscribed(self, sequence: int | None) -> None:
+    def _subscribed(self, sequence: int) -> None:
         """The server lets us in, and says from where on we shall be told."""
-        self._cursor = None if self._group else sequence
+        self._cursor = max(self._cursor, sequence)
         self.live = True
         self._news.set()
 
     async def _take(self, row: Mapping[str, Any], size: int) -> None:
         """Keep an event for the caller; wait for him if that makes too many."""
         sequence = int(row["sequence"])
-        if self._group:
-            self._unanswered.add(row["eventId"])
-        elif sequence <= (self._cursor or 0):
-            return
-        else:
+        if not self._group:
             self._cursor = sequence
         event = StreamEvent(row["topic"], row.get("data"), row["eventId"], sequence,
-                            instant(row["timestamp"], "timestamp"), self)
+                            instant(row["timestamp"], "timestamp"),
+                            self if self._group else None)
         self._delays = backoff()
         self._ahead.append((size + 500, event))     # with the objects, by and large
         self._size += size + 500
