@@ -12891,11 +12891,12 @@ def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
 # All in one thread, so that the same seed gives the same life, move by move.
 #
 # `World` is the server, its clients, the network between them, and the weather: a table
-# of moves from which the seed draws. `Witness` looks on. It believes what was answered,
+# of moves from which the seed draws. Around it sits an `Audience`, the stream's own desk and
+# those who watch there, on a loop and a network that are slow. `Witness` looks on. It believes what was answered,
 # reads the file as anybody could, and raises `Broken` as soon as the two differ; it
 # asks no rule of ironflow.py. It follows the journal row by row, and knows before each
 # what has to come: which wait an event answers, which runs it starts and which it ends,
-# what a tick or a silence brings. Its strongest sentence is short: bad weather may delay
+# what a tick or a silence brings, whom the stream has to tell of it. Its strongest sentence is short: bad weather may delay
 # a run, but not change how it ends (`destiny`). At last the weather clears up, and a run
 # that is then not over within some rounds is stuck.
 #
@@ -14610,7 +14611,7 @@ class SlowJournal:
     async def write(self, rule: Callable[..., Any], *args: Any) -> Any:
         words = " ".join(map(str, args[1:3]))
         call = Call(rule.__name__, f"{rule.__name__} {words}"[:80], rule, args)
-        self.world.chores.append(call)
+        self.world.audience.calls.append(call)
         self.wishes[call] = self.loop.create_future()
         return await self.wishes[call]
 
@@ -14674,7 +14675,7 @@ class Audience:
     def new_watcher(self, name: str) -> Watcher:
         patterns = self.draw.sample(PATTERNS, self.draw.choice([1, 1, 2]))
         return Watcher(name, tuple(patterns), self.draw.choice(["", "", "", EVEN]),
-                       self.draw.random() < 0.3, self.draw.choice([2, 8, 50]))
+                       self.draw.random() < 0.4, self.draw.choice([1, 4, 50]))
 
     def new_group(self) -> ironflow.ConsumerGroup:
         draw = self.draw
@@ -14684,6 +14685,7 @@ class Audience:
 
     def open(self) -> None:
         """The server starts."""
+        self.calls: list[Call] = []  # for the next batch
         self.loop = SlowLoop(self.world)
         self.journal = SlowJournal(self.world, self.loop)
         async def desk() -> ironflow.Watch:
@@ -14841,19 +14843,21 @@ class Audience:
             raise Impossible
         return self.draw.choice(able)
 
+    def readers_look(self) -> None:
+        """Some of them, perhaps while a batch is written that they do not see."""
+        for _ in range(self.draw.randint(0, len(self.journal.asked))):
+            index = self.draw.randrange(len(self.journal.asked))
+            fails = self.draw.random() < 0.03
+            self.journal.look(index, self.draw.choice([20, 1000]), fails)
+
     def the_desk_gets_on(self) -> None:
-        """It hears of some commits and of what some readers saw, while others look."""
+        """It hears of commits, of what readers saw, and of clients; or does not yet."""
         journal, draw = self.journal, self.draw
-
-        def look() -> None:
-            journal.look(draw.randrange(len(journal.asked)), draw.choice([20, 1000]),
-                         fails=draw.random() < 0.03)
-
         for queue, deed in draw.sample([
-            (journal.commits, lambda: journal.hear(self.desk)), (journal.asked, look),
+            (journal.commits, lambda: journal.hear(self.desk)),
             (journal.found, lambda: journal.answer(draw.randrange(len(journal.found)))),
             (self.frames, self.a_frame_comes),
-        ], 4):
+        ], 3):
             for _ in range(draw.randint(0, len(queue))):
                 deed()
         self.loop.turn(draw.randint(1, 3))
@@ -14918,7 +14922,7 @@ class Audience:
     def call(self, rule: Callable[..., Any], *args: Any) -> str:
         """Somebody asks the server for something, and does not mind the answer."""
         label = f"{rule.__name__} {' '.join(map(str, args))}"
-        self.world.chores.append(Call(rule.__name__, label, rule, args))
+        self.calls.append(Call(rule.__name__, label, rule, args))
         return label
 
     def the_group_is_deleted(self) -> str:
@@ -14944,7 +14948,7 @@ class Audience:
 
     def move(self) -> None:
         """Some of these, as far as they are possible now."""
-        for _, trouble, move in self.draw.choices(WATCHING, WATCHING_ODDS, k=3):
+        for _, trouble, move in self.draw.choices(WATCHING, WATCHING_ODDS, k=self.world.WATCHED):
             with contextlib.suppress(Impossible):
                 if text := move(self):
                     self.world.say(text)
@@ -15019,11 +15023,12 @@ WATCHING: list[tuple[float, str, Callable[[Audience], str | None]]] = [
     (25, "", Audience.the_desk_gets_on),
     (12, "", Audience.somebody_reads),
     (10, "", Audience.a_member_acks),
-    (4, "", Audience.somebody_returns),
+    (8, "", Audience.somebody_returns),
     (4, "", Audience.the_server_sees_it),
-    (1, "", Audience.somebody_publishes),
+    (5, "", Audience.readers_look),
+    (4, "", Audience.somebody_publishes),
     (2, "", Audience.the_desk_looks_at_a_connection),
-    (2, "subscriber hung up", Audience.somebody_hangs_up),
+    (3, "subscriber hung up", Audience.somebody_hangs_up),
     (2, "subscriber read nothing for a while", Audience.somebody_reads_nothing),
     (1, "too much had to be composed", Audience.there_is_too_much_to_compose),
     (0.15, "group was deleted", Audience.the_group_is_deleted),
@@ -15171,6 +15176,7 @@ class World:
     """Everything there is: one server, its file, its clients, and the weather."""
 
     PUSHED = 0.4  # of the functions, as a rule
+    WATCHED = 3  # moves of those who watch, for each of the others
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.draw = random.Random(seed)
@@ -15274,7 +15280,8 @@ class World:
 
     def a_batch(self, *more: Call) -> str:
         if not (self.wire or self.slow or self.chores or self.reading or self.starting
-                or self.keep or self.next_instant() <= self.now):
+                or self.keep or self.next_instant() <= self.now
+                or (self.audience.calls and not self.hostile)):
             raise Impossible
         batch = self.write(*more)
         filled = self.commit(batch)
@@ -15326,8 +15333,8 @@ class World:
         for post in [post for post in self.posts.values() if post.deadline <= self.now]:
             self.seen["request to an endpoint took too long"] += 1
             self.give_up(post, "TIMEOUT")
-        calls = self.looked_back(calls) + self.chores
-        self.chores = []
+        calls = self.looked_back(calls) + self.chores + self.audience.calls
+        self.chores, self.audience.calls = [], []
         if self.starting:
             start = Call("start", "start", ironflow.resume, (LIMITS,))
             full, self.full = self.full, self.chance(0.3)
@@ -15373,6 +15380,8 @@ class World:
         for offer in list(self.held):
             if self.chance(0.05):
                 self.end_poll(offer)
+        if self.hostile:
+            self.audience.readers_look()
 
     def believe(self, batch: Batch) -> None:
         """It is on disk: what was answered has to be true from here on."""
@@ -16153,7 +16162,7 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (1.0, "server crashed before a commit", World.a_crash_before_a_commit),
     (1.0, "server crashed before its answers", World.a_crash_before_the_answers),
 ]
-TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
+TROUBLES = [trouble for _, trouble, _ in [*WEATHER, *WATCHING] if trouble] + [
     "answer was lost",
     "worker died before its ack",
     "worker died in a step",
@@ -16226,6 +16235,20 @@ TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
     "breaker stayed open for longer",
     "breaker was open for the longest time",
     "breaker closed",
+    "subscriber began with what was",
+    "subscriber went on where it was",
+    "subscriber was too late: rows were deleted",
+    "messages were dropped for who was slow",
+    "group had all out that it may",
+    "member of a group: ack",
+    "member of a group: nak",
+    "member of a group: term",
+    "member of a group: silence",
+    "delivery was out when the server died",
+    "delivery came to nothing: nak",
+    "delivery came to nothing: nobody acked",
+    "delivery came to nothing: its member left",
+    "delivery came to nothing for the last time",
     "disk was full at the start",
     "event repeated its key",
     "event used the key of another",
@@ -16530,6 +16553,119 @@ def test_the_simulator_sees_a_late_answer_that_counts(
 
     monkeypatch.setattr(ironflow, "push_ended", push_ended)
     caught("was answered too late, and that counts", PushedWorld)
+
+
+PASSED_OVER = "due was|was not told of|was never told of|the group passed over"
+
+
+def test_the_simulator_sees_a_seam_that_forgets_what_came_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.Subscription.take
+
+    def take(each: ironflow.Subscription, found: ironflow.Slice) -> None:
+        each.meanwhile = None if each.meanwhile is None else []
+        real(each, found)
+
+    monkeypatch.setattr(ironflow.Subscription, "take", take)
+    caught(PASSED_OVER)
+
+
+def test_the_simulator_sees_a_seam_that_tells_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ironflow.Batch, "after", lambda batch, seq: batch)
+    caught("was sent back to|it heard")
+
+
+def test_the_simulator_sees_a_late_message_that_is_taken_as_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.Stream.tell
+
+    def tell(stream: ironflow.Stream, found: Any) -> None:
+        real(stream, found)
+        for each in [each for some in stream._watchers.values() for each in some if each.live]:
+            each.seq = stream.seq  # what is committed, and some of it waits for the rest
+
+    monkeypatch.setattr(ironflow.Stream, "tell", tell)
+    caught(PASSED_OVER)
+
+
+def test_the_simulator_sees_a_resume_from_before_what_was_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ironflow.Queries, "check_since", lambda queries, seq: None)
+    caught(PASSED_OVER)
+
+
+def test_the_simulator_sees_dropped_messages_that_nobody_is_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Wire, "skipped", lambda wire, subscription, count: None)
+    caught(PASSED_OVER)
+
+
+def test_the_simulator_sees_a_position_that_moves_in_another_transaction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.Transaction.save
+
+    def save(tx: ironflow.Transaction, row: Any) -> None:
+        if isinstance(row, ironflow.Delivery) and row.state == "out":
+            LATER.append(Call("later", "deal", lambda tx, now: real(tx, row)))
+        else:
+            real(tx, row)
+
+    monkeypatch.setattr(ironflow.Transaction, "save", save)
+    caught("the group lost", LateWorld)
+
+
+def test_the_simulator_sees_a_dead_member_that_keeps_its_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ironflow.Transaction, "deliveries_to", lambda tx, name, member: [])
+    caught("the group has, but should have")
+
+
+def test_the_simulator_sees_a_restart_that_counts_as_a_miss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        ironflow.Transaction, "recall_deliveries", lambda tx: tx._db.execute(
+            "UPDATE delivery SET state = 'due', misses = misses + 1 WHERE state = 'out'"))
+    caught("the group has, but should have")
+
+
+def test_the_simulator_sees_more_out_than_the_group_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ironflow.Transaction, "held_by_members", lambda tx, name: Counter())
+    caught("are out, of")
+
+
+def test_the_simulator_sees_a_message_that_two_members_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        ironflow.Transaction, "due_deliveries", lambda tx, name, limit: tx._rows(
+            ironflow.Delivery, "delivery WHERE state IN ('due', 'out') LIMIT :n", n=limit))
+    caught("went to ., and is")
+
+
+def test_the_simulator_sees_a_group_that_is_told_of_what_is_not_on_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.Group._hand_out
+
+    async def deal(group: ironflow.Group) -> None:
+        while group.members:
+            dealt = [ironflow.Delivery(group.name, each.seq, "out", min(group.members))
+                     for each in group._ready]
+            await real(group, dealt, group.subscription.seq)
+            group.again.clear()
+            await group.again.wait()
+
+    monkeypatch.setattr(ironflow.Group, "deal", deal)
+    caught("is not dealt out to it on disk")
 
 
 # ======================================================================================
