@@ -5800,8 +5800,9 @@ async def get_stream(api: Api, request: web.BaseRequest) -> web.StreamResponse:
     if not patterns:
         raise InvalidInput("name what to watch: /api/v1/stream?pattern=events:>")
     if last := request.headers.get("Last-Event-ID"):
-        asked |= {"since": last, "replay": ""}
-    if asked.get("since") and asked.get("replay"):
+        asked |= {"since": last, "startAfterSequence": "", "replay": ""}
+    since = asked.get("since") or asked.get("startAfterSequence")
+    if since and asked.get("replay"):
         raise InvalidInput("since and replay: send one of them")
     asks = Fields({name: text for name, text in asked.items() if text})
     wanted = read_wanted(api, patterns, asks)
