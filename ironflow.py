@@ -5296,7 +5296,7 @@ class Watch:
             for outlet in list(self.outlets):
                 outlet.look(self.clock.steady())
 
-    def told(self) -> int:
+    def place(self) -> int:
         """Up to which row who is live was told, or 0 while that is not certain."""
         return 0 if self._composing else self.stream.seq
 
@@ -5822,7 +5822,7 @@ class EventSource(Body):
     __slots__ = ()
 
     def keep_alive(self, now: float) -> None:
-        told, place = self.watch.told(), ""
+        told, place = self.watch.place(), ""
         for each in self.subscriptions.values():
             if isinstance(each, Subscription) and each.live and told:
                 place = f"id: {max(told, each.seq)}\n"  # it may have read on
@@ -6830,6 +6830,7 @@ SECRETS_CHECK_S = 1.0  # between two looks at their file
 CLOCK_STEP_S = 1.0  # less than this is drift
 RETRY_S = 1.0  # between two tries of the timers to write
 SWEEP_EVERY_S, SWEEP_PAUSE_S = 3600.0, 0.05  # between sweeps; between parts of one
+CALLERS = 1024  # that may knock at once: a thousand watchers after a restart
 STOP_S = 10.0  # how long requests in progress may take when stopping
 
 class Secrets:
@@ -7049,7 +7050,7 @@ class Server:
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         for sock in sockets:
-            await web.SockSite(runner, sock).start()
+            await web.SockSite(runner, sock, backlog=CALLERS).start()
         host, port = sockets[0].getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -7096,7 +7097,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:  # SO_REUSEADDR where it is harmless, and IPv6 without IPv4: by create_server
         family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address, family=family, backlog=1024)
+        return socket.create_server(address, family=family, backlog=CALLERS)
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]
         raise StartError(
