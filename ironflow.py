@@ -3139,8 +3139,8 @@ def deal(tx: Transaction, name: str, group_id: str, seqs: list[int],
 
 def acked(tx: Transaction, name: str, seqs: list[int], how: str, delay_s: float | None,
           now: float) -> None:
-    """Members are done with messages, or, by nak, want them again later. One that comes
-    late counts, but a nak of what went to somebody else. Raises NotFound."""
+    """Members are done with messages, or, by nak, want them again later. That counts
+    also when it is late, a nak while somebody has the message. Raises NotFound."""
     group = known(tx, ConsumerGroup, name)
     if delay_s is None:
         delay_s = group.redeliver_delay_ms / 1000
@@ -5232,6 +5232,8 @@ class Watch:
             ack_mode="manual" if wanted.manual else "auto",
             position=-1 if wanted.since is None else wanted.since)
         await asyncio.shield(self.resumed)  # what the last process dealt is due again
+        if wanted.since is not None:
+            await self.journal.read(Queries.check_since, wanted.since)
         found = await self.journal.write(join_group, asked)
         if outlet.over:
             raise Unavailable("this connection is closing")
