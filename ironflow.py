@@ -3968,6 +3968,7 @@ class Transaction(Queries):
     def flush(self) -> None:
         """Give what gathered to SQLite. Nothing may be read over its head."""
         rows, runs = self._new_rows, list(self._new_runs.values())
+        self.rows += rows
         self._gather()
         gathered = (("journal", JOURNAL_ROW, rows), ("run", RUN_ROW, runs))
         for table, names, new in gathered:
@@ -4036,7 +4037,6 @@ class Transaction(Queries):
         seq, self._next_seq = self._next_seq, self._next_seq + 1
         missing = len(JOURNAL_ROW) - 1 - len(row)
         self._new_rows.append((seq, *row, *[None] * missing))
-        self.rows.append(self._new_rows[-1])
         return seq
 
     def save_function(self, function: Function) -> None:
