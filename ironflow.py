@@ -5592,18 +5592,21 @@ async def get_ws(api: Api, request: web.BaseRequest) -> web.WebSocketResponse:
                 await socket.pong(frame.data)
             else:
                 await outlet.hear(frame)
+        if outlet.goodbye:  # else aiohttp 3.9 might close with 1000 meanwhile
+            await socket.close(**outlet.goodbye)
     return socket
 
 class Socket(Outlet):
     """A WebSocket. Facts: the clients of the public SDKs (JS 0.29)."""
 
-    __slots__ = ("_api", "_bad", "_heard_at", "_pings", "_socket")
+    __slots__ = ("_api", "_bad", "_heard_at", "_pings", "_socket", "goodbye")
 
     def __init__(self, api: Api, request: web.BaseRequest,
                  socket: web.WebSocketResponse) -> None:
         super().__init__(api.watch, request)
         self._api, self._socket, self._bad = api, socket, 0
         self._heard_at = self._moved_at
+        self.goodbye: Mapping[str, Any] = {}
         self._pings: dict[str, tuple[Member, list[int]]] | None = None
 
     async def hear(self, heard: WSMessage) -> None:
@@ -5706,12 +5709,13 @@ class Socket(Outlet):
     def end(self, error: IronflowError, code: int = 1001) -> None:
         self.flush()
         self.leave()
-        self.watch.begin(self, self._close(code, error.message.encode()[:120]))
+        self.goodbye = {"code": code, "message": error.message.encode()[:120]}
+        self.watch.begin(self, self._close())
 
-    async def _close(self, code: int, message: bytes) -> None:
+    async def _close(self) -> None:
         try:
             async with asyncio.timeout(GOODBYE_S):
-                await self._socket.close(code=code, message=message)
+                await self._socket.close(**self.goodbye)
         except (TimeoutError, ConnectionError):
             log.debug("a WebSocket did not say goodbye")
         finally:
