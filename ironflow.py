@@ -5606,7 +5606,7 @@ class Socket(Outlet):
         super().__init__(api.watch, request)
         self._api, self._socket, self._bad = api, socket, 0
         self._heard_at = self._moved_at
-        self.goodbye: Mapping[str, Any] = {}
+        self.goodbye: Mapping[str, Any] = NOTHING
         self._pings: dict[str, tuple[Member, list[int]]] | None = None
 
     async def hear(self, heard: WSMessage) -> None:
@@ -5723,6 +5723,7 @@ class Socket(Outlet):
                 self._wire.abort()  # what it never read
 
 TEXT, PING = 1, 9  # opcodes
+NOTHING: Mapping[str, Any] = {}
 
 def frame(text: Json, opcode: int = TEXT) -> bytes:
     """A WebSocket frame as servers send it: whole, without a mask."""
