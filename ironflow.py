@@ -3139,8 +3139,8 @@ def deal(tx: Transaction, name: str, group_id: str, seqs: list[int],
 
 def acked(tx: Transaction, name: str, seqs: list[int], how: str, delay_s: float | None,
           now: float) -> None:
-    """Members are done with messages, or, by nak, want them again later. One that comes
-    late counts, but a nak of what went to somebody else. Raises NotFound."""
+    """Members are done with messages, or, by nak, want them again later. That counts
+    also when it is late, a nak while somebody has the message. Raises NotFound."""
     group = known(tx, ConsumerGroup, name)
     if delay_s is None:
         delay_s = group.redeliver_delay_ms / 1000
@@ -5232,6 +5232,8 @@ class Watch:
             ack_mode="manual" if wanted.manual else "auto",
             position=-1 if wanted.since is None else wanted.since)
         await asyncio.shield(self.resumed)  # what the last process dealt is due again
+        if wanted.since is not None:
+            await self.journal.read(Queries.check_since, wanted.since)
         found = await self.journal.write(join_group, asked)
         if outlet.over:
             raise Unavailable("this connection is closing")
@@ -5296,7 +5298,7 @@ class Watch:
             for outlet in list(self.outlets):
                 outlet.look(self.clock.steady())
 
-    def told(self) -> int:
+    def place(self) -> int:
         """Up to which row who is live was told, or 0 while that is not certain."""
         return 0 if self._composing else self.stream.seq
 
@@ -5800,8 +5802,9 @@ async def get_stream(api: Api, request: web.BaseRequest) -> web.StreamResponse:
     if not patterns:
         raise InvalidInput("name what to watch: /api/v1/stream?pattern=events:>")
     if last := request.headers.get("Last-Event-ID"):
-        asked |= {"since": last, "replay": ""}
-    if asked.get("since") and asked.get("replay"):
+        asked |= {"since": last, "startAfterSequence": "", "replay": ""}
+    since = asked.get("since") or asked.get("startAfterSequence")
+    if since and asked.get("replay"):
         raise InvalidInput("since and replay: send one of them")
     asks = Fields({name: text for name, text in asked.items() if text})
     wanted = read_wanted(api, patterns, asks)
@@ -5821,7 +5824,7 @@ class EventSource(Body):
     __slots__ = ()
 
     def keep_alive(self, now: float) -> None:
-        told, place = self.watch.told(), ""
+        told, place = self.watch.place(), ""
         for each in self.subscriptions.values():
             if isinstance(each, Subscription) and each.live and told:
                 place = f"id: {max(told, each.seq)}\n"  # it may have read on
@@ -6829,6 +6832,7 @@ SECRETS_CHECK_S = 1.0  # between two looks at their file
 CLOCK_STEP_S = 1.0  # less than this is drift
 RETRY_S = 1.0  # between two tries of the timers to write
 SWEEP_EVERY_S, SWEEP_PAUSE_S = 3600.0, 0.05  # between sweeps; between parts of one
+CALLERS = 1024  # that may knock at once: a thousand watchers after a restart
 STOP_S = 10.0  # how long requests in progress may take when stopping
 
 class Secrets:
@@ -7048,7 +7052,7 @@ class Server:
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         for sock in sockets:
-            await web.SockSite(runner, sock).start()
+            await web.SockSite(runner, sock, backlog=CALLERS).start()
         host, port = sockets[0].getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -7095,7 +7099,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:  # SO_REUSEADDR where it is harmless, and IPv6 without IPv4: by create_server
         family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address, family=family, backlog=1024)
+        return socket.create_server(address, family=family, backlog=CALLERS)
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]
         raise StartError(
