@@ -7440,9 +7440,9 @@ def print_stream(asked: argparse.Namespace) -> None:
             topic, data = row["topic"], row["data"]
             width = max(width, min(len(topic), 60))
             cells = row | {"topic": topic.ljust(width), "id": row["eventId"].ljust(24)}
-            status = data.get("status") if topic.startswith("system.") else None
+            status = str(data.get("status")) if isinstance(data, dict) else ""
             show(asked, {name: row[name] for name in names},
-                 [paint(table([cells], columns)[1], COLOURS.get(status or "", 0))])
+                 [paint(table([cells], columns)[1], COLOURS.get(status, 0))])
             sys.stdout.flush()
 
 def follow(asked: argparse.Namespace) -> Iterable[dict[str, Any]]:
