@@ -4952,6 +4952,7 @@ def settle_future(future: Future | None, got: Any) -> None:
 # slow reader costs a place in the journal, and no memory.
 
 SUBSCRIPTIONS = 1_000  # of one connection
+PATTERNS = 100  # of one subscription
 MAX_REPLAY = 1_000
 REPLAY_ROWS = 200_000  # looked at for a replay, where no index tells them apart
 ROOM_BYTES = 256 * KIB  # unsent, of one connection
@@ -5804,8 +5805,9 @@ async def get_stream(api: Api, request: web.BaseRequest) -> web.StreamResponse:
     More than one `pattern` is their union, in one order, each message once.
     """
     asked, patterns = dict(request.query), request.query.getall("pattern", [])
-    if not patterns:
-        raise InvalidInput("name what to watch: /api/v1/stream?pattern=events:>")
+    if not 0 < len(patterns) <= PATTERNS:
+        raise InvalidInput(f"{len(patterns)} patterns: name what to watch, in up to "
+                           f"{PATTERNS}, as in /api/v1/stream?pattern=events:>")
     if last := request.headers.get("Last-Event-ID"):
         asked |= {"since": last, "startAfterSequence": "", "replay": ""}
     since = asked.get("since") or asked.get("startAfterSequence")
@@ -7437,10 +7439,14 @@ def print_stream(asked: argparse.Namespace) -> None:
     columns, width = f"timestamp {'sequence id ' * asked.metadata}topic data", 0
     with contextlib.suppress(KeyboardInterrupt):
         for row in follow(asked):
-            topic, data = row["topic"], row["data"]
+            data, status = row["data"], ""
+            topic = re.sub(r"(run_\w+)\.step\.\1:", r"\1.step.", row["topic"])
+            if isinstance(data, dict) and topic.startswith("system."):
+                status = str(data.get("status"))
+                data = {name: data[name] for name in data if name not in SAID}
             width = max(width, min(len(topic), 60))
-            cells = row | {"topic": topic.ljust(width), "id": row["eventId"].ljust(24)}
-            status = str(data.get("status")) if isinstance(data, dict) else ""
+            cells = row | {"topic": topic.ljust(width), "data": data,
+                           "id": row["eventId"].ljust(24)}
             show(asked, {name: row[name] for name in names},
                  [paint(table([cells], columns)[1], COLOURS.get(status, 0))])
             sys.stdout.flush()
@@ -7552,6 +7558,7 @@ UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff
 COLOURS = {"completed": 32, "failed": 31, "cancelled": 33, "paused": 33, "running": 36}
 RESULTS = ("output", "output_value", "error", "sleep_until", "wait_event_name",
            "child_run_id")
+SAID = ("id", "runId", "stepId")  # by the topic of a message
 TIMES = "timestamp|.*_(at|heartbeat)"
 
 def tell(sentence: str) -> None:
