@@ -3139,8 +3139,8 @@ def deal(tx: Transaction, name: str, group_id: str, seqs: list[int],
 
 def acked(tx: Transaction, name: str, seqs: list[int], how: str, delay_s: float | None,
           now: float) -> None:
-    """Members are done with messages, or, by nak, want them again later. One that comes
-    late counts, but a nak of what went to somebody else. Raises NotFound."""
+    """Members are done with messages, or, by nak, want them again later. That counts
+    also when it is late, a nak while somebody has the message. Raises NotFound."""
     group = known(tx, ConsumerGroup, name)
     if delay_s is None:
         delay_s = group.redeliver_delay_ms / 1000
@@ -3968,6 +3968,7 @@ class Transaction(Queries):
     def flush(self) -> None:
         """Give what gathered to SQLite. Nothing may be read over its head."""
         rows, runs = self._new_rows, list(self._new_runs.values())
+        self.rows += rows
         self._gather()
         gathered = (("journal", JOURNAL_ROW, rows), ("run", RUN_ROW, runs))
         for table, names, new in gathered:
@@ -4036,7 +4037,6 @@ class Transaction(Queries):
         seq, self._next_seq = self._next_seq, self._next_seq + 1
         missing = len(JOURNAL_ROW) - 1 - len(row)
         self._new_rows.append((seq, *row, *[None] * missing))
-        self.rows.append(self._new_rows[-1])
         return seq
 
     def save_function(self, function: Function) -> None:
@@ -4952,6 +4952,7 @@ def settle_future(future: Future | None, got: Any) -> None:
 # slow reader costs a place in the journal, and no memory.
 
 SUBSCRIPTIONS = 1_000  # of one connection
+PATTERNS = 100  # of one subscription
 MAX_REPLAY = 1_000
 REPLAY_ROWS = 200_000  # looked at for a replay, where no index tells them apart
 ROOM_BYTES = 256 * KIB  # unsent, of one connection
@@ -5232,6 +5233,8 @@ class Watch:
             ack_mode="manual" if wanted.manual else "auto",
             position=-1 if wanted.since is None else wanted.since)
         await asyncio.shield(self.resumed)  # what the last process dealt is due again
+        if wanted.since is not None:
+            await self.journal.read(Queries.check_since, wanted.since)
         found = await self.journal.write(join_group, asked)
         if outlet.over:
             raise Unavailable("this connection is closing")
@@ -5296,7 +5299,7 @@ class Watch:
             for outlet in list(self.outlets):
                 outlet.look(self.clock.steady())
 
-    def told(self) -> int:
+    def place(self) -> int:
         """Up to which row who is live was told, or 0 while that is not certain."""
         return 0 if self._composing else self.stream.seq
 
@@ -5590,18 +5593,21 @@ async def get_ws(api: Api, request: web.BaseRequest) -> web.WebSocketResponse:
                 await socket.pong(frame.data)
             else:
                 await outlet.hear(frame)
+        if outlet.goodbye:  # else aiohttp 3.9 might close with 1000 meanwhile
+            await socket.close(**outlet.goodbye)
     return socket
 
 class Socket(Outlet):
     """A WebSocket. Facts: the clients of the public SDKs (JS 0.29)."""
 
-    __slots__ = ("_api", "_bad", "_heard_at", "_pings", "_socket")
+    __slots__ = ("_api", "_bad", "_heard_at", "_pings", "_socket", "goodbye")
 
     def __init__(self, api: Api, request: web.BaseRequest,
                  socket: web.WebSocketResponse) -> None:
         super().__init__(api.watch, request)
         self._api, self._socket, self._bad = api, socket, 0
         self._heard_at = self._moved_at
+        self.goodbye: Mapping[str, Any] = NOTHING
         self._pings: dict[str, tuple[Member, list[int]]] | None = None
 
     async def hear(self, heard: WSMessage) -> None:
@@ -5704,12 +5710,13 @@ class Socket(Outlet):
     def end(self, error: IronflowError, code: int = 1001) -> None:
         self.flush()
         self.leave()
-        self.watch.begin(self, self._close(code, error.message.encode()[:120]))
+        self.goodbye = {"code": code, "message": error.message.encode()[:120]}
+        self.watch.begin(self, self._close())
 
-    async def _close(self, code: int, message: bytes) -> None:
+    async def _close(self) -> None:
         try:
             async with asyncio.timeout(GOODBYE_S):
-                await self._socket.close(code=code, message=message)
+                await self._socket.close(**self.goodbye)
         except (TimeoutError, ConnectionError):
             log.debug("a WebSocket did not say goodbye")
         finally:
@@ -5717,6 +5724,7 @@ class Socket(Outlet):
                 self._wire.abort()  # what it never read
 
 TEXT, PING = 1, 9  # opcodes
+NOTHING: Mapping[str, Any] = {}
 
 def frame(text: Json, opcode: int = TEXT) -> bytes:
     """A WebSocket frame as servers send it: whole, without a mask."""
@@ -5797,11 +5805,13 @@ async def get_stream(api: Api, request: web.BaseRequest) -> web.StreamResponse:
     More than one `pattern` is their union, in one order, each message once.
     """
     asked, patterns = dict(request.query), request.query.getall("pattern", [])
-    if not patterns:
-        raise InvalidInput("name what to watch: /api/v1/stream?pattern=events:>")
+    if not 0 < len(patterns) <= PATTERNS:
+        raise InvalidInput(f"{len(patterns)} patterns: name what to watch, in up to "
+                           f"{PATTERNS}, as in /api/v1/stream?pattern=events:>")
     if last := request.headers.get("Last-Event-ID"):
-        asked |= {"since": last, "replay": ""}
-    if asked.get("since") and asked.get("replay"):
+        asked |= {"since": last, "startAfterSequence": "", "replay": ""}
+    since = asked.get("since") or asked.get("startAfterSequence")
+    if since and asked.get("replay"):
         raise InvalidInput("since and replay: send one of them")
     asks = Fields({name: text for name, text in asked.items() if text})
     wanted = read_wanted(api, patterns, asks)
@@ -5821,7 +5831,7 @@ class EventSource(Body):
     __slots__ = ()
 
     def keep_alive(self, now: float) -> None:
-        told, place = self.watch.told(), ""
+        told, place = self.watch.place(), ""
         for each in self.subscriptions.values():
             if isinstance(each, Subscription) and each.live and told:
                 place = f"id: {max(told, each.seq)}\n"  # it may have read on
@@ -6829,6 +6839,7 @@ SECRETS_CHECK_S = 1.0  # between two looks at their file
 CLOCK_STEP_S = 1.0  # less than this is drift
 RETRY_S = 1.0  # between two tries of the timers to write
 SWEEP_EVERY_S, SWEEP_PAUSE_S = 3600.0, 0.05  # between sweeps; between parts of one
+CALLERS = 1024  # that may knock at once: a thousand watchers after a restart
 STOP_S = 10.0  # how long requests in progress may take when stopping
 
 class Secrets:
@@ -7048,7 +7059,7 @@ class Server:
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         for sock in sockets:
-            await web.SockSite(runner, sock).start()
+            await web.SockSite(runner, sock, backlog=CALLERS).start()
         host, port = sockets[0].getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -7095,7 +7106,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:  # SO_REUSEADDR where it is harmless, and IPv6 without IPv4: by create_server
         family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address, family=family, backlog=1024)
+        return socket.create_server(address, family=family, backlog=CALLERS)
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]
         raise StartError(
@@ -7428,12 +7439,16 @@ def print_stream(asked: argparse.Namespace) -> None:
     columns, width = f"timestamp {'sequence id ' * asked.metadata}topic data", 0
     with contextlib.suppress(KeyboardInterrupt):
         for row in follow(asked):
-            topic, data = row["topic"], row["data"]
+            data, status = row["data"], ""
+            topic = re.sub(r"(run_\w+)\.step\.\1:", r"\1.step.", row["topic"])
+            if isinstance(data, dict) and topic.startswith("system."):
+                status = str(data.get("status"))
+                data = {name: data[name] for name in data if name not in SAID}
             width = max(width, min(len(topic), 60))
-            cells = row | {"topic": topic.ljust(width), "id": row["eventId"].ljust(24)}
-            status = data.get("status") if topic.startswith("system.") else None
+            cells = row | {"topic": topic.ljust(width), "data": data,
+                           "id": row["eventId"].ljust(24)}
             show(asked, {name: row[name] for name in names},
-                 [paint(table([cells], columns)[1], COLOURS.get(status or "", 0))])
+                 [paint(table([cells], columns)[1], COLOURS.get(status, 0))])
             sys.stdout.flush()
 
 def follow(asked: argparse.Namespace) -> Iterable[dict[str, Any]]:
@@ -7543,6 +7558,7 @@ UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff
 COLOURS = {"completed": 32, "failed": 31, "cancelled": 33, "paused": 33, "running": 36}
 RESULTS = ("output", "output_value", "error", "sleep_until", "wait_event_name",
            "child_run_id")
+SAID = ("id", "runId", "stepId")  # by the topic of a message
 TIMES = "timestamp|.*_(at|heartbeat)"
 
 def tell(sentence: str) -> None:

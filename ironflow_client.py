@@ -2552,9 +2552,8 @@ class Feed:
         hear it, it gives the event out again."""
         body: dict[str, Any] = {"type": "ack", "groupName": self._group,
                                 "eventId": event_id, "ackType": word}
-        if delay is not None:               # each of the two doors has a name for it
-            ms = _ms(delay, "delay") or 1   # 0 would mean the group's own
-            body |= {"redeliverDelay": ms, "redeliverDelayMs": ms}
+        if delay is not None:
+            body["redeliverDelay"] = _ms(delay, "delay")
         try:
             if self._socket is not None:
                 await self._socket.send_json(body)
