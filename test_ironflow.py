@@ -14544,8 +14544,8 @@ class Wire(ironflow.Outlet):
     def keep_alive(self, now: float) -> None:
         """As server-sent events do: who is told of nothing hears where it is."""
         place = self.watch.place()
-        for each in self.subscriptions.values():
-            if isinstance(each, ironflow.Subscription) and each.live and place:
+        for each in self.subscriptions.values() if place else ():
+            if isinstance(each, ironflow.Subscription) and each.live and not each.skipped:
                 self.say("place", max(place, each.seq))
 
     def confirm(self, member: ironflow.Member, seqs: list[int]) -> None:
@@ -14668,8 +14668,11 @@ class Audience:
         self.draw = random.Random(f"audience of {seed}")
         self.witness, self.ledger = world.witness, world.witness.ledger
         self.told: dict[int, list[Any]] = {}  # the same to everybody
-        self.clients = [self.new_watcher(f"s{i}") for i in range(1, 5)]
         self.group = self.new_group()
+        self.clients: list[Watcher] = []
+        if self.draw.random() >= world.WATCHED:
+            return
+        self.clients = [self.new_watcher(f"s{i}") for i in range(1, 5)]
         self.clients += [Watcher(f"m{i}", (), room=self.draw.choice([3, 50]), member=True,
                                  manual=i > 1) for i in range(1, 4)]
 
@@ -14681,7 +14684,7 @@ class Audience:
     def new_group(self) -> ironflow.ConsumerGroup:
         draw = self.draw
         return ironflow.ConsumerGroup(
-            "g", draw.choice(PATTERNS[3:]), draw.choice(["", "", EVEN]),
+            "g", draw.choice(PATTERNS[3:9]), draw.choice(["", "", EVEN]),
             max_inflight=draw.choice([2, 4, 20]), max_redeliveries=draw.choice([1, 3]))
 
     def open(self) -> None:
@@ -14696,7 +14699,7 @@ class Audience:
         self.desk = self.loop.run_until_complete(desk())
         self.frames: list[tuple[Wire, Callable[..., Any], tuple[Any, ...]]] = []
         self.hung_up: list[Wire] = []
-        if self.ledger.group is None and self.draw.random() < 0.7:
+        if self.clients and self.ledger.group is None and self.draw.random() < 0.7:
             self.somebody_makes_the_group()
 
     def close(self) -> None:
@@ -14709,6 +14712,8 @@ class Audience:
         self.loop.close()
 
     def written(self, batch: Batch, kept: bool) -> None:
+        if not self.clients:
+            return
         tx = self.world.file.tx
         self.journal.written(batch, *((tx.rows, tx.rung) if kept else ()))
         if kept and any(call.kind == "start" for call, _ in batch):
@@ -14949,7 +14954,7 @@ class Audience:
 
     def move(self) -> None:
         """Some of these, as far as they are possible now."""
-        for _, trouble, move in self.draw.choices(WATCHING, WATCHING_ODDS, k=self.world.WATCHED):
+        for _, trouble, move in self.draw.choices(WATCHING, WATCHING_ODDS, k=3):
             with contextlib.suppress(Impossible):
                 if text := move(self):
                     self.world.say(text)
@@ -15000,7 +15005,7 @@ class Audience:
             while self.world.a_calm_round():
                 pass
             owed = [each for each in self.ledger.owed.values() if each.state != "dead"]
-            undealt = self.ledger.due(math.inf)
+            undealt = self.ledger.due(math.inf) if self.clients else []
             if not owed and not undealt:
                 break
             due_at = min((each.due_at for each in owed), default=0.0)
@@ -15179,7 +15184,7 @@ class World:
     """Everything there is: one server, its file, its clients, and the weather."""
 
     PUSHED = 0.4  # of the functions, as a rule
-    WATCHED = 3  # moves of those who watch, for each of the others
+    WATCHED = 0.5  # of the lives
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.draw = random.Random(seed)
@@ -16037,7 +16042,8 @@ class World:
                 text = move(self)
         self.seen[trouble] += 1
         self.say(text)
-        self.audience.move()
+        if self.audience.clients:
+            self.audience.move()
         self.now = round(self.now + self.draw.choice([0.0, 0.001, 0.05, 1.0]), 3)
 
     def say(self, text: str) -> None:
@@ -16558,6 +16564,15 @@ def test_the_simulator_sees_a_late_answer_that_counts(
     caught("was answered too late, and that counts", PushedWorld)
 
 
+class WatchedWorld(World):
+    """Somebody watches."""
+
+    WATCHED = 1.0
+
+
+class LateWatchedWorld(WatchedWorld, LateWorld): ...
+
+
 PASSED_OVER = "due was|was not told of|was never told of|the group passed over"
 
 
@@ -16571,12 +16586,12 @@ def test_the_simulator_sees_a_seam_that_forgets_what_came_meanwhile(
         real(each, found)
 
     monkeypatch.setattr(ironflow.Subscription, "take", take)
-    caught(PASSED_OVER)
+    caught(PASSED_OVER, WatchedWorld)
 
 
 def test_the_simulator_sees_a_seam_that_tells_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ironflow.Batch, "after", lambda batch, seq: batch)
-    caught("was sent back to|it heard")
+    caught("was sent back to|it heard", WatchedWorld)
 
 
 def test_the_simulator_sees_a_late_message_that_is_taken_as_told(
@@ -16590,21 +16605,21 @@ def test_the_simulator_sees_a_late_message_that_is_taken_as_told(
             each.seq = stream.seq  # what is committed, and some of it waits for the rest
 
     monkeypatch.setattr(ironflow.Stream, "tell", tell)
-    caught(PASSED_OVER)
+    caught(PASSED_OVER, WatchedWorld)
 
 
 def test_the_simulator_sees_a_resume_from_before_what_was_deleted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ironflow.Queries, "check_since", lambda queries, seq: None)
-    caught(PASSED_OVER)
+    caught(PASSED_OVER, WatchedWorld)
 
 
 def test_the_simulator_sees_dropped_messages_that_nobody_is_told_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Wire, "skipped", lambda wire, subscription, count: None)
-    caught(PASSED_OVER)
+    caught(PASSED_OVER, WatchedWorld)
 
 
 def test_the_simulator_sees_a_position_that_moves_in_another_transaction(
@@ -16619,14 +16634,14 @@ def test_the_simulator_sees_a_position_that_moves_in_another_transaction(
             real(tx, row)
 
     monkeypatch.setattr(ironflow.Transaction, "save", save)
-    caught("the group lost", LateWorld)
+    caught("the group lost", LateWatchedWorld)
 
 
 def test_the_simulator_sees_a_dead_member_that_keeps_its_messages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ironflow.Transaction, "deliveries_to", lambda tx, name, member: [])
-    caught("the group has, but should have")
+    caught("the group has, but should have", WatchedWorld)
 
 
 def test_the_simulator_sees_a_restart_that_counts_as_a_miss(
@@ -16635,14 +16650,14 @@ def test_the_simulator_sees_a_restart_that_counts_as_a_miss(
     monkeypatch.setattr(
         ironflow.Transaction, "recall_deliveries", lambda tx: tx._db.execute(
             "UPDATE delivery SET state = 'due', misses = misses + 1 WHERE state = 'out'"))
-    caught("the group has, but should have")
+    caught("the group has, but should have", WatchedWorld)
 
 
 def test_the_simulator_sees_more_out_than_the_group_may(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ironflow.Transaction, "held_by_members", lambda tx, name: Counter())
-    caught("are out, of")
+    caught("are out, of", WatchedWorld)
 
 
 def test_the_simulator_sees_a_message_that_two_members_have(
@@ -16651,7 +16666,7 @@ def test_the_simulator_sees_a_message_that_two_members_have(
     monkeypatch.setattr(
         ironflow.Transaction, "due_deliveries", lambda tx, name, limit: tx._rows(
             ironflow.Delivery, "delivery WHERE state IN ('due', 'out') LIMIT :n", n=limit))
-    caught("went to ., and is")
+    caught("went to ., and is", WatchedWorld)
 
 
 def test_the_simulator_sees_a_group_that_is_told_of_what_is_not_on_disk(
@@ -16668,7 +16683,7 @@ def test_the_simulator_sees_a_group_that_is_told_of_what_is_not_on_disk(
             await group.again.wait()
 
     monkeypatch.setattr(ironflow.Group, "deal", deal)
-    caught("is not dealt out to it on disk")
+    caught("is not dealt out to it on disk", WatchedWorld)
 
 
 # ======================================================================================
