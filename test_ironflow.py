@@ -37,6 +37,7 @@ import py_compile
 import pydoc
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -3143,10 +3144,10 @@ def test_no_request_makes_a_500(server: RunningServer, door: str, body: bytes) -
 
 def messages_of(server: RunningServer) -> list[ironflow.Message]:
     """All that subscribers would have heard; the view `topic` says the same."""
+    view = server.rows("SELECT seq, topic FROM topic ORDER BY seq")
     db = sqlite3.connect(f"{server.db.as_uri()}?mode=ro", uri=True)
     with contextlib.closing(db):
-        messages = ironflow.Queries(db).messages(ironflow.Interest((">",)), 0).messages
-    view = server.rows("SELECT seq, topic FROM topic ORDER BY seq")
+        messages = ironflow.Queries(db).messages_at([seq for seq, _ in view])
     assert view == [(message.seq, message.topic) for message in messages]
     return messages
 
@@ -10984,6 +10985,201 @@ def test_without_a_file_every_secret_is_unknown(bench: Bench) -> None:
 @pytest.mark.parametrize("secrets", ["key", [7], [""], [None], {"key": "v"}])
 def test_secrets_are_declared_by_name(shared: RunningServer, secrets: Any) -> None:
     assert code(register(shared, secrets=secrets)) == INVALID
+
+
+# ======================================================================================
+# Patterns
+# ======================================================================================
+# What a subscriber names. `selects` is the plain rule; `Index` answers for thousands of
+# subscribers at once, and is held against it.
+
+BAD_PATTERNS = [
+    "", ".", "..", "a.", ".a", "a..b", "a*", "*b", "ord*", "a.b*", "a.*b.c", "**", ">>", "*>",
+    ">.a", "a.>.b", ">.>", "system.run.>.>", "events:>.a", "a>", ">a", " ", "a b", " a", "a ",
+    "a\t", "a\n", "\n", "a\u00a0b", "a\u2028b", "a\0", "a\x7f", "\x85", "events:", "topic:",
+    "entity:", "events:.a", "events:a.", "events:a..b", "events:ord*", "system.", "system..a",
+    "system.run.", "a" * 1025,
+]
+GOOD_PATTERNS = [
+    "*", ">", "a", "a.*", "a.>", "*.a", "*.*", "*.>", "a.*.b", "a.*.*.>", "events:>", "events:*",
+    "events:a", "topic:>", "topic:a.*", "entity:user.1.>", "entity:*.*.created", "system.>",
+    "system.run.>", "system.run.*", "system.run.*.created", "system.run.run_1.step.>",
+    "system.run.run_1.step.run_1:a:0.*", "system.secret.*.deleted", "system", "systematic.a",
+    "order:placed", "events:events:a", "é.ü", "A-b_c/d~e", "a" * 1024,
+]
+
+
+@pytest.mark.parametrize("pattern", BAD_PATTERNS, ids=repr)
+def test_what_is_no_pattern_is_refused(pattern: str) -> None:
+    with pytest.raises(ironflow.InvalidInput) as refused:
+        ironflow.check_pattern(pattern)
+    assert refused.value.message
+
+
+@pytest.mark.parametrize("pattern", GOOD_PATTERNS, ids=lambda pattern: repr(pattern[:40]))
+def test_a_pattern_is_taken_as_it_was_given(pattern: str) -> None:
+    assert ironflow.check_pattern(pattern) == pattern
+
+
+EVERYTHING = [
+    "events:a", "events:a.b", "events:order.placed", "events:order", "events:order.item.added",
+    "events:a..b", "events:..", "events:topic:a", "events:system.run.x.created",
+    "events:order:placed", "topic:a", "topic:order.placed", "topic:notifications",
+    "topic:notifications.mail", "topic:notifications.mail.sent", "system.run.run_1.created",
+    "system.run.run_2.updated", "system.run.run_2.created",
+    "system.run.run_1.step.run_1:a:0.created", "system.run.run_1.step.run_1:a.b:0.completed",
+    "system.run.run_2.step.run_2:a:0.created", "system.function.f.registered",
+    "system.function.f.g.registered", "system.worker.w.connected", "system.secret.s.deleted",
+    "entity:user.1.created", "entity:user.1",
+]
+SELECTS: dict[str, str | list[str]] = {  # pattern: which of those it selects
+    ">": EVERYTHING,
+    "events:>": [topic for topic in EVERYTHING if topic.startswith("events:")],
+    "topic:>": [topic for topic in EVERYTHING if topic.startswith("topic:")],
+    "system.>": [topic for topic in EVERYTHING if topic.startswith("system.")],
+    "entity:>": "entity:user.1.created entity:user.1",
+    "entity:user.1.>": "entity:user.1.created",
+    "entity:*.*": "entity:user.1",
+    "events:a": "events:a",
+    "events:*": "events:a events:order events:topic:a events:order:placed",
+    "events:a.*": "events:a.b",
+    "events:a.>": "events:a.b events:a..b",
+    "events:a.*.b": "events:a..b",
+    "events:*.*.*": "events:order.item.added events:a..b events:..",
+    "events:order.*": "events:order.placed",
+    "events:order.>": "events:order.placed events:order.item.added",
+    "events:*.placed": "events:order.placed",
+    "events:ORDER.placed": "",
+    "events:topic:a": "events:topic:a",
+    "events:system.run.*.*": "events:system.run.x.created",
+    "events:system.run.*": "",
+    "topic:notifications.>": "topic:notifications.mail topic:notifications.mail.sent",
+    "topic:notifications.*": "topic:notifications.mail",
+    "topic:notifications": "topic:notifications",
+    "a": "events:a topic:a",
+    "order.placed": "events:order.placed topic:order.placed",
+    "order.*": "events:order.placed topic:order.placed",
+    "order.>": "events:order.placed events:order.item.added topic:order.placed",
+    "*": "events:a events:order events:topic:a events:order:placed topic:a topic:notifications",
+    "*.placed": "events:order.placed topic:order.placed",
+    "order:placed": "events:order:placed",
+    "*.run.>": "events:system.run.x.created",
+    "run.>": "",
+    "system": "",
+    "system.run": "",
+    "system.run.*": "system.run.run_1.created system.run.run_2.updated system.run.run_2.created",
+    "system.run.run_2.*": "system.run.run_2.updated system.run.run_2.created",
+    "system.run.*.created": "system.run.run_1.created system.run.run_2.created",
+    "system.run.>": [topic for topic in EVERYTHING if topic.startswith("system.run.")],
+    "system.run.run_1.>": [t for t in EVERYTHING if t.startswith("system.run.run_1.")],
+    "system.run.run_1.step.>": "system.run.run_1.step.run_1:a:0.created "
+                               "system.run.run_1.step.run_1:a.b:0.completed",
+    "system.run.run_1.step.*.created": "system.run.run_1.step.run_1:a:0.created",
+    "system.run.*.step.*.*": "system.run.run_1.step.run_1:a:0.created "
+                             "system.run.run_2.step.run_2:a:0.created",
+    "system.function.*": "system.function.f.registered",
+    "system.function.f.>": "system.function.f.registered system.function.f.g.registered",
+    "system.worker.*": "system.worker.w.connected",
+    "system.secret.*": "system.secret.s.deleted",
+    "system.secret.s.*": "system.secret.s.deleted",
+    "system.secret.*.deleted": "system.secret.s.deleted",
+    "system.secret.*.created": "",
+}
+
+
+@pytest.mark.parametrize("pattern", SELECTS)
+def test_a_pattern_selects_topics(pattern: str) -> None:
+    selected = SELECTS[pattern]
+    selected = selected.split() if isinstance(selected, str) else selected
+    assert ironflow.check_pattern(pattern) == pattern
+    assert [t for t in EVERYTHING if ironflow.selects(pattern, t)] == [
+        t for t in EVERYTHING if t in selected]
+
+
+def index_of(patterns: Sequence[str]) -> ironflow.Index[int]:
+    """An index in which each pattern's value is its place in the list."""
+    index = ironflow.Index[int]()
+    for i, pattern in enumerate(patterns):
+        for plain in ironflow.spread(pattern):
+            index.add(plain, i)
+    return index
+
+
+words = st.sampled_from(["a", "b", "run", "a:b", "created"])
+odd_words = words | st.sampled_from(["*", ">", "", "a*", "events:", "topic:a", "system"])
+prefixes = st.sampled_from(["", "events:", "topic:", "entity:", "system.", "system.run."])
+wanted_patterns = st.builds(
+    lambda prefix, middle, last: prefix + ".".join([*middle, last]),
+    prefixes, st.lists(words | st.just("*"), max_size=3),
+    words | st.sampled_from(["*", ">", ">"]),
+) | st.just(">")
+found_topics = st.builds(
+    lambda prefix, segments: prefix + ".".join(segments),
+    st.sampled_from(["events:", "topic:", "entity:", "system.", "system.run."]),
+    st.lists(odd_words, min_size=1, max_size=4),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(wanted_patterns, max_size=8), found_topics)
+@example(["*", ">", "a"], "events:*")
+@example(["events:*", "events:>"], "events:>")
+@example(["events:*.a", "events:>"], "events:.a")
+@example([">", ">", "a.>", "events:a.*"], "events:a.b")
+def test_the_index_finds_what_the_plain_rule_selects(patterns: list[str], topic: str) -> None:
+    for pattern in patterns:
+        ironflow.check_pattern(pattern)
+    found = [*index_of(patterns).find(ironflow.dotted(topic))]
+    assert sorted(found) == [
+        i for i, pattern in enumerate(patterns) if ironflow.selects(pattern, topic)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(wanted_patterns, max_size=8), found_topics, st.randoms())
+def test_what_is_removed_from_the_index_leaves_nothing(
+    patterns: list[str], topic: str, draw: random.Random
+) -> None:
+    index, left = index_of(patterns), [*range(len(patterns))]
+    draw.shuffle(left)
+    while left:
+        gone = left.pop()
+        for plain in ironflow.spread(patterns[gone]):
+            index.remove(plain, gone)
+        selected = [i for i in left if ironflow.selects(patterns[i], topic)]
+        assert sorted(index.find(ironflow.dotted(topic))) == sorted(selected)
+    assert len(index) == 0
+
+
+def bytecodes(work: Callable[[], T]) -> tuple[int, T]:
+    """How many instructions of Python it takes, whatever the speed of the machine."""
+    counted = count()
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            next(counted)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        done = work()
+    finally:
+        sys.settrace(None)
+    return next(counted), done
+
+
+def test_finding_subscribers_takes_no_longer_with_100_000_other_patterns() -> None:
+    wanted = ["system.run.run_1.*", "system.run.>", "system.run.*", ">"]
+    work = []
+    for others in 10, 100_000:
+        crowd = [f"system.run.other_{n}.>" if n % 2 else f"events:other_{n}.*.>"
+                 for n in range(others)]
+        index = index_of(wanted + crowd)
+        topic = "system.run.run_1.created"
+        spent, found = bytecodes(partial(index.find, topic))
+        assert sorted(found) == [0, 1, 2, 3]
+        work.append(spent)
+    assert 0 < work[1] <= 2 * work[0]
 
 
 # ======================================================================================
