@@ -11183,6 +11183,652 @@ def test_finding_subscribers_takes_no_longer_with_100_000_other_patterns() -> No
 
 
 # ======================================================================================
+# Watching: over a WebSocket
+# ======================================================================================
+# Clients made of bytes, so that a test decides what they read, what they answer and when
+# they die. That something is not delivered is seen by what comes next: each subscription
+# is told everything in order.
+
+TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a subscriber was told, at whichever door."""
+
+    seq: int
+    topic: str
+    data: Any
+    event_id: str
+
+    @property
+    def n(self) -> Any:
+        return self.data["n"]
+
+
+def as_told(message: ironflow.Message) -> Told:
+    return Told(message.seq, message.topic, json.loads(message.data), message.event_id)
+
+
+class Closed(Exception):
+    """The server closed the WebSocket; the code it gave, 1006 for none."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@contextlib.contextmanager
+def closed_if_it_fails(stream: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        stream.close()
+        raise
+
+
+def narrow(server: RunningServer, buffer: int) -> socket.socket:
+    """A connection to a server; with a buffer, one that is soon full if nobody reads."""
+    line = socket.socket()
+    if buffer:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    line.settimeout(DEADLINE_S)
+    with closed_if_it_fails(line):
+        line.connect(("127.0.0.1", server.port))
+    return line
+
+
+class WebSocket:
+    """A client of `/ws`. Answers pings as the SDKs' libraries do, when it reads."""
+
+    def __init__(self, server: RunningServer, query: str = "", buffer: int = 0,
+                 **headers: str) -> None:
+        self.line = narrow(server, buffer)
+        said = {"Host": "localhost", "Upgrade": "websocket", "Connection": "Upgrade",
+                "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "c29tZSByYW5kb20gYml0cw=="}
+        said |= {name.replace("_", "-"): value for name, value in headers.items()}
+        head = f"GET /ws{query} HTTP/1.1\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in said.items())
+        self.unread, self.heard, self.begins_at = bytearray(), list[Any](), -1
+        with closed_if_it_fails(self):
+            self.line.sendall(f"{head}\r\n".encode("latin-1"))
+            while b"\r\n\r\n" not in self.unread:
+                self._receive()
+        first, _, rest = self._read(self.unread.index(b"\r\n\r\n") + 4).partition(b"\r\n")
+        self.status = int(first.split()[1])
+        self.headers = http.client.parse_headers(io.BytesIO(rest))
+
+    def __enter__(self) -> WebSocket:
+        assert self.status == 101, self.body()
+        return self
+
+    def body(self) -> Any:
+        """What came instead of the upgrade."""
+        return json.loads(self._read(int(self.headers["Content-Length"])))
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No goodbye."""
+        self.line.close()
+
+    def send_frame(self, opcode: int, payload: bytes, last: bool = True,
+                   mask: bytes = b"mask") -> None:
+        size = len(payload)
+        short = size if size < 126 else 126 if size < 65536 else 127
+        head = bytes([opcode | last << 7, short | (128 if mask else 0)])
+        head += struct.pack(">H", size) if short == 126 else b""
+        head += struct.pack(">Q", size) if short == 127 else b""
+        if mask:
+            whole = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+            payload = (int.from_bytes(payload, "big") ^ whole).to_bytes(size, "big")
+        self.line.sendall(head + mask + payload)
+
+    def send(self, message: Any) -> None:
+        """A text frame: bytes as they are, anything else as JSON."""
+        text = message if isinstance(message, bytes) else json.dumps(message).encode()
+        self.send_frame(TEXT_FRAME, text)
+
+    def frame(self) -> tuple[int, bytes]:
+        head = self._read(2)
+        assert head[0] & 0x70 == 0, "compressed"
+        assert head[0] & 0x80 and not head[1] & 0x80, "in pieces, or masked"
+        size = head[1]
+        if size > 125:
+            size = int.from_bytes(self._read(2 if size == 126 else 8), "big")
+        return head[0] & 15, self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        while len(self.unread) < size:
+            self._receive()
+        found = bytes(self.unread[:size])
+        del self.unread[:size]
+        return found
+
+    def _receive(self) -> None:
+        if not (part := self.line.recv(65536)):
+            raise Closed(1006)
+        self.unread += part
+
+    def text(self) -> bytes:
+        """The next message as it came."""
+        while True:
+            opcode, payload = self.frame()
+            if opcode == PING:
+                self.send_frame(PONG, payload)
+            elif opcode == CLOSE:
+                raise Closed(int.from_bytes(payload[:2], "big") or 1005)
+            else:
+                assert opcode == TEXT_FRAME
+                return payload
+
+    def hear(self) -> Any:
+        """The next message, once what was heard while looking for another is over."""
+        if self.heard:
+            return self.heard.pop(0)
+        said = json.loads(self.text().decode())
+        assert not has_null({**said, "data": {}}), said
+        return said
+
+    def hear_of(self, kind: str) -> Any:
+        """The next message of this type; what comes before it is heard later."""
+        before = []
+        while (said := self.hear())["type"] != kind:
+            before.append(said)
+        self.heard[:0] = before
+        return said
+
+    def closed(self) -> int:
+        """The code of the close that has to come, whatever is said before it."""
+        with pytest.raises(Closed) as closed:
+            while True:
+                self.hear()
+        return closed.value.code
+
+    def ask(self, pattern: Any, **options: Any) -> None:
+        self.send({"type": "subscribe",
+                   "subscription": {"pattern": pattern, "options": options}})
+
+    def result(self) -> Any:
+        (result,) = self.hear_of("subscription_result")["results"]
+        return result
+
+    def subscribe(self, pattern: str, **options: Any) -> Any:
+        """The result of a subscription that has to be taken."""
+        self.ask(pattern, **options)
+        result = self.result()
+        assert (result["pattern"], result["status"]) == (pattern, "ok"), result
+        return result
+
+    def refused(self, pattern: Any, **options: Any) -> str:
+        """Why one is not taken."""
+        self.ask(pattern, **options)
+        result = self.result()
+        assert result.keys() == {"pattern", "status", "code", "message"}
+        assert (result["pattern"], result["status"]) == (pattern, "error")
+        assert result["message"]
+        return str(result["code"])
+
+    def event(self) -> Any:
+        """The event that has to come next."""
+        said = self.hear()
+        assert said["type"] == "event", said
+        return said
+
+    def events(self, number: int) -> list[Any]:
+        return [self.event() for _ in range(number)]
+
+    def told(self) -> Told:
+        """The next event of a subscription with metadata."""
+        said = self.event()
+        return Told(said["meta"]["sequence"], said["topic"], said["data"], said["eventId"])
+
+    def unsubscribe(self, subscription_id: str) -> None:
+        self.send({"type": "unsubscribe", "subscriptionId": subscription_id})
+
+    def ack(self, event: Any, kind: str = "ack", **more: Any) -> None:
+        self.send({"type": "ack", "eventId": event["eventId"], "ackType": kind} | more)
+
+
+def counted(events: Sequence[Any]) -> list[Any]:
+    return [event["data"]["n"] for event in events]
+
+
+@pytest.fixture
+def watcher(shared: RunningServer) -> Iterator[WebSocket]:
+    with WebSocket(shared) as ws:
+        yield ws
+
+
+def test_an_event_is_told_to_who_subscribed(shared: RunningServer, watcher: WebSocket) -> None:
+    result = watcher.subscribe(f"events:{(name := new_name())}")
+    assert result.keys() == {"pattern", "status", "subscriptionId", "sequence"}
+    event = shared.emit(name, {"n": 1})
+    assert watcher.event() == {
+        "type": "event", "subscriptionId": result["subscriptionId"], "topic": f"events:{name}",
+        "data": {"n": 1}, "eventId": event["id"]}
+
+
+def test_options_may_be_left_out(shared: RunningServer, watcher: WebSocket) -> None:
+    name = new_name()
+    for subscription in {"pattern": name}, {"pattern": f"{name}.*", "options": None}:
+        watcher.send({"type": "subscribe", "subscription": subscription})
+        assert watcher.result()["status"] == "ok"
+    shared.emit(name)
+    assert watcher.event()["topic"] == f"events:{name}"
+
+
+def test_a_published_message_is_told_under_its_sequence(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    watcher.subscribe(name := new_name(), includeMetadata=True)
+    found = publish(shared, name, {"n": 1})
+    event = watcher.event()
+    assert (event["topic"], event["eventId"]) == (f"topic:{name}", found["eventId"])
+    assert event["meta"]["sequence"] == int(found["sequence"])
+
+
+def test_metadata_comes_when_it_is_asked_for(shared: RunningServer, watcher: WebSocket) -> None:
+    watcher.subscribe(f"events:{(name := new_name())}", includeMetadata=True)
+    event = shared.emit(name)
+    ((seq, at),) = shared.rows("SELECT seq, at FROM journal WHERE event_id = ?", event["id"])
+    meta = watcher.event()["meta"]
+    assert type(meta["sequence"]) is int
+    assert meta == {"timestamp": ironflow.to_rfc3339(at), "sequence": seq}
+
+
+@pytest.mark.parametrize("data", [None, True, 0, -1.5, 2**53 + 1, "", "\u20ac \U0001f600 \0",
+                                  [1, None], {}, {"a": {"b": []}}, {"a": None}])
+def test_any_data_is_told_as_it_was(
+    shared: RunningServer, watcher: WebSocket, data: Any
+) -> None:
+    watcher.subscribe(name := new_name())
+    shared.yes("POST", "/api/v1/events", {"name": name, "data": data})
+    assert watcher.event()["data"] == data
+
+
+def test_state_changes_are_told_though_nobody_emitted_them(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    watcher.subscribe(f"system.function.{(name := new_name())}.*")
+    watcher.subscribe("system.run.*")
+    shared.register(name, name)
+    assert watcher.event()["topic"] == f"system.function.{name}.registered"
+    (run_id,) = shared.emit(name)["run_ids"]
+    said = watcher.event()
+    while run_id not in said["topic"]:  # another test's
+        said = watcher.event()
+    assert said["topic"] == f"system.run.{run_id}.created"
+    assert (said["data"]["id"], said["data"]["functionId"]) == (run_id, name)
+
+
+def test_the_result_comes_before_the_first_event_and_says_from_where_on(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    name = new_name()
+    with ThreadPoolExecutor(1) as other:
+        emitting = other.submit(lambda: [shared.emit(name, {"n": n}) for n in range(30)])
+        results = list[Any]()
+        for _ in range(30):
+            watcher.ask(f"events:{name}", includeMetadata=True)
+        for _ in range(30):
+            while (said := watcher.hear())["type"] == "event":
+                known = {result["subscriptionId"]: result["sequence"] for result in results}
+                assert said["meta"]["sequence"] > known[said["subscriptionId"]]
+            results += said["results"]
+        emitting.result()
+    assert len({result["subscriptionId"] for result in results}) == 30
+
+
+@pytest.mark.parametrize("pattern", [
+    "events:é.>", "events:a-\U0001f600", 'events:"quoted"', "events:back\\slash", "events:<&/"])
+def test_the_pattern_is_echoed_byte_for_byte(watcher: WebSocket, pattern: str) -> None:
+    watcher.subscribe(pattern)
+
+
+@pytest.mark.parametrize("pattern", [p for p in BAD_PATTERNS if len(p) < 9], ids=repr)
+def test_a_bad_pattern_is_an_error_result_that_echoes_it(
+    watcher: WebSocket, pattern: str
+) -> None:
+    assert watcher.refused(pattern) == "INVALID_PATTERN"
+
+
+def test_an_id_depends_on_what_was_asked_and_on_how_often(shared: RunningServer) -> None:
+    """JavaScript clients never learn a new id after a reconnect."""
+    pattern = f"events:{new_name()}"
+
+    def ids() -> list[str]:
+        with WebSocket(shared) as ws:
+            return [ws.subscribe(*asked, **options)["subscriptionId"]
+                    for asked, options in (
+                        ([pattern], {}), ([pattern], {}), ([f"{pattern}.a"], {}),
+                        ([pattern], {"namespace": "default"}), ([pattern], {}))]
+
+    first = ids()
+    assert first == ids()
+    assert len({*first}) == 5
+    text = f"{pattern}\0default\0\0000"
+    assert first[0] == f"sub_{hashlib.sha1(text.encode()).hexdigest()[:16]}"
+
+
+def test_an_id_that_became_free_is_given_again(watcher: WebSocket) -> None:
+    pattern = f"events:{new_name()}"
+    first, second, third = (watcher.subscribe(pattern)["subscriptionId"] for _ in range(3))
+    watcher.unsubscribe(second)
+    assert watcher.subscribe(pattern)["subscriptionId"] == second
+    assert watcher.subscribe(pattern)["subscriptionId"] not in (first, second, third)
+
+
+def test_the_same_pattern_twice_is_told_twice(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    name = new_name()
+    ids = {watcher.subscribe(f"events:{name}")["subscriptionId"] for _ in range(2)}
+    event = shared.emit(name)
+    told = watcher.events(2)
+    assert {said["eventId"] for said in told} == {event["id"]}
+    assert {said["subscriptionId"] for said in told} == ids
+
+
+def test_who_unsubscribed_is_told_no_more(shared: RunningServer, watcher: WebSocket) -> None:
+    name = new_name()
+    gone = watcher.subscribe(f"events:{name}")["subscriptionId"]
+    shared.emit(name, {"n": 1})
+    assert watcher.event()["subscriptionId"] == gone
+    watcher.unsubscribe(gone)
+    stays = watcher.subscribe(f"events:{name}.>")["subscriptionId"]  # answered after it
+    shared.emit(name, {"n": 2})
+    shared.emit(f"{name}.x", {"n": 3})
+    said = watcher.event()
+    assert (said["subscriptionId"], said["data"]) == (stays, {"n": 3})
+
+
+def test_unsubscribing_from_what_is_not_there_means_nothing(watcher: WebSocket) -> None:
+    for unknown in "sub_0", "", "x" * 1000:
+        watcher.unsubscribe(unknown)
+    watcher.subscribe(new_name())
+
+
+def test_acks_without_a_group_are_taken_and_mean_nothing(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    watcher.subscribe(name := new_name(), ackMode="manual")
+    shared.emit(name, {"n": 1})
+    event = watcher.event()
+    for kind in "ack", "nak", "term":
+        watcher.ack(event, kind)
+        watcher.ack(event, kind, subscriptionId=event["subscriptionId"], redeliverDelay=1)
+    shared.emit(name, {"n": 2})
+    assert watcher.event()["data"] == {"n": 2}
+
+
+NO_MESSAGES: dict[str, bytes] = {
+    "empty": b"", "half": b'{"type":"subscribe"', "a list": b"[]", "text": b'"subscribe"',
+    "null": b"null", "a number": b"7", "no type": b"{}", "type 7": b'{"type":7}',
+    "an unknown type": b'{"type":"sing"}', "type null": b'{"type":null}',
+    "a server's type": b'{"type":"event","subscriptionId":"s","topic":"a","data":{}}',
+    "NaN": b'{"type":"subscribe","subscription":{"pattern":"a","options":{"replay":NaN}}}',
+    "a surrogate": rb'{"type":"subscribe","subscription":{"pattern":"\ud800"}}',
+    "deep": b"[" * 5000, "two": b"{} {}",
+    "no subscription": b'{"type":"subscribe"}',
+    "subscription []": b'{"type":"subscribe","subscription":[]}',
+    "no pattern": b'{"type":"subscribe","subscription":{}}',
+    "pattern 7": b'{"type":"subscribe","subscription":{"pattern":7}}',
+    "pattern null": b'{"type":"subscribe","subscription":{"pattern":null}}',
+    "id 7": b'{"type":"unsubscribe","subscriptionId":7}',
+    "event id 7": b'{"type":"ack","eventId":7,"ackType":"ack"}',
+    "ack type sing": b'{"type":"ack","eventId":"e","ackType":"sing"}',
+    "ack type 7": b'{"type":"ack","eventId":"e","ackType":7}',
+    "a delay of text": b'{"type":"ack","eventId":"e","ackType":"nak","redeliverDelay":"x"}',
+    "a negative delay": b'{"type":"ack","eventId":"e","ackType":"nak","redeliverDelay":-1}',
+}
+
+
+@pytest.mark.parametrize("text", NO_MESSAGES.values(), ids=NO_MESSAGES)
+def test_a_message_that_is_none_is_answered_and_the_socket_stays(
+    watcher: WebSocket, text: bytes
+) -> None:
+    watcher.send(text)
+    said = watcher.hear()
+    if said["type"] == "subscription_result":  # of one without a pattern, there is no more
+        (said,) = said["results"]
+    assert said["code"] in ("INVALID_MESSAGE", "INVALID_PATTERN", "INVALID_OPTION")
+    assert said["message"]
+    watcher.subscribe(new_name())
+
+
+def one_wrong(values: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """An object for each of the values, with that member alone."""
+    return [{name: value} for name, wrong in values.items() for value in wrong]
+
+
+@pytest.mark.parametrize("options", one_wrong({
+    "replay": ["x", -1, 1.5, True, [], {}, 2**60],
+    "startAfterSequence": ["x", -1, 1.5, True, [], {}], "includeMetadata": ["x", 1, []],
+    "filter": [7, True, [], {}], "consumerGroup": [7, True, [], {}], "ackMode": ["sing", 7, [1]],
+    "backpressure": ["sing", 7, {"a": 1}], "namespace": [7, [], "other"],
+}), ids=json.dumps)
+def test_an_option_of_the_wrong_kind_is_an_error_result(
+    watcher: WebSocket, options: dict[str, Any]
+) -> None:
+    assert watcher.refused(new_name(), **options) == "INVALID_OPTION"
+
+
+def test_options_that_are_no_object_are_an_error_result(watcher: WebSocket) -> None:
+    wrong: list[Any] = [[], "x", 7]
+    for options in wrong:
+        asked = {"pattern": (name := new_name()), "options": options}
+        watcher.send({"type": "subscribe", "subscription": asked})
+        result = watcher.result()
+        assert (result["pattern"], result["code"]) == (name, "INVALID_OPTION")
+
+
+def test_a_hundred_bad_messages_are_answered_then_the_socket_is_closed(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    watcher.subscribe(name := new_name())
+    for _ in range(99):
+        watcher.send(b"{")
+        assert watcher.hear()["code"] == "INVALID_MESSAGE"
+    shared.emit(name, {"n": 1})
+    assert watcher.event()["data"] == {"n": 1}  # it is still served
+    for _ in range(2):
+        watcher.send(b"{")
+    assert watcher.closed() == 1008
+
+
+ws_members = st.sampled_from([
+    "type", "subscription", "pattern", "options", "replay", "filter", "consumerGroup", "ackMode",
+    "backpressure", "namespace", "startAfterSequence", "subscriptionId", "eventId", "ackType",
+    "redeliverDelay"])
+ws_values = st.recursive(
+    scalars | st.sampled_from(["subscribe", "unsubscribe", "ack", "nak", "a.>", "x.*", "manual"]),
+    lambda inside: st.lists(inside, max_size=2)
+    | st.dictionaries(ws_members, inside, max_size=5), max_leaves=12)
+ws_messages = st.fixed_dictionaries(
+    {"type": st.sampled_from(["subscribe", "unsubscribe", "ack"])},
+    optional={"subscription": ws_values | st.fixed_dictionaries(
+        {"pattern": ws_values, "options": ws_values}), "subscriptionId": ws_values,
+        "eventId": ws_values, "ackType": ws_values, "redeliverDelay": ws_values})
+
+
+def frames(texts: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
+    return texts.map(json.dumps).map(str.encode)
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[*HealthCheck])
+@given(st.lists(frames(ws_messages) | frames(ws_values) | st.text().map(str.encode),
+                min_size=20, max_size=60))
+def test_no_message_breaks_a_socket(shared: RunningServer, texts: list[bytes]) -> None:
+    """Each is answered, if it asks for an answer, and the socket is served on."""
+    with WebSocket(shared) as ws:
+        for text in texts:
+            ws.send(text)
+        name = new_name()
+        ws.ask(name)
+        while True:
+            said = ws.hear()
+            if said["type"] == "subscription_result" and said["results"][0]["pattern"] == name:
+                break
+            assert said.get("code") != "INTERNAL_ERROR"
+        assert said["results"][0]["status"] == "ok"
+
+
+@pytest.mark.parametrize(("payload", "code"), [
+    (b"x" * (64 * 1024 + 1), 1009), (b'"' + b"x" * 70_000 + b'"', 1009), (b"\xff\xfe", 1007),
+], ids=["64 KiB and one", "70,000", "no UTF-8"])
+def test_a_frame_that_cannot_be_read_closes_the_socket(
+    watcher: WebSocket, payload: bytes, code: int
+) -> None:
+    watcher.send_frame(TEXT_FRAME, payload)
+    assert watcher.closed() == code
+
+
+def test_a_message_of_64_kib_is_read(watcher: WebSocket) -> None:
+    text = json.dumps({"type": "subscribe", "subscription": {"pattern": (name := new_name())}})
+    watcher.send(text.ljust(64 * 1024).encode())
+    assert watcher.result()["pattern"] == name
+
+
+def test_a_message_may_come_in_pieces(watcher: WebSocket) -> None:
+    text = json.dumps({"type": "subscribe", "subscription": {"pattern": (name := new_name())}})
+    watcher.send_frame(TEXT_FRAME, text[:20].encode(), last=False)
+    watcher.send_frame(PING, b"between")
+    watcher.send_frame(0, text[20:].encode())
+    opcode, payload = watcher.frame()
+    assert (opcode, payload) == (PONG, b"between")
+    assert watcher.result()["pattern"] == name
+
+
+def test_a_binary_message_is_a_bad_one(watcher: WebSocket) -> None:
+    watcher.send_frame(BINARY_FRAME, b'{"type":"unsubscribe","subscriptionId":"x"}')
+    assert watcher.hear()["code"] == "INVALID_MESSAGE"
+    watcher.subscribe(new_name())
+
+
+def test_pings_are_answered(watcher: WebSocket) -> None:
+    for payload in b"", b"are you there", b"x" * 125:
+        watcher.send_frame(PING, payload)
+        assert watcher.frame() == (PONG, payload)
+
+
+@pytest.mark.parametrize("number", [1000, 1001, 3000])
+def test_a_goodbye_is_answered(watcher: WebSocket, number: int) -> None:
+    watcher.send_frame(CLOSE, struct.pack(">H", number))
+    assert watcher.closed() in (1000, number)
+    assert watcher.line.recv(1) == b""
+
+
+def test_1000_subscriptions_fit_on_a_socket_and_no_more(watcher: WebSocket) -> None:
+    name = new_name()
+    for n in range(1000):
+        watcher.ask(f"{name}.{n}")
+    results = [watcher.result() for _ in range(1000)]
+    assert {result["status"] for result in results} == {"ok"}
+    assert watcher.refused(f"{name}.more") == "LIMIT_EXCEEDED"
+    watcher.unsubscribe(results[7]["subscriptionId"])
+    watcher.subscribe(f"{name}.more")
+
+
+@pytest.mark.parametrize(("who", "status"), [
+    ({"query": "?token=ifkey_1"}, 101), ({"Authorization": "Bearer ifkey_1"}, 101),
+    ({"query": "?env=default&token=ifkey_1"}, 101), ({}, 401), ({"query": "?token="}, 401),
+    ({"query": "?token=ifkey_2"}, 401), ({"query": "?token=ifkey_11"}, 401),
+    ({"Authorization": "Bearer ifkey_2"}, 401), ({"query": "?token=%FF"}, 401),
+])
+def test_a_key_opens_the_socket(keyed: RunningServer, who: Any, status: int) -> None:
+    with contextlib.closing(WebSocket(keyed, **who)) as ws:
+        assert ws.status == status
+        if status == 401:
+            assert ws.body()["code"] == "unauthenticated"
+        else:
+            ws.subscribe(name := new_name())
+            headers = {"Authorization": "Bearer ifkey_1"}
+            keyed.call("POST", "/api/v1/events", {"name": name}, headers)
+            assert ws.event()["topic"] == f"events:{name}"
+
+
+def test_a_token_in_the_query_opens_no_other_door(keyed: RunningServer) -> None:
+    answer = keyed.call("GET", "/api/v1/runs?token=ifkey_1")
+    assert code(answer) == (401, "unauthenticated")
+
+
+@pytest.mark.parametrize(("who", "status"), [
+    ({"query": "?env=default"}, 101), ({"query": "?env="}, 101), ({"query": "?env=other"}, 400),
+    ({"X_Ironflow_Environment": "default"}, 101), ({"X_Ironflow_Environment": "other"}, 400),
+    ({"Host": "box.lan"}, 101), ({"Host": "evil.example"}, 403),
+    ({"Origin": "http://localhost:3000"}, 101), ({"Origin": "https://app.example"}, 101),
+    ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403),
+])
+def test_who_may_not_call_may_not_watch(
+    shared: RunningServer, who: Any, status: int
+) -> None:
+    with contextlib.closing(WebSocket(shared, **who)) as ws:
+        assert ws.status == status
+        if status != 101:
+            assert ws.body()["message"]
+
+
+@pytest.mark.parametrize("headers", [
+    {"Upgrade": "h2c"}, {"Connection": "close"}, {"Sec_WebSocket_Version": "6"},
+    {"Sec_WebSocket_Key": "short"}])
+def test_what_is_no_upgrade_is_a_bad_request(shared: RunningServer, headers: Any) -> None:
+    with contextlib.closing(WebSocket(shared, **headers)) as ws:
+        assert ws.status == 400
+        assert ws.body()["code"] == "invalid_argument"
+
+
+def test_the_socket_is_upgraded_as_the_rfc_says(watcher: WebSocket) -> None:
+    told = f"{'c29tZSByYW5kb20gYml0cw=='}258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    accept = base64.b64encode(hashlib.sha1(told.encode()).digest()).decode()
+    assert watcher.headers["Sec-WebSocket-Accept"] == accept
+
+
+def test_compression_that_is_offered_is_not_taken(shared: RunningServer) -> None:
+    offer = "permessage-deflate; client_max_window_bits"
+    with WebSocket(shared, Sec_WebSocket_Extensions=offer) as ws:
+        assert "Sec-WebSocket-Extensions" not in ws.headers
+        ws.subscribe(name := new_name())
+        shared.emit(name, {"text": "x" * 1000})
+        assert ws.event()["data"] == {"text": "x" * 1000}
+
+
+def test_a_stop_closes_with_a_code_after_which_clients_come_back(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, WebSocket(server) as busy, WebSocket(server) as idle:
+        busy.subscribe(">")
+        event = server.emit()
+        assert server.stop() == 0
+        assert busy.event()["eventId"] == event["id"]
+        assert (busy.closed(), idle.closed()) == (1001, 1001)
+
+
+def test_a_stop_does_not_wait_for_ever_for_who_does_not_read(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, WebSocket(server, buffer=4096) as stuck:
+        stuck.subscribe(">")
+        pour(server, 100)
+        assert server.stop() == 0
+
+
+def test_the_server_asks_the_silent_whether_they_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ironflow, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(ironflow, "PING_S", 0.02)
+
+    def program(server: RunningServer) -> None:
+        with WebSocket(server) as ws:
+            ws.subscribe("events:>")
+            opcode, payload = ws.frame()
+            assert opcode == PING
+            ws.send_frame(PONG, payload)
+            server.emit()
+            assert ws.event()["topic"] == "events:order.placed"
+
+    inside(tmp_path, {}, program)
+
+
+# ======================================================================================
 # Push handlers
 # ======================================================================================
 # Posts as a server sends them, made by hand, to the three doors of one core.
