@@ -11829,6 +11829,443 @@ def test_the_server_asks_the_silent_whether_they_are_there(
 
 
 # ======================================================================================
+# Watching: server-sent events
+# ======================================================================================
+
+STREAM = "/api/v1/stream"
+
+
+class EventStream:
+    """What `curl -N` sees of a stream, block by block."""
+
+    def __init__(self, server: RunningServer, *patterns: str,
+                 headers: dict[str, str] | None = None, buffer: int = 0,
+                 **query: Any) -> None:
+        self.line = server.connection()
+        self.line.sock = narrow(server, buffer)
+        asked = [("pattern", pattern) for pattern in patterns] + [*query.items()]
+        self.group = "group" in query
+        path = f"{STREAM}?{urllib.parse.urlencode(asked)}"
+        with closed_if_it_fails(self.line):
+            self.line.request("GET", path, headers=headers or {})
+            self.answer = self.line.getresponse()
+        self.status = self.answer.status
+
+    def __enter__(self) -> EventStream:
+        assert self.status == 200, self.answer.read()
+        if not self.group:  # which has a place of its own
+            self.begins_at = int(self.block()["id"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.answer.close()
+        self.line.close()
+
+    def block(self) -> dict[str, str]:
+        """The fields up to an empty line, a comment as the field without a name."""
+        fields: dict[str, str] = {}
+        while (line := self.answer.readline().decode()) != "\n":
+            if not line.endswith("\n"):
+                raise Closed(1006)
+            name, _, value = line[:-1].partition(": ")
+            name, value = ("", line[1:].strip()) if line.startswith(":") else (name, value)
+            assert name not in fields
+            fields[name] = value
+        return fields
+
+    def message(self) -> dict[str, str]:
+        """The next block that an EventSource hands to its page."""
+        while "data" not in (block := self.block()):
+            pass
+        return block
+
+    def told(self) -> Told:
+        block = self.message()
+        said = json.loads(block["data"])
+        assert (block["id"], block["event"]) == (str(said["sequence"]), said["topic"])
+        return Told(said["sequence"], said["topic"], said["data"], said["eventId"])
+
+
+def test_a_stream_is_told_each_event_as_a_block(shared: RunningServer) -> None:
+    with EventStream(shared, f"events:{(name := new_name())}") as stream:
+        assert stream.answer.headers.get_content_type() == "text/event-stream"
+        assert "no-" in stream.answer.headers["Cache-Control"]
+        event = shared.emit(name, {"text": "two\nlines \u20ac\u2028"})
+        ((seq, at),) = shared.rows("SELECT seq, at FROM journal WHERE event_id = ?", event["id"])
+        block = stream.block()
+    assert block == {"id": str(seq), "event": f"events:{name}", "data": block["data"]}
+    assert json.loads(block["data"]) == {
+        "topic": f"events:{name}", "data": {"text": "two\nlines \u20ac\u2028"},
+        "eventId": event["id"], "sequence": seq, "timestamp": ironflow.to_rfc3339(at)}
+
+
+def test_a_stream_begins_with_its_place_and_dispatches_nothing(server: RunningServer) -> None:
+    with EventStream(server, ">") as stream:
+        assert stream.begins_at == 0
+    server.emit()
+    ((newest,),) = server.rows("SELECT max(seq) FROM journal")
+    with EventStream(server, ">") as stream:
+        assert stream.begins_at == newest
+        server.emit(data={"n": 1})
+        assert stream.told().n == 1
+
+
+def test_a_stream_that_resumes_begins_at_that_place(server: RunningServer) -> None:
+    for n in range(4):
+        server.emit(data={"n": n})
+    with EventStream(server, "events:>", since=2) as stream:
+        assert (stream.begins_at, stream.told().n, stream.told().n) == (2, 2, 3)
+
+
+def test_several_patterns_are_one_stream_in_one_order(shared: RunningServer) -> None:
+    name = new_name()
+    patterns = [f"events:{name}.a", f"{name}.*", f"topic:{name}.>", f"events:{name}.a"]
+    with EventStream(shared, *patterns) as stream:
+        for n in range(9):
+            if n % 3 == 2:
+                publish(shared, f"{name}.a", {"n": n})
+            else:
+                shared.emit(f"{name}.{'ab'[n % 3]}", {"n": n})
+        shared.emit(f"{name}.b", {"n": "end"})
+        assert [stream.told().n for _ in range(10)] == [*range(9), "end"]
+    with EventStream(shared, *patterns, replay=4) as stream:
+        assert [stream.told().n for _ in range(4)] == [6, 7, 8, "end"]
+
+
+@pytest.mark.parametrize("since", [{}, {"since": 1}, {"replay": 2}])
+def test_last_event_id_resumes_after_it_and_beats_the_query(
+    shared: RunningServer, since: Any
+) -> None:
+    name = new_name()
+    with EventStream(shared, f"events:{name}") as stream:
+        for n in range(5):
+            shared.emit(name, {"n": n})
+        place = [stream.message()["id"] for _ in range(5)][1]
+    headers = {"Last-Event-ID": place}
+    with EventStream(shared, f"events:{name}", headers=headers, **since) as stream:
+        assert stream.begins_at == int(place)
+        assert [stream.told().n for _ in range(3)] == [2, 3, 4]
+        shared.emit(name, {"n": 5})
+        assert stream.told().n == 5
+
+
+def test_a_quiet_stream_is_kept_alive_and_its_place_moves_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ironflow, "KEEP_ALIVE_S", 0.02)
+
+    def program(server: RunningServer) -> None:
+        server.emit()
+        with EventStream(server, "events:never") as stream:
+            block = stream.block()
+            assert block == {"": "keep-alive", "id": "1"}
+            server.emit()
+            while block["id"] == "1":
+                block = stream.block()
+            assert block == {"": "keep-alive", "id": "2"}
+        with EventStream(server, "events:>", headers={"Last-Event-ID": block["id"]}) as stream:
+            server.emit(data={"n": 2})
+            assert stream.told().n == 2
+
+    inside(tmp_path, {}, program)
+
+
+BAD_QUERIES: list[tuple[str, tuple[int, str]]] = [
+    ("", INVALID), ("pattern=", INVALID), ("pattern=a..b", INVALID), ("pattern=%00", INVALID),
+    ("pattern=a&pattern=", INVALID), ("pattern=a&pattern=b*", INVALID),
+    ("pattern=a&replay=x", INVALID), ("pattern=a&replay=-1", INVALID),
+    ("pattern=a&replay=1.5", INVALID), ("pattern=a&since=x", INVALID),
+    ("pattern=a&since=-1", INVALID), ("pattern=a&since=0&replay=1", INVALID),
+    ("pattern=a&since=99999999", (400, "out_of_range")),
+    ("pattern=a&since=99999999999999999999", INVALID),
+    ("pattern=a&filter=data.", INVALID), ("pattern=a&ack=sing&group=g", INVALID),
+    ("pattern=a&env=other", INVALID),
+]
+
+
+@pytest.mark.parametrize(("query", "answer"), BAD_QUERIES)
+def test_what_cannot_be_streamed_is_answered_before_it_begins(
+    shared: RunningServer, query: str, answer: tuple[int, str]
+) -> None:
+    status, body = shared.call("GET", f"{STREAM}?{query}")
+    assert code((status, body)) == answer
+    assert body["error"] == body["message"]
+
+
+@pytest.mark.parametrize("place", ["x", "-1", "1.5", "\xff"])
+def test_a_last_event_id_that_is_no_number_is_refused(shared: RunningServer, place: str) -> None:
+    answer = shared.call("GET", f"{STREAM}?pattern=a", None, {"Last-Event-ID": place})
+    assert code(answer) == INVALID
+
+
+def raw_stream(server: RunningServer, head: str) -> tuple[BinaryIO, str]:
+    """A request made by hand: what can be read, behind the head of the answer."""
+    line = socket.create_connection(("127.0.0.1", server.port), DEADLINE_S)
+    with line:
+        line.sendall(head.replace("\n", "\r\n").encode())
+        reader = line.makefile("rb")
+    found = b""
+    while not found.endswith(b"\r\n\r\n"):
+        found += reader.readline()
+    return reader, found.decode()
+
+
+def test_a_client_of_http_1_0_gets_the_stream_as_it_is(shared: RunningServer) -> None:
+    name = new_name()
+    reader, head = raw_stream(shared, f"GET {STREAM}?pattern={name} HTTP/1.0\nHost: localhost\n\n")
+    with reader:
+        assert " 200 " in head and "chunked" not in head.lower()
+        assert re.fullmatch(rb"id: \d+\n", reader.readline())
+        assert reader.readline() == b"\n"
+        shared.emit(name, {"n": 1})
+        assert re.fullmatch(rb"id: \d+\n", reader.readline())
+        assert reader.readline() == f"event: events:{name}\n".encode()
+
+
+def test_head_and_options_of_a_stream_end_at_once(shared: RunningServer) -> None:
+    origin = "http://localhost:3000"
+    for method, path in (("OPTIONS", STREAM), ("OPTIONS", f"{PUBSUB}Subscribe"),
+                         ("HEAD", f"{STREAM}?pattern=a")):
+        status, headers, body = ask(shared, method, path, Origin=origin)
+        assert (status, body) == (200 if method == "HEAD" else 204, None)
+        assert headers["access-control-allow-origin"] == origin
+
+
+def test_a_page_of_another_origin_may_read_a_stream(shared: RunningServer) -> None:
+    origin = "https://app.example"
+    with EventStream(shared, "a", headers={"Origin": origin}) as stream:
+        assert stream.answer.headers["Access-Control-Allow-Origin"] == origin
+    answer = shared.call("GET", f"{STREAM}?pattern=a", None, {"Origin": "https://evil.example"})
+    assert code(answer) == (403, "permission_denied")
+
+
+@pytest.mark.parametrize(("token", "key", "status"), [
+    ("ifkey_1", None, 200), (None, "ifkey_1", 200), (None, None, 401), ("ifkey_2", None, 401),
+    ("", None, 401),
+])
+def test_a_key_opens_a_stream(
+    keyed: RunningServer, token: str | None, key: str | None, status: int
+) -> None:
+    query: Any = {} if token is None else {"token": token}
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    with contextlib.closing(EventStream(keyed, "a", headers=headers, **query)) as stream:
+        assert stream.status == status
+
+
+def test_a_stop_ends_streams(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, EventStream(server, ">") as stream:
+        server.emit(data={"n": 1})
+        assert server.stop() == 0
+        assert stream.told().n == 1
+        assert stream.answer.read() == b""
+
+
+# ======================================================================================
+# Watching: as the browser's SDK does
+# ======================================================================================
+
+ENVELOPES = {"Content-Type": "application/connect+json", "Connect-Protocol-Version": "1"}
+
+
+def envelope(message: Any, flag: int = 0) -> bytes:
+    text = message if isinstance(message, bytes) else json.dumps(message).encode()
+    return struct.pack(">BI", flag, len(text)) + text
+
+
+class ConnectStream:
+    """A Connect server stream, envelope by envelope."""
+
+    def __init__(self, server: RunningServer, body: Any, method: str = "Subscribe",
+                 buffer: int = 0, **headers: str) -> None:
+        self.line = server.connection()
+        self.line.sock = narrow(server, buffer)
+        body = body if isinstance(body, bytes) else envelope(body)
+        headers = ENVELOPES | {name.replace("_", "-"): value for name, value in headers.items()}
+        with closed_if_it_fails(self.line):
+            self.line.request("POST", f"{PUBSUB}{method}", body, headers)
+            self.answer = self.line.getresponse()
+        self.status = self.answer.status
+
+    def __enter__(self) -> ConnectStream:
+        assert self.status == 200, self.answer.read()
+        kind = self.answer.headers["Content-Type"]
+        assert kind == "application/connect+json"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.answer.close()
+        self.line.close()
+
+    def envelope(self) -> tuple[int, Any]:
+        flag, size = struct.unpack(">BI", self._read(5))
+        return flag, json.loads(self._read(size))
+
+    def _read(self, size: int) -> bytes:
+        found = self.answer.read(size)
+        if len(found) < size:
+            raise Closed(1006)
+        return found
+
+    def message(self) -> Any:
+        flag, said = self.envelope()
+        assert flag == 0, said
+        return said
+
+    def end(self) -> Any:
+        """What the stream ends with; behind it there is nothing."""
+        flag, said = self.envelope()
+        assert flag == 2, said
+        assert self.answer.read() == b""
+        return said
+
+    def error(self) -> str:
+        """The code of the error that it ends with."""
+        error = self.end()["error"]
+        assert error["message"]
+        return str(error["code"])
+
+    def told(self) -> Told:
+        said = self.message()
+        data = said["data"] if "data" in said else said.get("dataValue")
+        return Told(int(said["sequence"]), said["topic"], data, said["eventId"])
+
+
+def test_a_browser_is_told_each_event_in_an_envelope(shared: RunningServer) -> None:
+    name = new_name()
+    asked = {"pattern": f"events:{name}", "options": {
+        "namespace": "default", "ackMode": "ACK_MODE_AUTO",
+        "backpressure": "BACKPRESSURE_MODE_BUFFER"}}
+    with ConnectStream(shared, asked) as stream:
+        event = shared.emit(name, {"n": 1})
+        ((seq, at),) = shared.rows("SELECT seq, at FROM journal WHERE event_id = ?", event["id"])
+        said = stream.message()
+    assert re.fullmatch("sub_[0-9a-f]{16}", said.pop("subscriptionId"))
+    assert int(said.pop("sequence")) == seq
+    assert said.pop("deliveryAttempt", 1) == 1
+    assert said == {
+        "eventId": event["id"], "topic": f"events:{name}", "data": {"n": 1}, "metadata": {
+            "timestamp": ironflow.to_rfc3339(at), "source": "api", "namespace": "default"}}
+
+
+@pytest.mark.parametrize("data", [True, 0, -1.5, "", "text", [1, None], []])
+def test_data_that_is_no_object_comes_as_a_value(shared: RunningServer, data: Any) -> None:
+    with ConnectStream(shared, {"pattern": (name := new_name())}) as stream:
+        shared.yes("POST", "/api/v1/events", {"name": name, "data": data})
+        shared.emit(name, {"a": data})
+        said = stream.message()
+        assert "data" not in said and said["dataValue"] == data
+        said = stream.message()
+        assert "dataValue" not in said and said["data"] == {"a": data}
+
+
+@pytest.mark.parametrize("options", [
+    {"replay": 1}, {"replay": "1"}, {"replay": 1, "ackMode": 1, "backpressure": 3},
+    {"replay": 1, "ack_mode": "auto", "backpressure": "drop"},
+    {"replay": 1, "filter": "", "consumerGroup": "", "namespace": ""},
+    {"replay": 1, "ackMode": "ACK_MODE_UNSPECIFIED", "includeMetadata": True},
+])
+def test_options_are_read_in_every_spelling(
+    shared: RunningServer, options: dict[str, Any]
+) -> None:
+    for n in range(2):
+        shared.emit(name := new_name(), {"n": n})
+    with ConnectStream(shared, {"pattern": name, "options": options}) as stream:
+        assert stream.told().n == 1
+
+
+@pytest.mark.parametrize("spelling", ["startAfterSequence", "start_after_sequence"])
+@pytest.mark.parametrize("kind", [int, str])
+def test_a_browser_may_resume(
+    shared: RunningServer, spelling: str, kind: Callable[[Any], Any]
+) -> None:
+    name = new_name()
+    places = [int(publish(shared, name, {"n": n})["sequence"]) for n in range(3)]
+    asked = {"pattern": name, "options": {spelling: kind(places[0])}}
+    with ConnectStream(shared, asked) as stream:
+        assert [stream.told().n for _ in range(2)] == [1, 2]
+
+
+@pytest.mark.parametrize(("asked", "why"), [
+    ({}, "invalid_argument"), ({"pattern": ""}, "invalid_argument"),
+    ({"pattern": "a..b"}, "invalid_argument"), ({"pattern": 7}, "invalid_argument"),
+    ([], "invalid_argument"), (7, "invalid_argument"), (b"{", "invalid_argument"),
+    (b"\xff", "invalid_argument"), (b"", "invalid_argument"),
+    ({"pattern": "a", "options": []}, "invalid_argument"),
+    ({"pattern": "a", "options": {"replay": -1}}, "invalid_argument"),
+    ({"pattern": "a", "options": {"ackMode": "sing"}}, "invalid_argument"),
+    ({"pattern": "a", "options": {"backpressure": 9}}, "invalid_argument"),
+    ({"pattern": "a", "options": {"filter": "data."}}, "invalid_argument"),
+    ({"pattern": "a", "options": {"namespace": "other"}}, "invalid_argument"),
+    ({"pattern": "a", "options": {"startAfterSequence": 99999999}}, "out_of_range"),
+])
+def test_what_cannot_be_subscribed_to_ends_with_an_error(
+    shared: RunningServer, asked: Any, why: str
+) -> None:
+    with ConnectStream(shared, envelope(asked)) as stream:
+        assert stream.error() == why
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"\0", b"\0\0\0\0", b'\0\0\0\0\x0f{"pattern":"a"', b'{"pattern":"a"}',
+    b"\0\xff\xff\xff\xff{}", envelope({"pattern": "a"}, 1), envelope({"pattern": "a"}, 2),
+    envelope({"pattern": "a"}, 0x80), envelope(gzip.compress(b'{"pattern":"a"}'), 1),
+    bytes(range(256)),
+    envelope({"pattern": "a", "options": {"filter": "x" * 2_000_000}}),
+], ids=range(12))
+def test_a_body_that_is_no_envelope_ends_with_an_error(
+    shared: RunningServer, body: bytes
+) -> None:
+    with ConnectStream(shared, body) as stream:
+        assert stream.error() in ("invalid_argument", "unimplemented", "resource_exhausted")
+
+
+def test_plain_json_is_told_to_come_in_an_envelope(shared: RunningServer) -> None:
+    path = f"{PUBSUB}Subscribe"
+    status, answer = shared.call("POST", path, {"pattern": "a"},
+                                 {"Content-Type": "application/json"})
+    assert status in (400, 415)
+    assert "application/connect+json" in answer["message"]
+
+
+def test_a_stop_ends_browsers_streams_so_that_they_come_back(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, ConnectStream(server, {"pattern": ">"}) as stream:
+        server.emit(data={"n": 1})
+        assert server.stop() == 0
+        assert stream.told().n == 1
+        assert stream.error() == "unavailable"
+
+
+def test_a_browsers_deadline_ends_its_stream(shared: RunningServer) -> None:
+    with ConnectStream(shared, {"pattern": "a"}, Connect_Timeout_Ms="20") as stream:
+        assert stream.error() == "deadline_exceeded"
+
+
+def test_a_page_of_another_origin_may_subscribe(shared: RunningServer) -> None:
+    origin = "https://app.example"
+    _, headers, _ = ask(shared, "OPTIONS", f"{PUBSUB}Subscribe", Origin=origin,
+                        Access_Control_Request_Method="POST")
+    assert headers["access-control-allow-origin"] == origin
+    assert "Connect-Protocol-Version" in headers["access-control-allow-headers"]
+    with ConnectStream(shared, {"pattern": "a"}, Origin=origin) as stream:
+        assert stream.answer.headers["Access-Control-Allow-Origin"] == origin
+    with ConnectStream(shared, {"pattern": "a.."}, Origin=origin) as stream:
+        assert stream.answer.headers["Access-Control-Allow-Origin"] == origin
+
+
+def test_a_key_opens_a_browsers_stream(keyed: RunningServer) -> None:
+    with ConnectStream(keyed, {"pattern": "a"}, Authorization="Bearer ifkey_1"):
+        pass
+    with contextlib.closing(ConnectStream(keyed, {"pattern": "a"})) as stream:
+        assert stream.status == 401
+
+
+# ======================================================================================
 # Push handlers
 # ======================================================================================
 # Posts as a server sends them, made by hand, to the three doors of one core.
