@@ -12266,6 +12266,370 @@ def test_a_key_opens_a_browsers_stream(keyed: RunningServer) -> None:
 
 
 # ======================================================================================
+# Watching: from where on
+# ======================================================================================
+# The journal is what is told: live and later, whole and once. What each subscriber heard
+# is held against the file.
+
+STREAM_DOORS = ("ws", "sse", "connect")
+
+
+@contextlib.contextmanager
+def watching(
+    door: str, server: RunningServer, pattern: str, buffer: int = 0, **asked: Any
+) -> Iterator[WebSocket | EventStream | ConnectStream]:
+    """A subscriber at one of the doors, once it is subscribed. `replay`, `since`, `filter`."""
+    if door == "sse":
+        with EventStream(server, pattern, buffer=buffer, **asked) as stream:
+            yield stream
+        return
+    if "since" in asked:
+        asked["startAfterSequence"] = asked.pop("since")
+    if door == "ws":
+        with WebSocket(server, buffer=buffer) as ws:
+            ws.begins_at = ws.subscribe(pattern, includeMetadata=True, **asked)["sequence"]
+            yield ws
+    else:
+        body = {"pattern": pattern, "options": asked}
+        with ConnectStream(server, body, buffer=buffer) as connected:
+            yield connected
+
+
+def heard_at(door: str, server: RunningServer, pattern: str, number: int, **asked: Any) -> Any:
+    """The `n` of so many messages."""
+    with watching(door, server, pattern, **asked) as stream:
+        return [stream.told().n for _ in range(number)]
+
+
+def kept(server: RunningServer, pattern: str = ">") -> list[Told]:
+    """What the file holds for a pattern."""
+    return [as_told(message) for message in messages_of(server)
+            if ironflow.selects(pattern, message.topic)]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_replay_tells_the_last_ones_oldest_first_then_goes_on(
+    shared: RunningServer, door: str
+) -> None:
+    name = new_name()
+    for n in range(6):
+        shared.emit(name, {"n": n})
+        shared.emit(f"{name}.other", {"n": -1})
+    with watching(door, shared, f"events:{name}", replay=4) as stream:
+        shared.emit(name, {"n": 6})
+        assert [stream.told().n for _ in range(5)] == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_replay_counts_what_pattern_and_filter_let_through(
+    shared: RunningServer, door: str
+) -> None:
+    name = new_name()
+    shared.yes("POST", "/api/v1/events", [
+        {"name": f"{name}.{'ab'[n % 2]}", "data": {"n": n}} for n in range(40)])
+    asked = {"replay": 3, "filter": "data.n % 5 == 0"}
+    assert heard_at(door, shared, f"events:{name}.a", 3, **asked) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_replay_of_more_than_there_is_tells_all_there_is(
+    shared: RunningServer, door: str
+) -> None:
+    name = new_name()
+    with watching(door, shared, f"events:{name}", replay=9) as empty:
+        for n in range(3):
+            shared.emit(name, {"n": n})
+        assert [empty.told().n for _ in range(3)] == [0, 1, 2]
+    assert heard_at(door, shared, f"events:{name}", 3, replay=1000) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_replay_has_up_to_a_thousand(shared: RunningServer, door: str) -> None:
+    name = new_name()
+    for start in 0, 550:
+        shared.yes("POST", "/api/v1/events", [
+            {"name": name, "data": {"n": n}} for n in range(start, start + 550)])
+    for asked in 1000, 1001, 2**31 - 1:
+        heard = heard_at(door, shared, f"events:{name}", 1000, replay=asked)
+        assert heard == [*range(100, 1100)]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_who_resumes_is_told_what_came_after_that_place(
+    shared: RunningServer, door: str
+) -> None:
+    name = new_name()
+    with watching(door, shared, f"events:{name}") as stream:
+        for n in range(5):
+            shared.emit(name, {"n": n})
+        places = [stream.told().seq for _ in range(5)]
+    shared.emit(name, {"n": 5})
+    for i, place in enumerate(places):
+        heard = heard_at(door, shared, f"events:{name}", 5 - i, since=place)
+        assert heard == [*range(i + 1, 6)]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_who_resumes_at_the_newest_row_is_told_what_comes(
+    server: RunningServer, door: str
+) -> None:
+    with watching(door, server, ">", since=0) as stream:
+        server.emit(data={"n": 1})
+        place = stream.told().seq
+    with watching(door, server, ">", since=place) as stream:
+        server.emit(data={"n": 2})
+        assert stream.told().n == 2
+
+
+def refusal_at(door: str, server: RunningServer, since: int) -> tuple[str, str]:
+    """Code and sentence of a subscription that cannot resume."""
+    if door == "sse":
+        status, body = server.call("GET", f"{STREAM}?pattern=a&since={since}")
+        assert status == 400
+        return body["code"], body["message"]
+    if door == "ws":
+        with WebSocket(server) as ws:
+            ws.ask("a", startAfterSequence=since)
+            result = ws.result()
+            assert (result["pattern"], result["status"]) == ("a", "error")
+            return result["code"].lower(), result["message"]
+    asked = {"pattern": "a", "options": {"startAfterSequence": since}}
+    with ConnectStream(server, asked) as stream:
+        error = stream.end()["error"]
+        return error["code"], error["message"]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_place_beyond_the_newest_row_is_an_error_that_says_so(
+    server: RunningServer, door: str
+) -> None:
+    """As after a restored backup."""
+    for _ in range(3):
+        server.emit()
+    why, message = refusal_at(door, server, 4)
+    assert why == "out_of_range"
+    assert re.search(r"\b4\b", message) and re.search(r"\b3\b", message)
+
+
+def test_a_place_before_the_oldest_kept_row_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with serve(tmp_path, "--retain", "300ms") as server:
+        for _ in range(3):
+            server.emit()
+        oldest = "SELECT min(seq) FROM journal"
+        eventually(lambda: server.rows(oldest) != [(1,)])
+        eventually(lambda: server.rows(oldest) == [(None,)])
+        server.emit(data={"n": 4})
+        for door in STREAM_DOORS:
+            for since in 0, 1, 2:
+                why, message = refusal_at(door, server, since)
+                assert why == "out_of_range"
+                assert re.search(r"\b4\b", message)
+        with EventStream(server, "events:>", since=3) as stream:
+            server.emit(data={"n": 5})
+            assert stream.told().n in (4, 5)  # 4 may be gone by now
+
+
+def a_life(server: RunningServer) -> None:
+    """Rows of every kind: events, topics, a function, a worker, runs and their steps."""
+    server.register(retry={"initialDelayMs": 1})
+    server.join()
+    (run_id,) = server.emit(data={"n": 1, "text": "\u20ac\U0001f600\0"})["run_ids"]
+    job = server.job()
+    failed = step(job, "b.c", status="failed", error={"message": "oh"})
+    server.tell(job, "progress", steps=[step(job, "a", {"x": [1.0, None]}), failed])
+    server.tell(job, "failed", error={"message": "oh", "retryable": True})
+    job = server.job()
+    nap = {"type": "sleep", "step_id": f"{run_id}:nap:0", "until": ironflow.to_rfc3339(0)}
+    more: dict[str, Any] = {"yield": nap, "steps": [step(job, "b.c", "text")]}
+    server.tell(job, "yielded", **more)
+    server.tell(server.job(), "completed", output=[9])
+    publish(server, "news.today", [1])
+    found = server.rpc("InvokeFunction", {"function_id": "f", "data": {"a": 1}})
+    server.rpc("CancelRun", {"id": found["runId"], "reason": "r"})
+    (run_id,) = server.emit()["run_ids"]
+    job = server.job()
+    server.tell(job, "failed", error={"message": "no", "retryable": False})
+    server.rpc("UpdateFunctionStatus", {"id": "f", "status": "paused"})
+    server.rpc("DeleteFunction", {"id": "f"})
+    server.emit("the.end", {"n": "end"})
+
+
+@pytest.mark.parametrize("pattern", [">", "system.run.*"])
+def test_what_is_replayed_is_byte_for_byte_what_was_told_live(
+    tmp_path: Path, pattern: str
+) -> None:
+    with serve(tmp_path) as server:
+        with WebSocket(server) as live:
+            live.subscribe(pattern, includeMetadata=True)
+            a_life(server)
+            selected = kept(server, pattern)
+            texts = [live.text() for _ in selected]
+        assert len(selected) > 10
+        for again in range(2):
+            for options in {"startAfterSequence": 0}, {"replay": 1000}:
+                with WebSocket(server) as later:
+                    later.subscribe(pattern, includeMetadata=True, **options)
+                    assert [later.text() for _ in selected] == texts
+            if not again:
+                server.kill()
+                server.start()
+        for door in "sse", "connect":
+            with watching(door, server, pattern, since=0) as stream:
+                assert [stream.told() for _ in selected] == selected
+    found = [json.loads(text) for text in texts]
+    assert [Told(said["meta"]["sequence"], said["topic"], said["data"], said["eventId"])
+            for said in found] == selected
+
+
+@dataclass
+class Flood:
+    """Events from two callers, many to a commit, until `stop`; then a last one."""
+
+    server: RunningServer
+    sent: int = 0
+    flowing: bool = True
+
+    def __enter__(self) -> Flood:
+        self.numbers = count()
+        self.threads = ThreadPoolExecutor(2)
+        self.senders = [self.threads.submit(self._send) for _ in range(2)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flowing = False
+        self.threads.shutdown()
+
+    def _send(self) -> None:
+        draw = random.Random()
+        while self.flowing:
+            array = [{"name": f"flood.{draw.choice('abc')}", "data": {"n": next(self.numbers)}}
+                     for _ in range(draw.randrange(1, 40))]
+            with contextlib.suppress(OSError, http.client.HTTPException):  # it was killed
+                self.server.call("POST", "/api/v1/events", array)
+                self.sent += len(array)
+
+    def has_sent(self, number: int) -> None:
+        """Returns once it has sent so many more."""
+        wanted = self.sent + number
+        eventually(lambda: self.sent >= wanted)
+
+    def stop(self) -> None:
+        self.flowing = False
+        for sender in self.senders:
+            sender.result(DEADLINE_S)
+        self.server.emit("flood.a", {"n": "end"})
+
+
+def until_the_end(stream: Any) -> list[Told]:
+    found = [stream.told()]
+    while found[-1].n != "end":
+        found.append(stream.told())
+    return found
+
+
+def test_who_joins_in_a_flood_misses_nothing_and_hears_nothing_twice(
+    server: RunningServer,
+) -> None:
+    draw = random.Random()
+    subscribed = list[int]()
+
+    def join(door: str, pattern: str, asked: dict[str, int]) -> tuple[int | None, list[Told]]:
+        with watching(door, server, pattern, **asked) as stream:
+            subscribed.append(1)
+            return getattr(stream, "begins_at", None), until_the_end(stream)
+
+    with Flood(server) as flood, ThreadPoolExecutor(24) as threads:
+        joiners = []
+        for _ in range(8):
+            flood.has_sent(50)
+            ((newest,),) = server.rows("SELECT max(seq) FROM journal")
+            for door in STREAM_DOORS:
+                pattern = draw.choice([">", "events:flood.*", "events:flood.a", "flood.a"])
+                asked = draw.choice([{}, {"replay": draw.randrange(1001)},
+                                     {"since": draw.randrange(newest + 1)}])
+                joiner = threads.submit(join, door, pattern, asked)
+                joiners.append(((door, pattern, asked), newest, joiner))
+        eventually(lambda: len(subscribed) == len(joiners))
+        flood.stop()
+        everything = kept(server)
+        for who, newest, joiner in joiners:
+            _, pattern, asked = who
+            begins_at, heard = joiner.result(DEADLINE_S)
+            selected = [one for one in everything if ironflow.selects(pattern, one.topic)]
+            later = [one for one in selected if one.seq > newest]
+            if "since" in asked:
+                assert heard == [one for one in selected if one.seq > asked["since"]], who
+            else:
+                assert heard == selected[-len(heard):], who
+                replay = asked.get("replay", 0)
+                assert len(heard) <= replay + len(later), who
+                assert len(heard) >= min(replay, len(selected) - len(later)), who
+            if begins_at is not None:  # from where it could resume before its first message
+                assert heard == [one for one in selected if one.seq > begins_at], who
+
+
+CUT_OFF = (OSError, http.client.HTTPException, Closed)
+
+
+def test_who_resumes_after_each_kill_hears_everything_once(server: RunningServer) -> None:
+    up = threading.Event()
+    up.set()
+    heard_by: dict[tuple[str, str], list[Told]] = {
+        (door, pattern): [] for door in STREAM_DOORS for pattern in (">", "events:flood.*")}
+
+    def listen(door: str, pattern: str) -> None:
+        heard = heard_by[door, pattern]
+        while not heard or heard[-1].n != "end":
+            assert up.wait(DEADLINE_S)  # nobody knocks where nobody listens
+            since = heard[-1].seq if heard else 0
+            with contextlib.suppress(*CUT_OFF), watching(door, server, pattern, since=since) as it:
+                while not heard or heard[-1].n != "end":
+                    heard.append(it.told())
+
+    def all_grew(before: dict[tuple[str, str], int]) -> bool:
+        return all(len(heard_by[who]) > number for who, number in before.items())
+
+    with Flood(server) as flood, ThreadPoolExecutor(6) as threads:
+        listeners = [threads.submit(listen, *who) for who in heard_by]
+        for _ in range(3):
+            flood.has_sent(200)
+            before = {who: len(heard) for who, heard in heard_by.items()}
+            eventually(partial(all_grew, before))
+            up.clear()
+            server.kill()
+            server.start()
+            up.set()
+        flood.stop()
+        for listener in listeners:
+            listener.result(DEADLINE_S)
+    everything = kept(server)
+    for (door, pattern), heard in heard_by.items():
+        assert heard == [one for one in everything
+                         if ironflow.selects(pattern, one.topic)], door
+
+
+def test_a_replay_that_would_read_too_much_says_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ironflow, "REPLAY_ROWS", 1000)
+
+    def program(server: RunningServer) -> None:
+        server.emit("rare", {"n": 0})
+        server.yes("POST", "/api/v1/events", [{"name": "common"}] * 600)
+        server.emit("rare", {"n": 1})
+        server.yes("POST", "/api/v1/events", [{"name": "common"}] * 600)
+        with WebSocket(server) as ws:
+            found = ws.subscribe("events:*", replay=10, filter='name == "rare"')
+            said = ws.hear_of("subscription_error")
+            assert (said["code"], said["retrying"]) == ("REPLAY_CUT", True)
+            assert said["subscriptionId"] == found["subscriptionId"]
+            server.emit("rare", {"n": 2})
+            assert counted(ws.events(2)) == [1, 2]
+
+    inside(tmp_path, {}, program)
+
+
+# ======================================================================================
 # Push handlers
 # ======================================================================================
 # Posts as a server sends them, made by hand, to the three doors of one core.
