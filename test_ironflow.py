@@ -12630,6 +12630,129 @@ def test_a_replay_that_would_read_too_much_says_where_it_stopped(
 
 
 # ======================================================================================
+# Watching: order, and who is slow
+# ======================================================================================
+# The journal is the buffer: who does not read costs the server a place in it, and nobody
+# else anything.
+
+HEAVY = "x" * 64 * 1024
+
+
+def pour(server: RunningServer, number: int, first: int = 0) -> None:
+    """Events too heavy for a socket that nobody reads, ten to a commit."""
+    for start in range(first, first + number, 10):
+        some = range(start, min(start + 10, first + number))
+        server.yes("POST", "/api/v1/events", [
+            {"name": "heavy", "data": {"n": n, "text": HEAVY}} for n in some])
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_rows_are_told_in_the_order_of_the_journal(server: RunningServer, door: str) -> None:
+    with watching(door, server, ">") as stream, ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: server.emit(new_name(), {"n": n}), range(100)))
+        server.emit("the.end", {"n": "end"})
+        assert until_the_end(stream) == kept(server)
+
+
+STUCK = 120  # heavy events: 8 MB, more than the buffers of two sockets hold
+
+
+@pytest.mark.parametrize("mode", ["buffer", "drop"])
+def test_subscribers_that_never_read_change_nothing_for_others(
+    server: RunningServer, mode: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            stuck = stack.enter_context(WebSocket(server, buffer=4096))
+            stuck.subscribe("events:heavy", backpressure=mode)
+        reader = stack.enter_context(WebSocket(server))
+        reader.subscribe("events:heavy")
+        pour(server, 10)
+        assert counted(reader.events(10)) == [*range(10)]
+        before = peak_mb(server)
+        with ThreadPoolExecutor(1) as other:
+            pouring = other.submit(pour, server, STUCK - 10, 10)
+            assert counted(reader.events(STUCK - 10)) == [*range(10, STUCK)]
+            pouring.result()
+        assert peak_mb(server) - before < 30  # 60 MB if it kept what they do not read
+
+
+@pytest.mark.parametrize(("door", "asked"), [
+    ("ws", {}), ("ws", {"backpressure": "block"}), ("sse", {}), ("connect", {}),
+])
+def test_who_reads_late_is_told_everything(
+    server: RunningServer, door: str, asked: dict[str, Any]
+) -> None:
+    with contextlib.ExitStack() as stack:
+        late = stack.enter_context(watching(door, server, "events:heavy", buffer=4096, **asked))
+        pour(server, STUCK)
+        assert [late.told().n for _ in range(STUCK)] == [*range(STUCK)]
+        pour(server, 1, first=STUCK)
+        assert late.told().n == STUCK
+
+
+def test_who_reads_late_and_lets_drop_is_told_how_many_it_missed(server: RunningServer) -> None:
+    with WebSocket(server, buffer=4096) as late:
+        found = late.subscribe("events:heavy", backpressure="drop")
+        pour(server, STUCK)
+        late.send_frame(PING, b"and now?")
+        said = list[Any]()
+        while (frame := late.frame()) != (PONG, b"and now?"):
+            said.append(json.loads(frame[1]))
+        pour(server, 1, first=STUCK)
+        while said[-1].get("data", {}).get("n") != STUCK:
+            said.append(late.hear())
+        place = 0  # in the row of numbers
+        for each in said:
+            if each["type"] == "event":
+                assert each["data"]["n"] == place
+                place += 1
+            else:
+                (missed,) = re.findall(r"\d+", each.pop("message"))
+                place += int(missed)
+                assert each == {"type": "subscription_error", "code": "MESSAGES_DROPPED",
+                                "subscriptionId": found["subscriptionId"], "retrying": True}
+        assert place == STUCK + 1 > len(said)
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_who_takes_nothing_for_long_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    monkeypatch.setattr(ironflow, "KEEP_ALIVE_S", 0.1)
+    monkeypatch.setattr(ironflow, "STALL_S", 0.3)
+
+    def program(server: RunningServer) -> None:
+        with watching(door, server, "events:heavy", buffer=4096) as stuck:
+            pour(server, STUCK)
+            eventually(lambda: all(outlet.over for outlet in gc.get_objects()
+                                   if isinstance(outlet, ironflow.Outlet)))
+            with pytest.raises(CUT_OFF):
+                [stuck.told() for _ in range(STUCK)]
+
+    inside(tmp_path, {}, program)
+
+
+def test_who_answers_no_ping_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in ("KEEP_ALIVE_S", 0.02), ("PING_S", 0.02), ("STALL_S", 0.1):
+        monkeypatch.setattr(ironflow, name, seconds)
+
+    def program(server: RunningServer) -> None:
+        with WebSocket(server) as dead:
+            dead.subscribe("events:a")
+            with pytest.raises(Closed):
+                while True:
+                    opcode, _ = dead.frame()
+                    if opcode == CLOSE:
+                        raise Closed(1000)
+                    assert opcode == PING
+
+    inside(tmp_path, {}, program)
+
+
+# ======================================================================================
 # Push handlers
 # ======================================================================================
 # Posts as a server sends them, made by hand, to the three doors of one core.
