@@ -12753,6 +12753,101 @@ def test_who_answers_no_ping_is_closed(
 
 
 # ======================================================================================
+# Watching: what a filter lets through
+# ======================================================================================
+
+
+@pytest.mark.parametrize(("expression", "data", "through"), [
+    ("data.n > 1", {"n": 2}, True), ("data.n > 1", {"n": 1}, False), ("data.n > 1", {}, False),
+    ("data.n > 1", {"n": "2"}, False), ("data.n > 1", {"n": None}, False),
+    ("data.n > 1", [2], False), ("data.n > 1", {"n": 1.5}, True),
+    ("data.n >= 2 && data.n <= 3 && data.n != 3", {"n": 2}, True),
+    ('data.a == "x" || data.b == "y"', {"a": "z", "b": "y"}, True),
+    ("!data.a", {"a": False}, True), ("!data.a", {"a": True}, False),
+    ('data.kind in ["a", "b"]', {"kind": "b"}, True),
+    ('data.kind in ["a", "b"]', {"kind": "c"}, False),
+    ('data.text.contains("el") && data.text.startsWith("h")', {"text": "hello"}, True),
+    ('data.text.endsWith("lo") && data.text.matches("^h.*o$")', {"text": "hello"}, True),
+    ("has(data.a.b)", {"a": {"b": 1}}, True), ("has(data.a.b)", {"a": {}}, False),
+    ("has(data.a.b)", {}, False), ("size(data.items) == 2", {"items": [1, 2]}, True),
+    ('topic.startsWith("events:name-")', {}, True), ('topic == name', {}, False),
+    ('name.startsWith("name-") && topic == "events:" + name', {}, True),
+    ('string(timestamp).startsWith("20")', {}, True),
+    ("data.a", {"a": 1}, False), ("data.a", {"a": True}, True), ("unheard_of == 1", {}, False),
+    ("1 / data.n == 1", {"n": 0}, False), ("data == 5", 5, True), ("true", None, True),
+])
+def test_a_filter_says_what_is_told(
+    shared: RunningServer, watcher: WebSocket, expression: str, data: Any, through: bool
+) -> None:
+    name = new_name()
+    whole = f"({expression}) || data.end == true"
+    watcher.subscribe(f"events:{name}", filter=expression if through else whole)
+    shared.yes("POST", "/api/v1/events", {"name": name, "data": data})
+    if not through:
+        shared.emit(name, data := {"end": True})
+    assert watcher.event()["data"] == data
+
+
+def test_a_filter_knows_topics_and_state_changes_too(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    name = new_name()
+    watcher.subscribe(f"topic:{name}.>", filter=f'name == "{name}.b"')
+    watcher.subscribe("system.run.>", filter=f'data.functionId == "{name}" && '
+                                             'topic.endsWith(".created")')
+    publish(shared, f"{name}.a")
+    publish(shared, f"{name}.b")
+    shared.register(name, name)
+    (run_id,) = shared.emit(name)["run_ids"]
+    assert [said["topic"] for said in watcher.events(2)] == [
+        f"topic:{name}.b", f"system.run.{run_id}.created"]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_filter_holds_for_later_events_as_for_replayed_ones(
+    shared: RunningServer, door: str
+) -> None:
+    name = new_name()
+    for n in range(4):
+        shared.emit(name, {"n": n})
+    asked: Any = {"replay": 100, "filter": "data.n % 2 == 1"}
+    with watching(door, shared, f"events:{name}", **asked) as stream:
+        for n in range(4, 8):
+            shared.emit(name, {"n": n})
+        assert [stream.told().n for _ in range(4)] == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize(("expression", "place"), [
+    ("data.total >", "1:13"), ("1 +", "1:4"), ("data.a ==\n== 1", "2:"), ("(data.a", "1:8"),
+])
+def test_a_filter_that_is_no_cel_is_an_error_with_its_place(
+    watcher: WebSocket, expression: str, place: str
+) -> None:
+    watcher.ask("a", filter=expression)
+    result = watcher.result()
+    assert (result["status"], result["code"]) == ("error", "INVALID_FILTER")
+    assert "no CEL" in result["message"] and place in result["message"]
+
+
+def test_without_the_extra_a_subscription_with_a_filter_is_refused_by_its_name(
+    without_cel: RunningServer,
+) -> None:
+    expression = "data.n > 1"
+    with WebSocket(without_cel) as ws:
+        ws.ask("a", filter=expression)
+        result = ws.result()
+    asked = {"pattern": "a", "options": {"filter": expression}}
+    with ConnectStream(without_cel, asked) as stream:
+        error = stream.end()["error"]
+    path = f"{STREAM}?{urllib.parse.urlencode({'pattern': 'a', 'filter': expression})}"
+    status, body = without_cel.call("GET", path)
+    assert (result["code"], error["code"]) == ("INVALID_FILTER", "invalid_argument")
+    assert code((status, body)) == INVALID
+    for message in result["message"], error["message"], body["message"]:
+        assert "the extra `cel`" in message and "pip install" in message
+
+
+# ======================================================================================
 # Push handlers
 # ======================================================================================
 # Posts as a server sends them, made by hand, to the three doors of one core.
