@@ -12848,6 +12848,781 @@ def test_without_the_extra_a_subscription_with_a_filter_is_refused_by_its_name(
 
 
 # ======================================================================================
+# Consumer groups
+# ======================================================================================
+# Subscribers that share the work: each message goes to one of them, and to another if
+# that one does not say that it is done.
+
+
+def groups(server: RunningServer, method: str, **body: Any) -> Any:
+    return server.yes("POST", f"{PUBSUB}{method}", body)
+
+
+@dataclass
+class Team:
+    """A consumer group and its messages, of names that no other test uses."""
+
+    server: RunningServer
+    name: str = field(default_factory=new_name)
+
+    @property
+    def pattern(self) -> str:
+        return f"events:{self.name}"
+
+    def create(self, **more: Any) -> Any:
+        asked = {"name": self.name, "pattern": self.pattern, "ackMode": "manual"}
+        return groups(self.server, "CreateConsumerGroup", **asked | more)
+
+    def known(self) -> Any:
+        return groups(self.server, "GetConsumerGroup", name=self.name)
+
+    @contextlib.contextmanager
+    def member(self, ack: str = "manual", buffer: int = 0, **options: Any
+               ) -> Iterator[WebSocket]:
+        with WebSocket(self.server, buffer=buffer) as ws:
+            ws.subscribe(self.pattern, consumerGroup=self.name, ackMode=ack, **options)
+            yield ws
+
+    def says(self, *ns: Any) -> None:
+        events = [{"name": self.name, "data": {"n": n}} for n in ns]
+        self.server.yes("POST", "/api/v1/events", events)
+
+    def ack(self, event: Any, kind: str = "ACK_TYPE_ACK", **more: Any) -> None:
+        """By the call, whose yes says that it is on disk."""
+        asked = {"groupName": self.name, "eventId": event["eventId"], "ackType": kind}
+        assert groups(self.server, "AckEvent", **asked | more) == {}
+
+    def dead(self, query: str = "") -> Any:
+        path = f"/api/v1/consumer-groups/{self.name}/dead?{query}"
+        return self.server.yes("GET", path)
+
+    def replay(self, body: Any = None) -> int:
+        path = f"/api/v1/consumer-groups/{self.name}/replay"
+        return int(self.server.yes("POST", path, body or {})["replayed"])
+
+    def members(self, number: int) -> None:
+        """Returns once it has so many members."""
+        eventually(lambda: self.known().get("memberCount", 0) == number)
+
+    def nothing_more(self, ws: WebSocket) -> None:
+        """All was told and taken: the next message is the next that is said."""
+        quiet(ws)
+        self.says(mark := new_name())
+        event = ws.event()
+        assert event["data"]["n"] == mark
+        self.ack(event)
+
+
+def quiet(ws: WebSocket) -> None:
+    """Nothing comes while the server answers a few pings."""
+    for n in range(5):
+        ws.send_frame(PING, str(n).encode())
+        assert ws.frame() == (PONG, str(n).encode())
+
+
+@pytest.fixture
+def team(shared: RunningServer) -> Team:
+    return Team(shared)
+
+
+# --- What is known of a group ----------------------------------------------------------
+
+GROUP_DEFAULTS = {
+    "namespace": "default", "ackMode": "ACK_MODE_AUTO",
+    "backpressure": "BACKPRESSURE_MODE_BUFFER", "maxInflight": 100, "maxRedeliveries": 3,
+    "redeliverDelayMs": 5000, "memberCount": 0, "status": "CONSUMER_GROUP_STATUS_ACTIVE"}
+
+
+def test_a_group_is_made_with_defaults(shared: RunningServer) -> None:
+    name = new_name()
+    made = groups(shared, "CreateConsumerGroup", name=name, pattern="events:a.>")
+    assert made == made | GROUP_DEFAULTS | {"name": name, "pattern": "events:a.>"}
+    assert made["id"] and made["createdAt"] == made["updatedAt"]
+    assert ironflow.from_rfc3339(made["createdAt"]) > 0
+    assert not has_null(made)
+    assert groups(shared, "GetConsumerGroup", namespace="default", name=name) == made
+
+
+@pytest.mark.parametrize("asked", [
+    {"filterExpr": "data.n > 1", "ackMode": "ACK_MODE_MANUAL", "maxInflight": 5,
+     "backpressure": "BACKPRESSURE_MODE_DROP", "maxRedeliveries": 0, "redeliverDelayMs": 10},
+    {"filter_expr": "data.n > 1", "ack_mode": "manual", "max_inflight": 5,
+     "backpressure": "drop", "max_redeliveries": 0, "redeliver_delay_ms": 10},
+    {"filter_expr": "data.n > 1", "ack_mode": 2, "max_inflight": 5, "backpressure": 1,
+     "max_redeliveries": 0, "redeliver_delay_ms": 10},
+])
+def test_a_group_is_made_in_every_spelling(team: Team, asked: dict[str, Any]) -> None:
+    body = {"name": team.name, "pattern": team.pattern, "metadata": {"by": [1]}}
+    made = groups(team.server, "CreateConsumerGroup", **body | asked)
+    assert made == made | {
+        "filterExpr": "data.n > 1", "ackMode": "ACK_MODE_MANUAL", "maxInflight": 5,
+        "backpressure": "BACKPRESSURE_MODE_DROP", "maxRedeliveries": 0, "redeliverDelayMs": 10,
+        "metadata": {"by": [1]}}
+
+
+@pytest.mark.parametrize("wrong", one_wrong({
+    "name": ["", None, 7, [], "a\n", "x" * 1025], "pattern": ["", None, 7, "a..b", "ord*"],
+    "filterExpr": [7, "data."], "ackMode": ["sing", 9, [1]], "backpressure": ["sing", 9, [1]],
+    "maxInflight": ["x", -1, 1.5, True], "maxRedeliveries": ["x", -1, 1.5],
+    "redeliverDelayMs": ["x", -1, 1.5], "metadata": [7, [1], "x"], "namespace": ["other"],
+}), ids=json.dumps)
+def test_a_group_of_the_wrong_kind_is_refused(team: Team, wrong: dict[str, Any]) -> None:
+    body = {"name": team.name, "pattern": team.pattern} | wrong
+    assert code(team.server.call("POST", f"{PUBSUB}CreateConsumerGroup", body)) == INVALID
+
+
+def test_a_groups_name_is_taken_once(team: Team) -> None:
+    team.create()
+    body = {"name": team.name, "pattern": "another"}
+    answer = team.server.call("POST", f"{PUBSUB}CreateConsumerGroup", body)
+    assert code(answer) == (409, "already_exists")
+    assert team.known()["pattern"] == team.pattern
+
+
+@pytest.mark.parametrize("call", [
+    "GetConsumerGroup", "DeleteConsumerGroup", "UpdateConsumerGroup", "AckEvent",
+    "GET dead", "POST replay"])
+def test_a_group_that_is_not_there_is_not_found(shared: RunningServer, call: str) -> None:
+    name = new_name()
+    if " " in call:
+        method, what = call.split()
+        answer = shared.call(method, f"/api/v1/consumer-groups/{name}/{what}")
+    else:
+        body = {"name": name, "groupName": name, "eventId": "evt_1", "ackType": "ack",
+                "group": {"name": name, "maxInflight": 1}, "updateMask": "maxInflight"}
+        answer = shared.call("POST", f"{PUBSUB}{call}", body)
+    assert code(answer) == UNKNOWN
+    assert name in answer[1]["message"]
+
+
+def test_groups_are_listed_in_pages(server: RunningServer) -> None:
+    assert groups(server, "ListConsumerGroups")["groups"] == []
+    teams = [Team(server) for _ in range(5)]
+    made = {team.name: team.create() for team in teams}
+    page = groups(server, "ListConsumerGroups", limit=2)
+    found = page["groups"]
+    while page.get("nextCursor"):
+        assert len(page["groups"]) == 2 and page["totalCount"] == 5
+        page = groups(server, "ListConsumerGroups", limit=2, cursor=page["nextCursor"])
+        found += page["groups"]
+    assert len(found) == 5
+    assert {group["name"]: group for group in found} == made
+    assert len(groups(server, "ListConsumerGroups")["groups"]) == 5
+
+
+@pytest.mark.parametrize("mask", ["maxInflight,redeliverDelayMs", "max_inflight,redeliver_delay_ms",
+                                  {"paths": ["max_inflight", "redeliver_delay_ms"]}])
+def test_an_update_changes_what_its_mask_names(team: Team, mask: Any) -> None:
+    made = team.create()
+    asked = {"name": team.name, "maxInflight": 7, "redeliverDelayMs": 8, "maxRedeliveries": 9}
+    changed = groups(team.server, "UpdateConsumerGroup", group=asked, updateMask=mask)
+    assert changed.pop("updatedAt") >= made.pop("updatedAt")
+    assert changed == made | {"maxInflight": 7, "redeliverDelayMs": 8}
+    assert team.known() == team.known() | changed
+
+
+def test_a_deleted_group_is_gone_and_its_members_are_told(team: Team) -> None:
+    team.create()
+    with team.member() as ws:
+        team.says(1)
+        assert ws.event()["data"] == {"n": 1}
+        assert groups(team.server, "DeleteConsumerGroup", name=team.name) == {}
+        said = ws.hear()
+        assert (said["type"], said["code"], said["retrying"]) == (
+            "subscription_error", "GROUP_DELETED", False)
+        ws.subscribe(name := new_name())
+        team.server.emit(name)
+        assert ws.event()["topic"] == f"events:{name}"
+    answer = team.server.call("POST", f"{PUBSUB}GetConsumerGroup", {"name": team.name})
+    assert code(answer) == UNKNOWN
+    with team.member() as ws:  # a new one, which knows nothing of 1
+        team.nothing_more(ws)
+
+
+@pytest.mark.parametrize("options", [{"pattern": "other"}, {"filter": "data.n > 1"}])
+def test_a_subscription_to_a_group_names_its_pattern_and_filter(
+    team: Team, watcher: WebSocket, options: dict[str, str]
+) -> None:
+    team.create()
+    pattern = options.pop("pattern", team.pattern)
+    assert watcher.refused(pattern, consumerGroup=team.name, **options) == "INVALID_OPTION"
+
+
+# --- Who gets what ---------------------------------------------------------------------
+
+
+def test_each_message_goes_to_one_member_and_each_has_its_share(team: Team) -> None:
+    with team.member() as one, team.member() as two, team.member() as three:
+        team.says(*range(60))
+        shares = [counted(member.events(20)) for member in (one, two, three)]
+    assert sorted(n for share in shares for n in share) == [*range(60)]
+    assert all(share == sorted(share) for share in shares)
+
+
+def test_who_is_in_no_group_hears_everything_besides(team: Team) -> None:
+    with team.member("auto") as one, WebSocket(team.server) as other:
+        other.subscribe(team.pattern)
+        team.says(1, 2, 3)
+        assert counted(one.events(3)) == counted(other.events(3)) == [1, 2, 3]
+
+
+def test_groups_are_nothing_to_each_other(team: Team, watcher: WebSocket) -> None:
+    ids = [watcher.subscribe(team.pattern, consumerGroup=f"{team.name}.{n}")["subscriptionId"]
+           for n in range(2)]
+    team.says(1)
+    assert {event["subscriptionId"] for event in watcher.events(2)} == {*ids}
+
+
+def test_a_group_that_is_made_by_subscribing_begins_with_what_comes(team: Team) -> None:
+    team.says(1)
+    with team.member() as ws:
+        team.says(2)
+        assert ws.event()["data"] == {"n": 2}
+    assert team.known()["pattern"] == team.pattern
+
+
+def test_a_new_group_may_begin_earlier(team: Team) -> None:
+    team.says(1, 2, 3)
+    first = kept(team.server, team.pattern)[0]
+    with team.member(startAfterSequence=first.seq) as ws:
+        assert counted(ws.events(2)) == [2, 3]
+
+
+def test_a_groups_place_outlives_its_members(team: Team) -> None:
+    team.create()
+    team.says(0, 1)
+    for n in range(4):
+        with team.member(replay=100) as ws:  # a replay is nothing to a group
+            event = ws.event()
+            assert event["data"] == {"n": n}
+            team.ack(event)
+        team.says(n + 2)
+
+
+def test_a_group_has_a_filter(team: Team) -> None:
+    team.create(filterExpr="data.n % 2 == 0")
+    with team.member(filter="data.n % 2 == 0") as ws:
+        team.says(1, 2, 3, 4)
+        assert counted(ws.events(2)) == [2, 4]
+
+
+# --- Acks ------------------------------------------------------------------------------
+
+
+def test_what_is_acked_does_not_come_again(team: Team) -> None:
+    with team.member() as ws:
+        team.says(1, 2)
+        first, second = ws.events(2)
+        ws.ack(first)
+        ws.ack(second, subscriptionId=second["subscriptionId"])
+        quiet(ws)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def test_what_is_not_acked_goes_to_another_when_its_member_dies(team: Team) -> None:
+    with team.member() as ws:
+        team.says(1, 2, 3)
+        held = ws.events(3)
+        team.ack(held[1])
+    with team.member() as ws:
+        again = ws.events(2)
+        assert [event["eventId"] for event in again] == [held[0]["eventId"], held[2]["eventId"]]
+        for event in again:
+            team.ack(event)
+        team.nothing_more(ws)
+
+
+def test_what_is_refused_comes_again_after_its_delay(team: Team) -> None:
+    with team.member(includeMetadata=True) as ws:
+        team.says(1)
+        event = ws.event()
+        ws.ack(event, "nak", redeliverDelay=1)
+        assert ws.event() == event
+        ws.ack(event, "nak", redeliverDelay=60_000)
+        team.says(2)
+        later = ws.event()
+        assert later["data"] == {"n": 2}  # nobody waits for the other
+        team.ack(later)
+        team.nothing_more(ws)
+
+
+def test_what_is_given_up_does_not_come_again(team: Team) -> None:
+    with team.member() as ws:
+        team.says(1)
+        ws.ack(ws.event(), "term")
+        quiet(ws)
+    with team.member() as ws:
+        team.nothing_more(ws)
+    assert team.dead()["dead"] == []
+
+
+@pytest.mark.parametrize("kind", ["ACK_TYPE_ACK", "ACK_TYPE_TERM", "ack", "term", "ACK", 1, 3])
+def test_an_ack_by_call_is_read_in_every_spelling(team: Team, kind: Any) -> None:
+    with team.member() as ws:
+        team.says(1)
+        team.ack(ws.event(), kind)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+@pytest.mark.parametrize("kind", ["ACK_TYPE_NAK", "nak", 2])
+def test_a_nak_by_call_brings_it_again(team: Team, kind: Any) -> None:
+    with team.member() as ws:
+        team.says(1)
+        event = ws.event()
+        team.ack(event, kind, redeliverDelayMs=1)
+        assert ws.event() == event
+
+
+@pytest.mark.parametrize("wrong", [
+    {"ackType": "sing"}, {"ackType": 9}, {"ackType": {"a": 1}}, {"eventId": 7}, {"groupName": 7},
+    {"redeliverDelayMs": -1}, {"redeliverDelayMs": "x"}, {"namespace": "other"},
+], ids=json.dumps)
+def test_an_ack_by_call_of_the_wrong_kind_is_refused(team: Team, wrong: Any) -> None:
+    team.create()
+    body = {"groupName": team.name, "eventId": "evt_1", "ackType": "ack"} | wrong
+    assert code(team.server.call("POST", f"{PUBSUB}AckEvent", body)) == INVALID
+
+
+def test_only_so_many_are_out_at_once(team: Team) -> None:
+    team.create(maxInflight=2)
+    with team.member() as one:
+        team.says(*range(6))
+        held = one.events(2)
+        quiet(one)
+        with team.member() as two:
+            quiet(two)  # of the whole group
+        for n in range(2, 6):
+            team.ack(held.pop(0))
+            held.append(one.event())
+            assert held[-1]["data"] == {"n": n}
+            quiet(one)
+
+
+def test_the_same_subscription_ends_and_gives_back_what_it_held(
+    team: Team, watcher: WebSocket
+) -> None:
+    asked = {"consumerGroup": team.name, "ackMode": "manual"}
+    found = watcher.subscribe(team.pattern, **asked)
+    team.says(1)
+    event = watcher.event()
+    watcher.unsubscribe(found["subscriptionId"])
+    assert watcher.subscribe(team.pattern, **asked)["subscriptionId"] == event["subscriptionId"]
+    assert watcher.event() == event
+
+
+def test_an_unacked_message_comes_again_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ironflow, "ACK_S", 0.05)
+
+    def program(server: RunningServer) -> None:
+        team = Team(server)
+        team.create(maxRedeliveries=2, redeliverDelayMs=1)
+        with team.member() as ws:
+            team.says(1)
+            assert counted(ws.events(3)) == [1, 1, 1]
+            (dead,) = eventually(lambda: team.dead()["dead"])
+            assert dead["attempts"] == 3
+
+    inside(tmp_path, {}, program)
+
+
+# --- Acks without words ----------------------------------------------------------------
+
+
+def test_what_an_auto_member_has_read_does_not_come_again(team: Team) -> None:
+    with team.member("auto") as ws:
+        team.says(1, 2, 3)
+        assert counted(ws.events(3)) == [1, 2, 3]
+        eventually(lambda: read_on(ws) and unacked(team) == 0)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def unacked(team: Team) -> int:
+    ((number,),) = team.server.rows("SELECT count(*) FROM delivery WHERE name = ?", team.name)
+    return int(number)
+
+
+def read_on(ws: WebSocket) -> bool:
+    """Answer the pings that are there, as a client's library does by itself."""
+    while ws.unread or select.select([ws.line], [], [], 0)[0]:
+        opcode, payload = ws.frame()
+        assert opcode == PING
+        ws.send_frame(PONG, payload)
+    return True
+
+
+def test_an_auto_member_that_dies_with_messages_unread_loses_none(team: Team) -> None:
+    text = "x" * 30_000
+    with team.member("auto", buffer=4096):
+        team.server.yes("POST", "/api/v1/events", [
+            {"name": team.name, "data": {"n": n, "text": text}} for n in range(60)])
+        eventually(lambda: unacked(team))
+    with team.member() as ws:
+        heard = []
+        for _ in range(60):
+            event = ws.event()
+            heard.append(event["data"]["n"])
+            team.ack(event)
+        assert sorted(heard) == [*range(60)]
+
+
+# --- Dead letters ----------------------------------------------------------------------
+
+
+def killed_off(team: Team, *ns: int) -> list[Any]:
+    """Messages that nobody could do, which are dead letters now; the oldest first."""
+    team.create(maxRedeliveries=1)
+    with team.member() as ws:
+        team.says(*ns)
+        for _ in range(2):
+            events = {event["data"]["n"]: event for event in ws.events(len(ns))}
+            for event in events.values():
+                team.ack(event, "nak", redeliverDelayMs=1)
+        return [events[n] for n in ns]
+
+
+def test_what_nobody_could_do_is_a_dead_letter(team: Team) -> None:
+    (event,) = killed_off(team, 1)
+    found = team.dead()
+    assert not has_null(found)
+    (dead,) = found.pop("dead")
+    assert found == {"count": 1}
+    assert ironflow.from_rfc3339(dead.pop("dead_at")) >= ironflow.from_rfc3339(dead["timestamp"])
+    (told,) = kept(team.server, team.pattern)
+    assert dead == {"event_id": event["eventId"], "sequence": told.seq, "topic": team.pattern,
+                    "data": {"n": 1}, "timestamp": dead["timestamp"], "attempts": 2}
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def test_dead_letters_are_listed_in_pages(team: Team) -> None:
+    killed_off(team, *range(5))
+    page = team.dead("limit=2")
+    found = page["dead"]
+    while page.get("next_cursor"):
+        page = team.dead(f"limit=2&cursor={page['next_cursor']}")
+        found += page["dead"]
+    assert sorted(dead["data"]["n"] for dead in found) == [*range(5)]
+    assert team.dead()["count"] == 5
+
+
+def test_dead_letters_are_replayed(team: Team) -> None:
+    events = killed_off(team, 1, 2, 3)
+    with team.member() as ws:
+        assert team.replay({"event_ids": [events[1]["eventId"], "evt_x"]}) == 1
+        assert ws.event() == events[1]
+        assert team.replay() == 2
+        again = [ws.event() for _ in range(2)]
+        assert counted(again) == [1, 3]
+        for event in [events[1], *again]:
+            team.ack(event)
+        assert team.dead() == {"dead": [], "count": 0}
+        assert team.replay() == 0
+        team.nothing_more(ws)
+
+
+def test_a_replayed_letter_that_fails_again_is_dead_again(team: Team) -> None:
+    (event,) = killed_off(team, 1)
+    assert team.replay() == 1
+    with team.member() as ws:
+        for _ in range(2):
+            assert ws.event() == event
+            team.ack(event, "nak", redeliverDelayMs=1)
+        eventually(lambda: team.dead()["count"] == 1)
+
+
+@pytest.mark.parametrize("body", [[], 7, {"event_ids": "x"}, b"{"])
+def test_a_replay_of_the_wrong_kind_is_refused(team: Team, body: Any) -> None:
+    team.create()
+    answer = team.server.call("POST", f"/api/v1/consumer-groups/{team.name}/replay", body)
+    assert code(answer) == INVALID
+
+
+@pytest.mark.parametrize("query", ["limit=x", "limit=-1", "cursor=x"])
+def test_a_query_for_dead_letters_of_the_wrong_kind_is_refused(team: Team, query: str) -> None:
+    team.create()
+    answer = team.server.call("GET", f"/api/v1/consumer-groups/{team.name}/dead?{query}")
+    assert code(answer) == INVALID
+
+
+# --- Other doors -----------------------------------------------------------------------
+
+
+def test_a_member_may_join_by_connect(team: Team) -> None:
+    team.create()
+    asked = {"groupName": team.name, "consumerId": "c", "clientId": "me"}
+    with ConnectStream(team.server, asked, "JoinConsumerGroup") as stream:
+        team.says(1)
+        first = stream.message()
+        assert (first["data"], first["deliveryAttempt"]) == ({"n": 1}, 1)
+        team.ack(first, "nak", redeliverDelayMs=1)
+        again = stream.message()
+        assert again == first | {"deliveryAttempt": 2}
+        team.ack(again)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def test_joining_a_group_that_is_not_there_ends_with_an_error(shared: RunningServer) -> None:
+    asked = {"groupName": new_name(), "consumerId": "c"}
+    with ConnectStream(shared, asked, "JoinConsumerGroup") as stream:
+        assert stream.error() == "not_found"
+
+
+def test_a_browser_that_subscribes_in_a_group_acks_by_reading(team: Team) -> None:
+    asked = {"pattern": team.pattern, "options": {"consumerGroup": team.name}}
+    with ConnectStream(team.server, asked) as stream:
+        team.says(1)
+        assert stream.told().n == 1
+        eventually(lambda: unacked(team) == 0)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def test_a_stream_may_be_a_member(team: Team) -> None:
+    query: Any = {"group": team.name, "ack": "manual"}
+    with EventStream(team.server, team.pattern, **query) as stream:
+        team.says(1, 2)
+        first, second = stream.told(), stream.told()
+        assert (first.n, second.n) == (1, 2)
+        team.ack({"eventId": first.event_id})
+    with EventStream(team.server, team.pattern, **query) as stream:
+        again = stream.told()
+        assert again == second
+        team.ack({"eventId": again.event_id})
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_who_hangs_up_is_no_member_any_more(team: Team, door: str) -> None:
+    team.create()
+    joined: Any = {
+        "ws": lambda: team.member(),
+        "sse": lambda: EventStream(team.server, team.pattern, group=team.name),
+        "connect": lambda: ConnectStream(
+            team.server, {"groupName": team.name, "consumerId": "c"}, "JoinConsumerGroup"),
+    }[door]
+    with joined():
+        team.members(1)
+        with joined():
+            team.members(2)
+        team.members(1)
+    team.members(0)
+
+
+def test_a_stream_in_a_group_that_is_deleted_ends_with_an_error(team: Team) -> None:
+    team.create()
+    asked = {"groupName": team.name, "consumerId": "c"}
+    with (EventStream(team.server, team.pattern, group=team.name) as stream,
+          ConnectStream(team.server, asked, "JoinConsumerGroup") as connected):
+        groups(team.server, "DeleteConsumerGroup", name=team.name)
+        block = stream.message()
+        assert block["event"] == "ironflow.error"
+        assert json.loads(block["data"]).keys() == {"code", "message"}
+        assert stream.answer.read() == b""
+        assert connected.error() == "not_found"
+
+
+# --- In virtual time -------------------------------------------------------------------
+
+
+@dataclass
+class Crew:
+    """The rules of a group of `a` and `b`, on a stage."""
+
+    stage: Stage
+
+    def deals(self, *seqs: int, to: str = "ab") -> dict[int, str]:
+        """Who is given what."""
+        group = ironflow.known(self.stage.file.tx, ironflow.ConsumerGroup, "g")
+        dealt, _ = self.stage.do(ironflow.deal, "g", group.group_id, list(seqs), list(to))
+        return {each.seq: each.member for each in dealt}
+
+    def ack(self, *seqs: int, how: str = "ack", delay_s: float | None = None) -> None:
+        self.stage.do(ironflow.acked, "g", list(seqs), how, delay_s)
+
+    def held(self) -> dict[int, tuple[str, int]]:
+        """What is not done: its state, and how often it came to nothing."""
+        rows = self.stage.file._db.execute("SELECT seq, state, misses FROM delivery").fetchall()
+        return {seq: (state, misses) for seq, state, misses in rows}
+
+
+@pytest.fixture
+def crew(stage: Stage) -> Crew:
+    group = ironflow.ConsumerGroup("g", "events:e", ack_mode="manual", max_inflight=4)
+    stage.do(ironflow.create_group, replace(group, position=0))
+    for _ in range(9):
+        stage.says()
+    return Crew(stage)
+
+
+def test_messages_are_dealt_to_who_has_the_fewest(crew: Crew) -> None:
+    assert crew.deals(1, 2, 3) == {1: "a", 2: "b", 3: "a"}
+    crew.ack(1, 3)
+    assert crew.deals(4, 5) == {4: "a", 5: "a"}
+    assert crew.deals(6, 7) == {6: "b"}  # four at once
+    crew.ack(2)
+    assert crew.deals(6, 7) == {7: "b"}
+
+
+def test_a_message_is_another_members_thirty_seconds_later(crew: Crew) -> None:
+    assert crew.deals(1, to="a") == {1: "a"}
+    crew.stage.go(29.9)
+    assert crew.deals(to="b") == {}
+    crew.stage.go(0.1)
+    assert crew.deals(to="b") == {1: "b"}
+    assert crew.held() == {1: ("out", 1)}
+
+
+def test_an_ack_that_comes_late_counts(crew: Crew) -> None:
+    crew.deals(1)
+    crew.stage.go(60)
+    crew.ack(1)
+    assert (crew.held(), crew.deals()) == ({}, {})
+
+
+def test_a_refusal_is_put_off_for_as_long_as_it_says_or_five_seconds(crew: Crew) -> None:
+    crew.deals(1, 2)
+    crew.ack(1, how="nak")
+    crew.ack(2, how="nak", delay_s=60)
+    crew.stage.go(4.9)
+    assert crew.deals() == {}
+    crew.stage.go(0.1)
+    assert crew.deals().keys() == {1}
+    crew.ack(1)
+    crew.stage.go(54.9)
+    assert crew.deals() == {}
+    crew.stage.go(0.1)
+    assert crew.deals().keys() == {2}
+
+
+@pytest.mark.parametrize("how", ["nak", "time", "leaves", "all of them"])
+def test_a_fourth_delivery_that_comes_to_nothing_is_the_last(crew: Crew, how: str) -> None:
+    for n in range(4):
+        assert crew.deals(1, to="a") == {1: "a"}
+        assert crew.held() == {1: ("out", n)}
+        if how == "nak" or (how == "all of them" and n == 0):
+            crew.ack(1, how="nak", delay_s=0)
+        elif how == "leaves" or (how == "all of them" and n == 1):
+            crew.stage.do(ironflow.member_left, "g", "a")
+        else:
+            crew.stage.go(30)
+    assert crew.held() == {1: ("dead", 4)}
+    crew.stage.go(3600)
+    assert crew.deals(1, 2) == {2: "a"}
+
+
+def test_a_restart_counts_as_no_delivery_and_due_times_survive_it(crew: Crew) -> None:
+    crew.deals(1, 2, 3)
+    crew.ack(2, how="nak", delay_s=60)
+    crew.ack(3)
+    for _ in range(9):
+        crew.stage.file.close()
+        crew.stage.open()
+        assert crew.deals().keys() == {1}
+    assert crew.held() == {1: ("out", 0), 2: ("later", 1)}
+    crew.stage.go(60)
+    assert crew.deals().keys() == {1, 2}
+
+
+def test_dead_letters_that_are_replayed_begin_anew(crew: Crew) -> None:
+    for _ in range(4):
+        crew.deals(1, 2)
+        crew.ack(1, 2, how="nak", delay_s=0)
+    assert crew.stage.do(ironflow.revive, "g", None) == 2
+    assert crew.held() == {1: ("due", 0), 2: ("due", 0)}
+    assert crew.deals().keys() == {1, 2}
+
+
+# --- Crashes, and what is forgotten ----------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_a_group_goes_on_after_a_restart(server: RunningServer, how: str) -> None:
+    team = Team(server)
+    made = team.create(maxRedeliveries=0)
+    with team.member() as ws:
+        team.says(1, 2, 3)
+        held = ws.events(3)
+        team.ack(held[0])
+        getattr(server, how)()
+    server.start()
+    assert team.known() == made
+    with team.member() as ws:  # a restart counts as no delivery: it is no dead letter
+        again = ws.events(2)
+        assert [event["eventId"] for event in again] == [e["eventId"] for e in held[1:]]
+        for event in again:
+            team.ack(event)
+        team.nothing_more(ws)
+    assert team.dead()["count"] == 0
+
+
+def test_members_and_server_that_are_killed_lose_no_message(server: RunningServer) -> None:
+    team, draw, numbers = Team(server), random.Random(), iter(range(300))
+    team.create(maxRedeliveries=1000)
+    up, over, done = threading.Event(), threading.Event(), set[int]()
+    up.set()
+
+    def emit() -> None:
+        for n in numbers:
+            event = {"name": team.name, "data": {"n": n}, "idempotency_key": f"{team.name} {n}"}
+            said = False
+            while not said:
+                assert up.wait(DEADLINE_S)
+                with contextlib.suppress(*CUT_OFF):
+                    said = server.call("POST", "/api/v1/events", event)[0] == 200
+
+    def work() -> None:
+        while not over.is_set():
+            assert up.wait(DEADLINE_S)
+            with contextlib.suppress(*CUT_OFF), team.member() as ws:
+                ws.line.settimeout(0.3)  # once all is done nothing comes
+                for _ in range(draw.randrange(1, 50)):  # then it dies with some unread
+                    event = ws.event()
+                    if draw.random() < 0.1:
+                        team.ack(event, "nak", redeliverDelayMs=1)
+                    else:
+                        done.add(event["data"]["n"])  # even if the answer is lost
+                        team.ack(event)
+
+    with ThreadPoolExecutor(4) as threads:
+        emitter, *workers = [threads.submit(deed) for deed in (emit, work, work, work)]
+        try:
+            for goal in 60, 120, 180:
+                eventually(partial(more_than, done, goal))
+                up.clear()
+                server.kill()
+                server.start()
+                up.set()
+            emitter.result(DEADLINE_S)
+            eventually(lambda: len(done) == 300 and not unacked(team))
+        finally:
+            over.set()
+        for worker in workers:
+            worker.result(DEADLINE_S)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def test_a_group_that_was_away_too_long_goes_on_with_what_is_kept(tmp_path: Path) -> None:
+    with serve(tmp_path, "--retain", "300ms") as server:
+        team = Team(server)
+        team.create()
+        team.says(1, 2)
+        with team.member() as ws:
+            assert ws.event()["data"] == {"n": 1}
+        eventually(lambda: server.rows("SELECT 1 FROM journal WHERE kind = 'event'") == [])
+        with team.member() as ws:
+            team.says(3)
+            assert ws.event()["data"] == {"n": 3}
+
+
+# ======================================================================================
 # Push handlers
 # ======================================================================================
 # Posts as a server sends them, made by hand, to the three doors of one core.
