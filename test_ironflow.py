@@ -39,6 +39,7 @@ import py_compile
 import pydoc
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -3146,10 +3147,10 @@ def test_no_request_makes_a_500(server: RunningServer, door: str, body: bytes) -
 
 def messages_of(server: RunningServer) -> list[ironflow.Message]:
     """All that subscribers would have heard; the view `topic` says the same."""
+    view = server.rows("SELECT seq, topic FROM topic ORDER BY seq")
     db = sqlite3.connect(f"{server.db.as_uri()}?mode=ro", uri=True)
     with contextlib.closing(db):
-        messages = ironflow.Queries(db).messages(ironflow.Interest((">",)), 0).messages
-    view = server.rows("SELECT seq, topic FROM topic ORDER BY seq")
+        messages = ironflow.Queries(db).messages_at([seq for seq, _ in view])
     assert view == [(message.seq, message.topic) for message in messages]
     return messages
 
@@ -10987,6 +10988,2641 @@ def test_without_a_file_every_secret_is_unknown(bench: Bench) -> None:
 @pytest.mark.parametrize("secrets", ["key", [7], [""], [None], {"key": "v"}])
 def test_secrets_are_declared_by_name(shared: RunningServer, secrets: Any) -> None:
     assert code(register(shared, secrets=secrets)) == INVALID
+
+
+# ======================================================================================
+# Patterns
+# ======================================================================================
+# What a subscriber names. `selects` is the plain rule; `Index` answers for thousands of
+# subscribers at once, and is held against it.
+
+BAD_PATTERNS = [
+    "", ".", "..", "a.", ".a", "a..b", "a*", "*b", "ord*", "a.b*", "a.*b.c", "**", ">>", "*>",
+    ">.a", "a.>.b", ">.>", "system.run.>.>", "events:>.a", "a>", ">a", " ", "a b", " a", "a ",
+    "a\t", "a\n", "\n", "a\u00a0b", "a\u2028b", "a\0", "a\x7f", "\x85", "events:", "topic:",
+    "entity:", "events:.a", "events:a.", "events:a..b", "events:ord*", "system.", "system..a",
+    "system.run.", "a" * 1025,
+]
+GOOD_PATTERNS = [
+    "*", ">", "a", "a.*", "a.>", "*.a", "*.*", "*.>", "a.*.b", "a.*.*.>", "events:>", "events:*",
+    "events:a", "topic:>", "topic:a.*", "entity:user.1.>", "entity:*.*.created", "system.>",
+    "system.run.>", "system.run.*", "system.run.*.created", "system.run.run_1.step.>",
+    "system.run.run_1.step.run_1:a:0.*", "system.secret.*.deleted", "system", "systematic.a",
+    "order:placed", "events:events:a", "é.ü", "A-b_c/d~e", "a" * 1024,
+]
+
+
+@pytest.mark.parametrize("pattern", BAD_PATTERNS, ids=repr)
+def test_what_is_no_pattern_is_refused(pattern: str) -> None:
+    with pytest.raises(ironflow.InvalidInput) as refused:
+        ironflow.check_pattern(pattern)
+    assert refused.value.message
+
+
+@pytest.mark.parametrize("pattern", GOOD_PATTERNS, ids=lambda pattern: repr(pattern[:40]))
+def test_a_pattern_is_taken_as_it_was_given(pattern: str) -> None:
+    assert ironflow.check_pattern(pattern) == pattern
+
+
+EVERYTHING = [
+    "events:a", "events:a.b", "events:order.placed", "events:order", "events:order.item.added",
+    "events:a..b", "events:..", "events:topic:a", "events:system.run.x.created",
+    "events:order:placed", "topic:a", "topic:order.placed", "topic:notifications",
+    "topic:notifications.mail", "topic:notifications.mail.sent", "system.run.run_1.created",
+    "system.run.run_2.updated", "system.run.run_2.created",
+    "system.run.run_1.step.run_1:a:0.created", "system.run.run_1.step.run_1:a.b:0.completed",
+    "system.run.run_2.step.run_2:a:0.created", "system.function.f.registered",
+    "system.function.f.g.registered", "system.worker.w.connected", "system.secret.s.deleted",
+    "entity:user.1.created", "entity:user.1",
+]
+SELECTS: dict[str, str | list[str]] = {  # pattern: which of those it selects
+    ">": EVERYTHING,
+    "events:>": [topic for topic in EVERYTHING if topic.startswith("events:")],
+    "topic:>": [topic for topic in EVERYTHING if topic.startswith("topic:")],
+    "system.>": [topic for topic in EVERYTHING if topic.startswith("system.")],
+    "entity:>": "entity:user.1.created entity:user.1",
+    "entity:user.1.>": "entity:user.1.created",
+    "entity:*.*": "entity:user.1",
+    "events:a": "events:a",
+    "events:*": "events:a events:order events:topic:a events:order:placed",
+    "events:a.*": "events:a.b",
+    "events:a.>": "events:a.b events:a..b",
+    "events:a.*.b": "events:a..b",
+    "events:*.*.*": "events:order.item.added events:a..b events:..",
+    "events:order.*": "events:order.placed",
+    "events:order.>": "events:order.placed events:order.item.added",
+    "events:*.placed": "events:order.placed",
+    "events:ORDER.placed": "",
+    "events:topic:a": "events:topic:a",
+    "events:system.run.*.*": "events:system.run.x.created",
+    "events:system.run.*": "",
+    "topic:notifications.>": "topic:notifications.mail topic:notifications.mail.sent",
+    "topic:notifications.*": "topic:notifications.mail",
+    "topic:notifications": "topic:notifications",
+    "a": "events:a topic:a",
+    "order.placed": "events:order.placed topic:order.placed",
+    "order.*": "events:order.placed topic:order.placed",
+    "order.>": "events:order.placed events:order.item.added topic:order.placed",
+    "*": "events:a events:order events:topic:a events:order:placed topic:a topic:notifications",
+    "*.placed": "events:order.placed topic:order.placed",
+    "order:placed": "events:order:placed",
+    "*.run.>": "events:system.run.x.created",
+    "run.>": "",
+    "system": "",
+    "system.run": "",
+    "system.run.*": "system.run.run_1.created system.run.run_2.updated system.run.run_2.created",
+    "system.run.run_2.*": "system.run.run_2.updated system.run.run_2.created",
+    "system.run.*.created": "system.run.run_1.created system.run.run_2.created",
+    "system.run.>": [topic for topic in EVERYTHING if topic.startswith("system.run.")],
+    "system.run.run_1.>": [t for t in EVERYTHING if t.startswith("system.run.run_1.")],
+    "system.run.run_1.step.>": "system.run.run_1.step.run_1:a:0.created "
+                               "system.run.run_1.step.run_1:a.b:0.completed",
+    "system.run.run_1.step.*.created": "system.run.run_1.step.run_1:a:0.created",
+    "system.run.*.step.*.*": "system.run.run_1.step.run_1:a:0.created "
+                             "system.run.run_2.step.run_2:a:0.created",
+    "system.function.*": "system.function.f.registered",
+    "system.function.f.>": "system.function.f.registered system.function.f.g.registered",
+    "system.worker.*": "system.worker.w.connected",
+    "system.secret.*": "system.secret.s.deleted",
+    "system.secret.s.*": "system.secret.s.deleted",
+    "system.secret.*.deleted": "system.secret.s.deleted",
+    "system.secret.*.created": "",
+}
+
+
+@pytest.mark.parametrize("pattern", SELECTS)
+def test_a_pattern_selects_topics(pattern: str) -> None:
+    selected = SELECTS[pattern]
+    selected = selected.split() if isinstance(selected, str) else selected
+    assert ironflow.check_pattern(pattern) == pattern
+    assert [t for t in EVERYTHING if ironflow.selects(pattern, t)] == [
+        t for t in EVERYTHING if t in selected]
+
+
+def index_of(patterns: Sequence[str]) -> ironflow.Index[int]:
+    """An index in which each pattern's value is its place in the list."""
+    index = ironflow.Index[int]()
+    for i, pattern in enumerate(patterns):
+        for plain in ironflow.spread(pattern):
+            index.add(plain, i)
+    return index
+
+
+words = st.sampled_from(["a", "b", "run", "a:b", "created"])
+odd_words = words | st.sampled_from(["*", ">", "", "a*", "events:", "topic:a", "system"])
+prefixes = st.sampled_from(["", "events:", "topic:", "entity:", "system.", "system.run."])
+wanted_patterns = st.builds(
+    lambda prefix, middle, last: prefix + ".".join([*middle, last]),
+    prefixes, st.lists(words | st.just("*"), max_size=3),
+    words | st.sampled_from(["*", ">", ">"]),
+) | st.just(">")
+found_topics = st.builds(
+    lambda prefix, segments: prefix + ".".join(segments),
+    st.sampled_from(["events:", "topic:", "entity:", "system.", "system.run."]),
+    st.lists(odd_words, min_size=1, max_size=4),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(wanted_patterns, max_size=8), found_topics)
+@example(["*", ">", "a"], "events:*")
+@example(["events:*", "events:>"], "events:>")
+@example(["events:*.a", "events:>"], "events:.a")
+@example([">", ">", "a.>", "events:a.*"], "events:a.b")
+def test_the_index_finds_what_the_plain_rule_selects(patterns: list[str], topic: str) -> None:
+    for pattern in patterns:
+        ironflow.check_pattern(pattern)
+    found = [*index_of(patterns).find(ironflow.dotted(topic))]
+    assert sorted(found) == [
+        i for i, pattern in enumerate(patterns) if ironflow.selects(pattern, topic)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(wanted_patterns, max_size=8), found_topics, st.randoms())
+def test_what_is_removed_from_the_index_leaves_nothing(
+    patterns: list[str], topic: str, draw: random.Random
+) -> None:
+    index, left = index_of(patterns), [*range(len(patterns))]
+    draw.shuffle(left)
+    while left:
+        gone = left.pop()
+        for plain in ironflow.spread(patterns[gone]):
+            index.remove(plain, gone)
+        selected = [i for i in left if ironflow.selects(patterns[i], topic)]
+        assert sorted(index.find(ironflow.dotted(topic))) == sorted(selected)
+    assert len(index) == 0
+
+
+def bytecodes(work: Callable[[], T]) -> tuple[int, T]:
+    """How many instructions of Python it takes, whatever the speed of the machine."""
+    counted = count()
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            next(counted)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        done = work()
+    finally:
+        sys.settrace(None)
+    return next(counted), done
+
+
+def test_finding_subscribers_takes_no_longer_with_100_000_other_patterns() -> None:
+    wanted = ["system.run.run_1.*", "system.run.>", "system.run.*", ">"]
+    work = []
+    for others in 10, 100_000:
+        crowd = [f"system.run.other_{n}.>" if n % 2 else f"events:other_{n}.*.>"
+                 for n in range(others)]
+        index = index_of(wanted + crowd)
+        topic = "system.run.run_1.created"
+        spent, found = bytecodes(partial(index.find, topic))
+        assert sorted(found) == [0, 1, 2, 3]
+        work.append(spent)
+    assert 0 < work[1] <= 2 * work[0]
+
+
+# ======================================================================================
+# Watching: over a WebSocket
+# ======================================================================================
+# Clients made of bytes, so that a test decides what they read, what they answer and when
+# they die. That something is not delivered is seen by what comes next: each subscription
+# is told everything in order.
+
+TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a subscriber was told, at whichever door."""
+
+    seq: int
+    topic: str
+    data: Any
+    event_id: str
+
+    @property
+    def n(self) -> Any:
+        return self.data["n"]
+
+
+def as_told(message: ironflow.Message) -> Told:
+    return Told(message.seq, message.topic, json.loads(message.data), message.event_id)
+
+
+class Closed(Exception):
+    """The server closed the WebSocket; the code it gave, 1006 for none."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@contextlib.contextmanager
+def closed_if_it_fails(stream: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        stream.close()
+        raise
+
+
+def narrow(server: RunningServer, buffer: int) -> socket.socket:
+    """A connection to a server; with a buffer, one that is soon full if nobody reads."""
+    line = socket.socket()
+    if buffer:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    line.settimeout(DEADLINE_S)
+    with closed_if_it_fails(line):
+        line.connect(("127.0.0.1", server.port))
+    return line
+
+
+class WebSocket:
+    """A client of `/ws`. Answers pings as the SDKs' libraries do, when it reads."""
+
+    def __init__(self, server: RunningServer, query: str = "", buffer: int = 0,
+                 **headers: str) -> None:
+        self.line = narrow(server, buffer)
+        said = {"Host": "localhost", "Upgrade": "websocket", "Connection": "Upgrade",
+                "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "c29tZSByYW5kb20gYml0cw=="}
+        said |= {name.replace("_", "-"): value for name, value in headers.items()}
+        head = f"GET /ws{query} HTTP/1.1\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in said.items())
+        self.unread, self.heard, self.begins_at = bytearray(), list[Any](), -1
+        with closed_if_it_fails(self):
+            self.line.sendall(f"{head}\r\n".encode("latin-1"))
+            while b"\r\n\r\n" not in self.unread:
+                self._receive()
+        first, _, rest = self._read(self.unread.index(b"\r\n\r\n") + 4).partition(b"\r\n")
+        self.status = int(first.split()[1])
+        self.headers = http.client.parse_headers(io.BytesIO(rest))
+
+    def __enter__(self) -> WebSocket:
+        assert self.status == 101, self.body()
+        return self
+
+    def body(self) -> Any:
+        """What came instead of the upgrade."""
+        return json.loads(self._read(int(self.headers["Content-Length"])))
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No goodbye."""
+        self.line.close()
+
+    def send_frame(self, opcode: int, payload: bytes, last: bool = True,
+                   mask: bytes = b"mask") -> None:
+        size = len(payload)
+        short = size if size < 126 else 126 if size < 65536 else 127
+        head = bytes([opcode | last << 7, short | (128 if mask else 0)])
+        head += struct.pack(">H", size) if short == 126 else b""
+        head += struct.pack(">Q", size) if short == 127 else b""
+        if mask:
+            whole = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+            payload = (int.from_bytes(payload, "big") ^ whole).to_bytes(size, "big")
+        self.line.sendall(head + mask + payload)
+
+    def send(self, message: Any) -> None:
+        """A text frame: bytes as they are, anything else as JSON."""
+        text = message if isinstance(message, bytes) else json.dumps(message).encode()
+        self.send_frame(TEXT_FRAME, text)
+
+    def frame(self) -> tuple[int, bytes]:
+        head = self._read(2)
+        assert head[0] & 0x70 == 0, "compressed"
+        assert head[0] & 0x80 and not head[1] & 0x80, "in pieces, or masked"
+        size = head[1]
+        if size > 125:
+            size = int.from_bytes(self._read(2 if size == 126 else 8), "big")
+        return head[0] & 15, self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        while len(self.unread) < size:
+            self._receive()
+        found = bytes(self.unread[:size])
+        del self.unread[:size]
+        return found
+
+    def _receive(self) -> None:
+        if not (part := self.line.recv(65536)):
+            raise Closed(1006)
+        self.unread += part
+
+    def text(self) -> bytes:
+        """The next message as it came."""
+        while True:
+            opcode, payload = self.frame()
+            if opcode == PING:
+                self.send_frame(PONG, payload)
+            elif opcode == CLOSE:
+                raise Closed(int.from_bytes(payload[:2], "big") or 1005)
+            else:
+                assert opcode == TEXT_FRAME
+                return payload
+
+    def hear(self) -> Any:
+        """The next message, once what was heard while looking for another is over."""
+        if self.heard:
+            return self.heard.pop(0)
+        said = json.loads(self.text().decode())
+        assert not has_null({**said, "data": {}}), said
+        return said
+
+    def hear_of(self, kind: str) -> Any:
+        """The next message of this type; what comes before it is heard later."""
+        before = []
+        while (said := self.hear())["type"] != kind:
+            before.append(said)
+        self.heard[:0] = before
+        return said
+
+    def closed(self) -> int:
+        """The code of the close that has to come, whatever is said before it."""
+        with pytest.raises(Closed) as closed:
+            while True:
+                self.hear()
+        return closed.value.code
+
+    def ask(self, pattern: Any, **options: Any) -> None:
+        self.send({"type": "subscribe",
+                   "subscription": {"pattern": pattern, "options": options}})
+
+    def result(self) -> Any:
+        (result,) = self.hear_of("subscription_result")["results"]
+        return result
+
+    def subscribe(self, pattern: str, **options: Any) -> Any:
+        """The result of a subscription that has to be taken."""
+        self.ask(pattern, **options)
+        result = self.result()
+        assert (result["pattern"], result["status"]) == (pattern, "ok"), result
+        return result
+
+    def refused(self, pattern: Any, **options: Any) -> str:
+        """Why one is not taken."""
+        self.ask(pattern, **options)
+        result = self.result()
+        assert result.keys() == {"pattern", "status", "code", "message"}
+        assert (result["pattern"], result["status"]) == (pattern, "error")
+        assert result["message"]
+        return str(result["code"])
+
+    def event(self) -> Any:
+        """The event that has to come next."""
+        said = self.hear()
+        assert said["type"] == "event", said
+        return said
+
+    def events(self, number: int) -> list[Any]:
+        return [self.event() for _ in range(number)]
+
+    def told(self) -> Told:
+        """The next event of a subscription with metadata."""
+        said = self.event()
+        return Told(said["meta"]["sequence"], said["topic"], said["data"], said["eventId"])
+
+    def unsubscribe(self, subscription_id: str) -> None:
+        self.send({"type": "unsubscribe", "subscriptionId": subscription_id})
+
+    def ack(self, event: Any, kind: str = "ack", **more: Any) -> None:
+        self.send({"type": "ack", "eventId": event["eventId"], "ackType": kind} | more)
+
+
+def counted(events: Sequence[Any]) -> list[Any]:
+    return [event["data"]["n"] for event in events]
+
+
+@pytest.fixture
+def watcher(shared: RunningServer) -> Iterator[WebSocket]:
+    with WebSocket(shared) as ws:
+        yield ws
+
+
+def test_an_event_is_told_to_who_subscribed(shared: RunningServer, watcher: WebSocket) -> None:
+    result = watcher.subscribe(f"events:{(name := new_name())}")
+    assert result.keys() == {"pattern", "status", "subscriptionId", "sequence"}
+    event = shared.emit(name, {"n": 1})
+    assert watcher.event() == {
+        "type": "event", "subscriptionId": result["subscriptionId"], "topic": f"events:{name}",
+        "data": {"n": 1}, "eventId": event["id"]}
+
+
+def test_options_may_be_left_out(shared: RunningServer, watcher: WebSocket) -> None:
+    name = new_name()
+    for subscription in {"pattern": name}, {"pattern": f"{name}.*", "options": None}:
+        watcher.send({"type": "subscribe", "subscription": subscription})
+        assert watcher.result()["status"] == "ok"
+    shared.emit(name)
+    assert watcher.event()["topic"] == f"events:{name}"
+
+
+def test_a_published_message_is_told_under_its_sequence(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    watcher.subscribe(name := new_name(), includeMetadata=True)
+    found = publish(shared, name, {"n": 1})
+    event = watcher.event()
+    assert (event["topic"], event["eventId"]) == (f"topic:{name}", found["eventId"])
+    assert event["meta"]["sequence"] == int(found["sequence"])
+
+
+def test_metadata_comes_when_it_is_asked_for(shared: RunningServer, watcher: WebSocket) -> None:
+    watcher.subscribe(f"events:{(name := new_name())}", includeMetadata=True)
+    event = shared.emit(name)
+    ((seq, at),) = shared.rows("SELECT seq, at FROM journal WHERE event_id = ?", event["id"])
+    meta = watcher.event()["meta"]
+    assert type(meta["sequence"]) is int
+    assert meta == {"timestamp": ironflow.to_rfc3339(at), "sequence": seq}
+
+
+@pytest.mark.parametrize("data", [None, True, 0, -1.5, 2**53 + 1, "", "\u20ac \U0001f600 \0",
+                                  [1, None], {}, {"a": {"b": []}}, {"a": None}])
+def test_any_data_is_told_as_it_was(
+    shared: RunningServer, watcher: WebSocket, data: Any
+) -> None:
+    watcher.subscribe(name := new_name())
+    shared.yes("POST", "/api/v1/events", {"name": name, "data": data})
+    assert watcher.event()["data"] == data
+
+
+def test_state_changes_are_told_though_nobody_emitted_them(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    watcher.subscribe(f"system.function.{(name := new_name())}.*")
+    watcher.subscribe("system.run.*")
+    shared.register(name, name)
+    assert watcher.event()["topic"] == f"system.function.{name}.registered"
+    (run_id,) = shared.emit(name)["run_ids"]
+    said = watcher.event()
+    while run_id not in said["topic"]:  # another test's
+        said = watcher.event()
+    assert said["topic"] == f"system.run.{run_id}.created"
+    assert (said["data"]["id"], said["data"]["functionId"]) == (run_id, name)
+
+
+def test_the_result_comes_before_the_first_event_and_says_from_where_on(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    name = new_name()
+    with ThreadPoolExecutor(1) as other:
+        emitting = other.submit(lambda: [shared.emit(name, {"n": n}) for n in range(30)])
+        results = list[Any]()
+        for _ in range(30):
+            watcher.ask(f"events:{name}", includeMetadata=True)
+        for _ in range(30):
+            while (said := watcher.hear())["type"] == "event":
+                known = {result["subscriptionId"]: result["sequence"] for result in results}
+                assert said["meta"]["sequence"] > known[said["subscriptionId"]]
+            results += said["results"]
+        emitting.result()
+    assert len({result["subscriptionId"] for result in results}) == 30
+
+
+@pytest.mark.parametrize("pattern", [
+    "events:é.>", "events:a-\U0001f600", 'events:"quoted"', "events:back\\slash", "events:<&/"])
+def test_the_pattern_is_echoed_byte_for_byte(watcher: WebSocket, pattern: str) -> None:
+    watcher.subscribe(pattern)
+
+
+@pytest.mark.parametrize("pattern", [p for p in BAD_PATTERNS if len(p) < 9], ids=repr)
+def test_a_bad_pattern_is_an_error_result_that_echoes_it(
+    watcher: WebSocket, pattern: str
+) -> None:
+    assert watcher.refused(pattern) == "INVALID_PATTERN"
+
+
+def test_an_id_depends_on_what_was_asked_and_on_how_often(shared: RunningServer) -> None:
+    """JavaScript clients never learn a new id after a reconnect."""
+    pattern = f"events:{new_name()}"
+
+    def ids() -> list[str]:
+        with WebSocket(shared) as ws:
+            return [ws.subscribe(*asked, **options)["subscriptionId"]
+                    for asked, options in (
+                        ([pattern], {}), ([pattern], {}), ([f"{pattern}.a"], {}),
+                        ([pattern], {"namespace": "default"}), ([pattern], {}))]
+
+    first = ids()
+    assert first == ids()
+    assert len({*first}) == 5
+    text = f"{pattern}\0default\0\0000"
+    assert first[0] == f"sub_{hashlib.sha1(text.encode()).hexdigest()[:16]}"
+
+
+def test_an_id_that_became_free_is_given_again(watcher: WebSocket) -> None:
+    pattern = f"events:{new_name()}"
+    first, second, third = (watcher.subscribe(pattern)["subscriptionId"] for _ in range(3))
+    watcher.unsubscribe(second)
+    assert watcher.subscribe(pattern)["subscriptionId"] == second
+    assert watcher.subscribe(pattern)["subscriptionId"] not in (first, second, third)
+
+
+def test_the_same_pattern_twice_is_told_twice(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    name = new_name()
+    ids = {watcher.subscribe(f"events:{name}")["subscriptionId"] for _ in range(2)}
+    event = shared.emit(name)
+    told = watcher.events(2)
+    assert {said["eventId"] for said in told} == {event["id"]}
+    assert {said["subscriptionId"] for said in told} == ids
+
+
+def test_who_unsubscribed_is_told_no_more(shared: RunningServer, watcher: WebSocket) -> None:
+    name = new_name()
+    gone = watcher.subscribe(f"events:{name}")["subscriptionId"]
+    shared.emit(name, {"n": 1})
+    assert watcher.event()["subscriptionId"] == gone
+    watcher.unsubscribe(gone)
+    stays = watcher.subscribe(f"events:{name}.>")["subscriptionId"]  # answered after it
+    shared.emit(name, {"n": 2})
+    shared.emit(f"{name}.x", {"n": 3})
+    said = watcher.event()
+    assert (said["subscriptionId"], said["data"]) == (stays, {"n": 3})
+
+
+def test_unsubscribing_from_what_is_not_there_means_nothing(watcher: WebSocket) -> None:
+    for unknown in "sub_0", "", "x" * 1000:
+        watcher.unsubscribe(unknown)
+    watcher.subscribe(new_name())
+
+
+def test_acks_without_a_group_are_taken_and_mean_nothing(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    watcher.subscribe(name := new_name(), ackMode="manual")
+    shared.emit(name, {"n": 1})
+    event = watcher.event()
+    for kind in "ack", "nak", "term":
+        watcher.ack(event, kind)
+        watcher.ack(event, kind, subscriptionId=event["subscriptionId"], redeliverDelay=1)
+    shared.emit(name, {"n": 2})
+    assert watcher.event()["data"] == {"n": 2}
+
+
+NO_MESSAGES: dict[str, bytes] = {
+    "empty": b"", "half": b'{"type":"subscribe"', "a list": b"[]", "text": b'"subscribe"',
+    "null": b"null", "a number": b"7", "no type": b"{}", "type 7": b'{"type":7}',
+    "an unknown type": b'{"type":"sing"}', "type null": b'{"type":null}',
+    "a server's type": b'{"type":"event","subscriptionId":"s","topic":"a","data":{}}',
+    "NaN": b'{"type":"subscribe","subscription":{"pattern":"a","options":{"replay":NaN}}}',
+    "a surrogate": rb'{"type":"subscribe","subscription":{"pattern":"\ud800"}}',
+    "deep": b"[" * 5000, "two": b"{} {}",
+    "no subscription": b'{"type":"subscribe"}',
+    "subscription []": b'{"type":"subscribe","subscription":[]}',
+    "no pattern": b'{"type":"subscribe","subscription":{}}',
+    "pattern 7": b'{"type":"subscribe","subscription":{"pattern":7}}',
+    "pattern null": b'{"type":"subscribe","subscription":{"pattern":null}}',
+    "id 7": b'{"type":"unsubscribe","subscriptionId":7}',
+    "event id 7": b'{"type":"ack","eventId":7,"ackType":"ack"}',
+    "ack type sing": b'{"type":"ack","eventId":"e","ackType":"sing"}',
+    "ack type 7": b'{"type":"ack","eventId":"e","ackType":7}',
+    "a delay of text": b'{"type":"ack","eventId":"e","ackType":"nak","redeliverDelay":"x"}',
+    "a negative delay": b'{"type":"ack","eventId":"e","ackType":"nak","redeliverDelay":-1}',
+}
+
+
+@pytest.mark.parametrize("text", NO_MESSAGES.values(), ids=NO_MESSAGES)
+def test_a_message_that_is_none_is_answered_and_the_socket_stays(
+    watcher: WebSocket, text: bytes
+) -> None:
+    watcher.send(text)
+    said = watcher.hear()
+    if said["type"] == "subscription_result":  # of one without a pattern, there is no more
+        (said,) = said["results"]
+    assert said["code"] in ("INVALID_MESSAGE", "INVALID_PATTERN", "INVALID_OPTION")
+    assert said["message"]
+    watcher.subscribe(new_name())
+
+
+def one_wrong(values: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """An object for each of the values, with that member alone."""
+    return [{name: value} for name, wrong in values.items() for value in wrong]
+
+
+@pytest.mark.parametrize("options", one_wrong({
+    "replay": ["x", -1, 1.5, True, [], {}, 2**60],
+    "startAfterSequence": ["x", -1, 1.5, True, [], {}], "includeMetadata": ["x", 1, []],
+    "filter": [7, True, [], {}], "consumerGroup": [7, True, [], {}], "ackMode": ["sing", 7, [1]],
+    "backpressure": ["sing", 7, {"a": 1}], "namespace": [7, [], "other"],
+}), ids=json.dumps)
+def test_an_option_of_the_wrong_kind_is_an_error_result(
+    watcher: WebSocket, options: dict[str, Any]
+) -> None:
+    assert watcher.refused(new_name(), **options) == "INVALID_OPTION"
+
+
+def test_options_that_are_no_object_are_an_error_result(watcher: WebSocket) -> None:
+    wrong: list[Any] = [[], "x", 7]
+    for options in wrong:
+        asked = {"pattern": (name := new_name()), "options": options}
+        watcher.send({"type": "subscribe", "subscription": asked})
+        result = watcher.result()
+        assert (result["pattern"], result["code"]) == (name, "INVALID_OPTION")
+
+
+def test_a_hundred_bad_messages_are_answered_then_the_socket_is_closed(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    watcher.subscribe(name := new_name())
+    for _ in range(99):
+        watcher.send(b"{")
+        assert watcher.hear()["code"] == "INVALID_MESSAGE"
+    shared.emit(name, {"n": 1})
+    assert watcher.event()["data"] == {"n": 1}  # it is still served
+    for _ in range(2):
+        watcher.send(b"{")
+    assert watcher.closed() == 1008
+
+
+ws_members = st.sampled_from([
+    "type", "subscription", "pattern", "options", "replay", "filter", "consumerGroup", "ackMode",
+    "backpressure", "namespace", "startAfterSequence", "subscriptionId", "eventId", "ackType",
+    "redeliverDelay"])
+ws_values = st.recursive(
+    scalars | st.sampled_from(["subscribe", "unsubscribe", "ack", "nak", "a.>", "x.*", "manual"]),
+    lambda inside: st.lists(inside, max_size=2)
+    | st.dictionaries(ws_members, inside, max_size=5), max_leaves=12)
+ws_messages = st.fixed_dictionaries(
+    {"type": st.sampled_from(["subscribe", "unsubscribe", "ack"])},
+    optional={"subscription": ws_values | st.fixed_dictionaries(
+        {"pattern": ws_values, "options": ws_values}), "subscriptionId": ws_values,
+        "eventId": ws_values, "ackType": ws_values, "redeliverDelay": ws_values})
+
+
+def frames(texts: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
+    return texts.map(json.dumps).map(str.encode)
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[*HealthCheck])
+@given(st.lists(frames(ws_messages) | frames(ws_values) | st.text().map(str.encode),
+                min_size=20, max_size=60))
+def test_no_message_breaks_a_socket(shared: RunningServer, texts: list[bytes]) -> None:
+    """Each is answered, if it asks for an answer, and the socket is served on."""
+    with WebSocket(shared) as ws:
+        for text in texts:
+            ws.send(text)
+        name = new_name()
+        ws.ask(name)
+        while True:
+            said = ws.hear()
+            if said["type"] == "subscription_result" and said["results"][0]["pattern"] == name:
+                break
+            assert said.get("code") != "INTERNAL_ERROR"
+        assert said["results"][0]["status"] == "ok"
+
+
+@pytest.mark.parametrize(("payload", "code"), [
+    (b"x" * (64 * 1024 + 1), 1009), (b'"' + b"x" * 70_000 + b'"', 1009), (b"\xff\xfe", 1007),
+], ids=["64 KiB and one", "70,000", "no UTF-8"])
+def test_a_frame_that_cannot_be_read_closes_the_socket(
+    watcher: WebSocket, payload: bytes, code: int
+) -> None:
+    watcher.send_frame(TEXT_FRAME, payload)
+    assert watcher.closed() == code
+
+
+def test_a_message_of_64_kib_is_read(watcher: WebSocket) -> None:
+    text = json.dumps({"type": "subscribe", "subscription": {"pattern": (name := new_name())}})
+    watcher.send(text.ljust(64 * 1024).encode())
+    assert watcher.result()["pattern"] == name
+
+
+def test_a_message_may_come_in_pieces(watcher: WebSocket) -> None:
+    text = json.dumps({"type": "subscribe", "subscription": {"pattern": (name := new_name())}})
+    watcher.send_frame(TEXT_FRAME, text[:20].encode(), last=False)
+    watcher.send_frame(PING, b"between")
+    watcher.send_frame(0, text[20:].encode())
+    opcode, payload = watcher.frame()
+    assert (opcode, payload) == (PONG, b"between")
+    assert watcher.result()["pattern"] == name
+
+
+def test_a_binary_message_is_a_bad_one(watcher: WebSocket) -> None:
+    watcher.send_frame(BINARY_FRAME, b'{"type":"unsubscribe","subscriptionId":"x"}')
+    assert watcher.hear()["code"] == "INVALID_MESSAGE"
+    watcher.subscribe(new_name())
+
+
+def test_pings_are_answered(watcher: WebSocket) -> None:
+    for payload in b"", b"are you there", b"x" * 125:
+        watcher.send_frame(PING, payload)
+        assert watcher.frame() == (PONG, payload)
+
+
+@pytest.mark.parametrize("number", [1000, 1001, 3000])
+def test_a_goodbye_is_answered(watcher: WebSocket, number: int) -> None:
+    watcher.send_frame(CLOSE, struct.pack(">H", number))
+    assert watcher.closed() in (1000, number)
+    assert watcher.line.recv(1) == b""
+
+
+def test_1000_subscriptions_fit_on_a_socket_and_no_more(watcher: WebSocket) -> None:
+    name = new_name()
+    for n in range(1000):
+        watcher.ask(f"{name}.{n}")
+    results = [watcher.result() for _ in range(1000)]
+    assert {result["status"] for result in results} == {"ok"}
+    assert watcher.refused(f"{name}.more") == "LIMIT_EXCEEDED"
+    watcher.unsubscribe(results[7]["subscriptionId"])
+    watcher.subscribe(f"{name}.more")
+
+
+@pytest.mark.parametrize(("who", "status"), [
+    ({"query": "?token=ifkey_1"}, 101), ({"Authorization": "Bearer ifkey_1"}, 101),
+    ({"query": "?env=default&token=ifkey_1"}, 101), ({}, 401), ({"query": "?token="}, 401),
+    ({"query": "?token=ifkey_2"}, 401), ({"query": "?token=ifkey_11"}, 401),
+    ({"Authorization": "Bearer ifkey_2"}, 401), ({"query": "?token=%FF"}, 401),
+])
+def test_a_key_opens_the_socket(keyed: RunningServer, who: Any, status: int) -> None:
+    with contextlib.closing(WebSocket(keyed, **who)) as ws:
+        assert ws.status == status
+        if status == 401:
+            assert ws.body()["code"] == "unauthenticated"
+        else:
+            ws.subscribe(name := new_name())
+            headers = {"Authorization": "Bearer ifkey_1"}
+            keyed.call("POST", "/api/v1/events", {"name": name}, headers)
+            assert ws.event()["topic"] == f"events:{name}"
+
+
+def test_a_token_in_the_query_opens_no_other_door(keyed: RunningServer) -> None:
+    answer = keyed.call("GET", "/api/v1/runs?token=ifkey_1")
+    assert code(answer) == (401, "unauthenticated")
+
+
+@pytest.mark.parametrize(("who", "status"), [
+    ({"query": "?env=default"}, 101), ({"query": "?env="}, 101), ({"query": "?env=other"}, 400),
+    ({"X_Ironflow_Environment": "default"}, 101), ({"X_Ironflow_Environment": "other"}, 400),
+    ({"Host": "box.lan"}, 101), ({"Host": "evil.example"}, 403),
+    ({"Origin": "http://localhost:3000"}, 101), ({"Origin": "https://app.example"}, 101),
+    ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403),
+])
+def test_who_may_not_call_may_not_watch(
+    shared: RunningServer, who: Any, status: int
+) -> None:
+    with contextlib.closing(WebSocket(shared, **who)) as ws:
+        assert ws.status == status
+        if status != 101:
+            assert ws.body()["message"]
+
+
+@pytest.mark.parametrize("headers", [
+    {"Upgrade": "h2c"}, {"Connection": "close"}, {"Sec_WebSocket_Version": "6"},
+    {"Sec_WebSocket_Key": "short"}])
+def test_what_is_no_upgrade_is_a_bad_request(shared: RunningServer, headers: Any) -> None:
+    with contextlib.closing(WebSocket(shared, **headers)) as ws:
+        assert ws.status == 400
+        assert ws.body()["code"] == "invalid_argument"
+
+
+def test_the_socket_is_upgraded_as_the_rfc_says(watcher: WebSocket) -> None:
+    told = f"{'c29tZSByYW5kb20gYml0cw=='}258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    accept = base64.b64encode(hashlib.sha1(told.encode()).digest()).decode()
+    assert watcher.headers["Sec-WebSocket-Accept"] == accept
+
+
+def test_compression_that_is_offered_is_not_taken(shared: RunningServer) -> None:
+    offer = "permessage-deflate; client_max_window_bits"
+    with WebSocket(shared, Sec_WebSocket_Extensions=offer) as ws:
+        assert "Sec-WebSocket-Extensions" not in ws.headers
+        ws.subscribe(name := new_name())
+        shared.emit(name, {"text": "x" * 1000})
+        assert ws.event()["data"] == {"text": "x" * 1000}
+
+
+def test_a_stop_closes_with_a_code_after_which_clients_come_back(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, WebSocket(server) as busy, WebSocket(server) as idle:
+        busy.subscribe(">")
+        event = server.emit()
+        assert server.stop() == 0
+        assert busy.event()["eventId"] == event["id"]
+        assert (busy.closed(), idle.closed()) == (1001, 1001)
+
+
+def test_a_stop_does_not_wait_for_ever_for_who_does_not_read(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, WebSocket(server, buffer=4096) as stuck:
+        stuck.subscribe(">")
+        pour(server, 100)
+        assert server.stop() == 0
+
+
+def test_the_server_asks_the_silent_whether_they_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ironflow, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(ironflow, "PING_S", 0.02)
+
+    def program(server: RunningServer) -> None:
+        with WebSocket(server) as ws:
+            ws.subscribe("events:>")
+            opcode, payload = ws.frame()
+            assert opcode == PING
+            ws.send_frame(PONG, payload)
+            server.emit()
+            assert ws.event()["topic"] == "events:order.placed"
+
+    inside(tmp_path, {}, program)
+
+
+# ======================================================================================
+# Watching: server-sent events
+# ======================================================================================
+
+STREAM = "/api/v1/stream"
+
+
+class EventStream:
+    """What `curl -N` sees of a stream, block by block."""
+
+    def __init__(self, server: RunningServer, *patterns: str,
+                 headers: dict[str, str] | None = None, buffer: int = 0,
+                 **query: Any) -> None:
+        self.line = server.connection()
+        self.line.sock = narrow(server, buffer)
+        asked = [("pattern", pattern) for pattern in patterns] + [*query.items()]
+        self.group = "group" in query
+        path = f"{STREAM}?{urllib.parse.urlencode(asked)}"
+        with closed_if_it_fails(self.line):
+            self.line.request("GET", path, headers=headers or {})
+            self.answer = self.line.getresponse()
+        self.status = self.answer.status
+
+    def __enter__(self) -> EventStream:
+        assert self.status == 200, self.answer.read()
+        if not self.group:  # which has a place of its own
+            self.begins_at = int(self.block()["id"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.answer.close()
+        self.line.close()
+
+    def block(self) -> dict[str, str]:
+        """The fields up to an empty line, a comment as the field without a name."""
+        fields: dict[str, str] = {}
+        while (line := self.answer.readline().decode()) != "\n":
+            if not line.endswith("\n"):
+                raise Closed(1006)
+            name, _, value = line[:-1].partition(": ")
+            name, value = ("", line[1:].strip()) if line.startswith(":") else (name, value)
+            assert name not in fields
+            fields[name] = value
+        return fields
+
+    def message(self) -> dict[str, str]:
+        """The next block that an EventSource hands to its page."""
+        while "data" not in (block := self.block()):
+            pass
+        return block
+
+    def told(self) -> Told:
+        block = self.message()
+        said = json.loads(block["data"])
+        assert (block["id"], block["event"]) == (str(said["sequence"]), said["topic"])
+        return Told(said["sequence"], said["topic"], said["data"], said["eventId"])
+
+
+def test_a_stream_is_told_each_event_as_a_block(shared: RunningServer) -> None:
+    with EventStream(shared, f"events:{(name := new_name())}") as stream:
+        assert stream.answer.headers.get_content_type() == "text/event-stream"
+        assert "no-" in stream.answer.headers["Cache-Control"]
+        event = shared.emit(name, {"text": "two\nlines \u20ac\u2028"})
+        ((seq, at),) = shared.rows("SELECT seq, at FROM journal WHERE event_id = ?", event["id"])
+        block = stream.block()
+    assert block == {"id": str(seq), "event": f"events:{name}", "data": block["data"]}
+    assert json.loads(block["data"]) == {
+        "topic": f"events:{name}", "data": {"text": "two\nlines \u20ac\u2028"},
+        "eventId": event["id"], "sequence": seq, "timestamp": ironflow.to_rfc3339(at)}
+
+
+def test_a_stream_begins_with_its_place_and_dispatches_nothing(server: RunningServer) -> None:
+    with EventStream(server, ">") as stream:
+        assert stream.begins_at == 0
+    server.emit()
+    ((newest,),) = server.rows("SELECT max(seq) FROM journal")
+    with EventStream(server, ">") as stream:
+        assert stream.begins_at == newest
+        server.emit(data={"n": 1})
+        assert stream.told().n == 1
+
+
+def test_a_stream_that_resumes_begins_at_that_place(server: RunningServer) -> None:
+    for n in range(4):
+        server.emit(data={"n": n})
+    with EventStream(server, "events:>", since=2) as stream:
+        assert (stream.begins_at, stream.told().n, stream.told().n) == (2, 2, 3)
+
+
+def test_several_patterns_are_one_stream_in_one_order(shared: RunningServer) -> None:
+    name = new_name()
+    patterns = [f"events:{name}.a", f"{name}.*", f"topic:{name}.>", f"events:{name}.a"]
+    with EventStream(shared, *patterns) as stream:
+        for n in range(9):
+            if n % 3 == 2:
+                publish(shared, f"{name}.a", {"n": n})
+            else:
+                shared.emit(f"{name}.{'ab'[n % 3]}", {"n": n})
+        shared.emit(f"{name}.b", {"n": "end"})
+        assert [stream.told().n for _ in range(10)] == [*range(9), "end"]
+    with EventStream(shared, *patterns, replay=4) as stream:
+        assert [stream.told().n for _ in range(4)] == [6, 7, 8, "end"]
+
+
+@pytest.mark.parametrize("since", [{}, {"since": 1}, {"replay": 2}])
+def test_last_event_id_resumes_after_it_and_beats_the_query(
+    shared: RunningServer, since: Any
+) -> None:
+    name = new_name()
+    with EventStream(shared, f"events:{name}") as stream:
+        for n in range(5):
+            shared.emit(name, {"n": n})
+        place = [stream.message()["id"] for _ in range(5)][1]
+    headers = {"Last-Event-ID": place}
+    with EventStream(shared, f"events:{name}", headers=headers, **since) as stream:
+        assert stream.begins_at == int(place)
+        assert [stream.told().n for _ in range(3)] == [2, 3, 4]
+        shared.emit(name, {"n": 5})
+        assert stream.told().n == 5
+
+
+def test_a_quiet_stream_is_kept_alive_and_its_place_moves_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ironflow, "KEEP_ALIVE_S", 0.02)
+
+    def program(server: RunningServer) -> None:
+        server.emit()
+        with EventStream(server, "events:never") as stream:
+            block = stream.block()
+            assert block == {"": "keep-alive", "id": "1"}
+            server.emit()
+            while block["id"] == "1":
+                block = stream.block()
+            assert block == {"": "keep-alive", "id": "2"}
+        with EventStream(server, "events:>", headers={"Last-Event-ID": block["id"]}) as stream:
+            server.emit(data={"n": 2})
+            assert stream.told().n == 2
+
+    inside(tmp_path, {}, program)
+
+
+BAD_QUERIES: list[tuple[str, tuple[int, str]]] = [
+    ("", INVALID), ("pattern=", INVALID), ("pattern=a..b", INVALID), ("pattern=%00", INVALID),
+    ("pattern=a&pattern=", INVALID), ("pattern=a&pattern=b*", INVALID),
+    ("pattern=a&replay=x", INVALID), ("pattern=a&replay=-1", INVALID),
+    ("pattern=a&replay=1.5", INVALID), ("pattern=a&since=x", INVALID),
+    ("pattern=a&since=-1", INVALID), ("pattern=a&since=0&replay=1", INVALID),
+    ("pattern=a&since=99999999", (400, "out_of_range")),
+    ("pattern=a&since=99999999999999999999", INVALID),
+    ("pattern=a&filter=data.", INVALID), ("pattern=a&ack=sing&group=g", INVALID),
+    ("pattern=a&env=other", INVALID),
+]
+
+
+@pytest.mark.parametrize(("query", "answer"), BAD_QUERIES)
+def test_what_cannot_be_streamed_is_answered_before_it_begins(
+    shared: RunningServer, query: str, answer: tuple[int, str]
+) -> None:
+    status, body = shared.call("GET", f"{STREAM}?{query}")
+    assert code((status, body)) == answer
+    assert body["error"] == body["message"]
+
+
+@pytest.mark.parametrize("place", ["x", "-1", "1.5", "\xff"])
+def test_a_last_event_id_that_is_no_number_is_refused(shared: RunningServer, place: str) -> None:
+    answer = shared.call("GET", f"{STREAM}?pattern=a", None, {"Last-Event-ID": place})
+    assert code(answer) == INVALID
+
+
+def raw_stream(server: RunningServer, head: str) -> tuple[BinaryIO, str]:
+    """A request made by hand: what can be read, behind the head of the answer."""
+    line = socket.create_connection(("127.0.0.1", server.port), DEADLINE_S)
+    with line:
+        line.sendall(head.replace("\n", "\r\n").encode())
+        reader = line.makefile("rb")
+    found = b""
+    while not found.endswith(b"\r\n\r\n"):
+        found += reader.readline()
+    return reader, found.decode()
+
+
+def test_a_client_of_http_1_0_gets_the_stream_as_it_is(shared: RunningServer) -> None:
+    name = new_name()
+    reader, head = raw_stream(shared, f"GET {STREAM}?pattern={name} HTTP/1.0\nHost: localhost\n\n")
+    with reader:
+        assert " 200 " in head and "chunked" not in head.lower()
+        assert re.fullmatch(rb"id: \d+\n", reader.readline())
+        assert reader.readline() == b"\n"
+        shared.emit(name, {"n": 1})
+        assert re.fullmatch(rb"id: \d+\n", reader.readline())
+        assert reader.readline() == f"event: events:{name}\n".encode()
+
+
+def test_head_and_options_of_a_stream_end_at_once(shared: RunningServer) -> None:
+    origin = "http://localhost:3000"
+    for method, path in (("OPTIONS", STREAM), ("OPTIONS", f"{PUBSUB}Subscribe"),
+                         ("HEAD", f"{STREAM}?pattern=a")):
+        status, headers, body = ask(shared, method, path, Origin=origin)
+        assert (status, body) == (200 if method == "HEAD" else 204, None)
+        assert headers["access-control-allow-origin"] == origin
+
+
+def test_a_page_of_another_origin_may_read_a_stream(shared: RunningServer) -> None:
+    origin = "https://app.example"
+    with EventStream(shared, "a", headers={"Origin": origin}) as stream:
+        assert stream.answer.headers["Access-Control-Allow-Origin"] == origin
+    answer = shared.call("GET", f"{STREAM}?pattern=a", None, {"Origin": "https://evil.example"})
+    assert code(answer) == (403, "permission_denied")
+
+
+@pytest.mark.parametrize(("token", "key", "status"), [
+    ("ifkey_1", None, 200), (None, "ifkey_1", 200), (None, None, 401), ("ifkey_2", None, 401),
+    ("", None, 401),
+])
+def test_a_key_opens_a_stream(
+    keyed: RunningServer, token: str | None, key: str | None, status: int
+) -> None:
+    query: Any = {} if token is None else {"token": token}
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    with contextlib.closing(EventStream(keyed, "a", headers=headers, **query)) as stream:
+        assert stream.status == status
+
+
+def test_a_stop_ends_streams(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, EventStream(server, ">") as stream:
+        server.emit(data={"n": 1})
+        assert server.stop() == 0
+        assert stream.told().n == 1
+        assert stream.answer.read() == b""
+
+
+# ======================================================================================
+# Watching: as the browser's SDK does
+# ======================================================================================
+
+ENVELOPES = {"Content-Type": "application/connect+json", "Connect-Protocol-Version": "1"}
+
+
+def envelope(message: Any, flag: int = 0) -> bytes:
+    text = message if isinstance(message, bytes) else json.dumps(message).encode()
+    return struct.pack(">BI", flag, len(text)) + text
+
+
+class ConnectStream:
+    """A Connect server stream, envelope by envelope."""
+
+    def __init__(self, server: RunningServer, body: Any, method: str = "Subscribe",
+                 buffer: int = 0, **headers: str) -> None:
+        self.line = server.connection()
+        self.line.sock = narrow(server, buffer)
+        body = body if isinstance(body, bytes) else envelope(body)
+        headers = ENVELOPES | {name.replace("_", "-"): value for name, value in headers.items()}
+        with closed_if_it_fails(self.line):
+            self.line.request("POST", f"{PUBSUB}{method}", body, headers)
+            self.answer = self.line.getresponse()
+        self.status = self.answer.status
+
+    def __enter__(self) -> ConnectStream:
+        assert self.status == 200, self.answer.read()
+        kind = self.answer.headers["Content-Type"]
+        assert kind == "application/connect+json"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.answer.close()
+        self.line.close()
+
+    def envelope(self) -> tuple[int, Any]:
+        flag, size = struct.unpack(">BI", self._read(5))
+        return flag, json.loads(self._read(size))
+
+    def _read(self, size: int) -> bytes:
+        found = self.answer.read(size)
+        if len(found) < size:
+            raise Closed(1006)
+        return found
+
+    def message(self) -> Any:
+        flag, said = self.envelope()
+        assert flag == 0, said
+        return said
+
+    def end(self) -> Any:
+        """What the stream ends with; behind it there is nothing."""
+        flag, said = self.envelope()
+        assert flag == 2, said
+        assert self.answer.read() == b""
+        return said
+
+    def error(self) -> str:
+        """The code of the error that it ends with."""
+        error = self.end()["error"]
+        assert error["message"]
+        return str(error["code"])
+
+    def told(self) -> Told:
+        said = self.message()
+        data = said["data"] if "data" in said else said.get("dataValue")
+        return Told(int(said["sequence"]), said["topic"], data, said["eventId"])
+
+
+def test_a_browser_is_told_each_event_in_an_envelope(shared: RunningServer) -> None:
+    name = new_name()
+    asked = {"pattern": f"events:{name}", "options": {
+        "namespace": "default", "ackMode": "ACK_MODE_AUTO",
+        "backpressure": "BACKPRESSURE_MODE_BUFFER"}}
+    with ConnectStream(shared, asked) as stream:
+        event = shared.emit(name, {"n": 1})
+        ((seq, at),) = shared.rows("SELECT seq, at FROM journal WHERE event_id = ?", event["id"])
+        said = stream.message()
+    assert re.fullmatch("sub_[0-9a-f]{16}", said.pop("subscriptionId"))
+    assert int(said.pop("sequence")) == seq
+    assert said.pop("deliveryAttempt", 1) == 1
+    assert said == {
+        "eventId": event["id"], "topic": f"events:{name}", "data": {"n": 1}, "metadata": {
+            "timestamp": ironflow.to_rfc3339(at), "source": "api", "namespace": "default"}}
+
+
+@pytest.mark.parametrize("data", [True, 0, -1.5, "", "text", [1, None], []])
+def test_data_that_is_no_object_comes_as_a_value(shared: RunningServer, data: Any) -> None:
+    with ConnectStream(shared, {"pattern": (name := new_name())}) as stream:
+        shared.yes("POST", "/api/v1/events", {"name": name, "data": data})
+        shared.emit(name, {"a": data})
+        said = stream.message()
+        assert "data" not in said and said["dataValue"] == data
+        said = stream.message()
+        assert "dataValue" not in said and said["data"] == {"a": data}
+
+
+@pytest.mark.parametrize("options", [
+    {"replay": 1}, {"replay": "1"}, {"replay": 1, "ackMode": 1, "backpressure": 3},
+    {"replay": 1, "ack_mode": "auto", "backpressure": "drop"},
+    {"replay": 1, "filter": "", "consumerGroup": "", "namespace": ""},
+    {"replay": 1, "ackMode": "ACK_MODE_UNSPECIFIED", "includeMetadata": True},
+])
+def test_options_are_read_in_every_spelling(
+    shared: RunningServer, options: dict[str, Any]
+) -> None:
+    for n in range(2):
+        shared.emit(name := new_name(), {"n": n})
+    with ConnectStream(shared, {"pattern": name, "options": options}) as stream:
+        assert stream.told().n == 1
+
+
+@pytest.mark.parametrize("spelling", ["startAfterSequence", "start_after_sequence"])
+@pytest.mark.parametrize("kind", [int, str])
+def test_a_browser_may_resume(
+    shared: RunningServer, spelling: str, kind: Callable[[Any], Any]
+) -> None:
+    name = new_name()
+    places = [int(publish(shared, name, {"n": n})["sequence"]) for n in range(3)]
+    asked = {"pattern": name, "options": {spelling: kind(places[0])}}
+    with ConnectStream(shared, asked) as stream:
+        assert [stream.told().n for _ in range(2)] == [1, 2]
+
+
+@pytest.mark.parametrize(("asked", "why"), [
+    ({}, "invalid_argument"), ({"pattern": ""}, "invalid_argument"),
+    ({"pattern": "a..b"}, "invalid_argument"), ({"pattern": 7}, "invalid_argument"),
+    ([], "invalid_argument"), (7, "invalid_argument"), (b"{", "invalid_argument"),
+    (b"\xff", "invalid_argument"), (b"", "invalid_argument"),
+    ({"pattern": "a", "options": []}, "invalid_argument"),
+    ({"pattern": "a", "options": {"replay": -1}}, "invalid_argument"),
+    ({"pattern": "a", "options": {"ackMode": "sing"}}, "invalid_argument"),
+    ({"pattern": "a", "options": {"backpressure": 9}}, "invalid_argument"),
+    ({"pattern": "a", "options": {"filter": "data."}}, "invalid_argument"),
+    ({"pattern": "a", "options": {"namespace": "other"}}, "invalid_argument"),
+    ({"pattern": "a", "options": {"startAfterSequence": 99999999}}, "out_of_range"),
+])
+def test_what_cannot_be_subscribed_to_ends_with_an_error(
+    shared: RunningServer, asked: Any, why: str
+) -> None:
+    with ConnectStream(shared, envelope(asked)) as stream:
+        assert stream.error() == why
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"\0", b"\0\0\0\0", b'\0\0\0\0\x0f{"pattern":"a"', b'{"pattern":"a"}',
+    b"\0\xff\xff\xff\xff{}", envelope({"pattern": "a"}, 1), envelope({"pattern": "a"}, 2),
+    envelope({"pattern": "a"}, 0x80), envelope(gzip.compress(b'{"pattern":"a"}'), 1),
+    bytes(range(256)),
+    envelope({"pattern": "a", "options": {"filter": "x" * 2_000_000}}),
+], ids=range(12))
+def test_a_body_that_is_no_envelope_ends_with_an_error(
+    shared: RunningServer, body: bytes
+) -> None:
+    with ConnectStream(shared, body) as stream:
+        assert stream.error() in ("invalid_argument", "unimplemented", "resource_exhausted")
+
+
+def test_plain_json_is_told_to_come_in_an_envelope(shared: RunningServer) -> None:
+    path = f"{PUBSUB}Subscribe"
+    status, answer = shared.call("POST", path, {"pattern": "a"},
+                                 {"Content-Type": "application/json"})
+    assert status in (400, 415)
+    assert "application/connect+json" in answer["message"]
+
+
+def test_a_stop_ends_browsers_streams_so_that_they_come_back(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, ConnectStream(server, {"pattern": ">"}) as stream:
+        server.emit(data={"n": 1})
+        assert server.stop() == 0
+        assert stream.told().n == 1
+        assert stream.error() == "unavailable"
+
+
+def test_a_browsers_deadline_ends_its_stream(shared: RunningServer) -> None:
+    with ConnectStream(shared, {"pattern": "a"}, Connect_Timeout_Ms="20") as stream:
+        assert stream.error() == "deadline_exceeded"
+
+
+def test_a_page_of_another_origin_may_subscribe(shared: RunningServer) -> None:
+    origin = "https://app.example"
+    _, headers, _ = ask(shared, "OPTIONS", f"{PUBSUB}Subscribe", Origin=origin,
+                        Access_Control_Request_Method="POST")
+    assert headers["access-control-allow-origin"] == origin
+    assert "Connect-Protocol-Version" in headers["access-control-allow-headers"]
+    with ConnectStream(shared, {"pattern": "a"}, Origin=origin) as stream:
+        assert stream.answer.headers["Access-Control-Allow-Origin"] == origin
+    with ConnectStream(shared, {"pattern": "a.."}, Origin=origin) as stream:
+        assert stream.answer.headers["Access-Control-Allow-Origin"] == origin
+
+
+def test_a_key_opens_a_browsers_stream(keyed: RunningServer) -> None:
+    with ConnectStream(keyed, {"pattern": "a"}, Authorization="Bearer ifkey_1"):
+        pass
+    with contextlib.closing(ConnectStream(keyed, {"pattern": "a"})) as stream:
+        assert stream.status == 401
+
+
+# ======================================================================================
+# Watching: from where on
+# ======================================================================================
+# The journal is what is told: live and later, whole and once. What each subscriber heard
+# is held against the file.
+
+STREAM_DOORS = ("ws", "sse", "connect")
+
+
+@contextlib.contextmanager
+def watching(
+    door: str, server: RunningServer, pattern: str, buffer: int = 0, **asked: Any
+) -> Iterator[WebSocket | EventStream | ConnectStream]:
+    """A subscriber at one of the doors, once it is subscribed. `replay`, `since`, `filter`."""
+    if door == "sse":
+        with EventStream(server, pattern, buffer=buffer, **asked) as stream:
+            yield stream
+        return
+    if "since" in asked:
+        asked["startAfterSequence"] = asked.pop("since")
+    if door == "ws":
+        with WebSocket(server, buffer=buffer) as ws:
+            ws.begins_at = ws.subscribe(pattern, includeMetadata=True, **asked)["sequence"]
+            yield ws
+    else:
+        body = {"pattern": pattern, "options": asked}
+        with ConnectStream(server, body, buffer=buffer) as connected:
+            yield connected
+
+
+def heard_at(door: str, server: RunningServer, pattern: str, number: int, **asked: Any) -> Any:
+    """The `n` of so many messages."""
+    with watching(door, server, pattern, **asked) as stream:
+        return [stream.told().n for _ in range(number)]
+
+
+def kept(server: RunningServer, pattern: str = ">") -> list[Told]:
+    """What the file holds for a pattern."""
+    return [as_told(message) for message in messages_of(server)
+            if ironflow.selects(pattern, message.topic)]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_replay_tells_the_last_ones_oldest_first_then_goes_on(
+    shared: RunningServer, door: str
+) -> None:
+    name = new_name()
+    for n in range(6):
+        shared.emit(name, {"n": n})
+        shared.emit(f"{name}.other", {"n": -1})
+    with watching(door, shared, f"events:{name}", replay=4) as stream:
+        shared.emit(name, {"n": 6})
+        assert [stream.told().n for _ in range(5)] == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_replay_counts_what_pattern_and_filter_let_through(
+    shared: RunningServer, door: str
+) -> None:
+    name = new_name()
+    shared.yes("POST", "/api/v1/events", [
+        {"name": f"{name}.{'ab'[n % 2]}", "data": {"n": n}} for n in range(40)])
+    asked = {"replay": 3, "filter": "data.n % 5 == 0"}
+    assert heard_at(door, shared, f"events:{name}.a", 3, **asked) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_replay_of_more_than_there_is_tells_all_there_is(
+    shared: RunningServer, door: str
+) -> None:
+    name = new_name()
+    with watching(door, shared, f"events:{name}", replay=9) as empty:
+        for n in range(3):
+            shared.emit(name, {"n": n})
+        assert [empty.told().n for _ in range(3)] == [0, 1, 2]
+    assert heard_at(door, shared, f"events:{name}", 3, replay=1000) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_replay_has_up_to_a_thousand(shared: RunningServer, door: str) -> None:
+    name = new_name()
+    for start in 0, 550:
+        shared.yes("POST", "/api/v1/events", [
+            {"name": name, "data": {"n": n}} for n in range(start, start + 550)])
+    for asked in 1000, 1001, 2**31 - 1:
+        heard = heard_at(door, shared, f"events:{name}", 1000, replay=asked)
+        assert heard == [*range(100, 1100)]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_who_resumes_is_told_what_came_after_that_place(
+    shared: RunningServer, door: str
+) -> None:
+    name = new_name()
+    with watching(door, shared, f"events:{name}") as stream:
+        for n in range(5):
+            shared.emit(name, {"n": n})
+        places = [stream.told().seq for _ in range(5)]
+    shared.emit(name, {"n": 5})
+    for i, place in enumerate(places):
+        heard = heard_at(door, shared, f"events:{name}", 5 - i, since=place)
+        assert heard == [*range(i + 1, 6)]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_who_resumes_at_the_newest_row_is_told_what_comes(
+    server: RunningServer, door: str
+) -> None:
+    with watching(door, server, ">", since=0) as stream:
+        server.emit(data={"n": 1})
+        place = stream.told().seq
+    with watching(door, server, ">", since=place) as stream:
+        server.emit(data={"n": 2})
+        assert stream.told().n == 2
+
+
+def refusal_at(door: str, server: RunningServer, since: int) -> tuple[str, str]:
+    """Code and sentence of a subscription that cannot resume."""
+    if door == "sse":
+        status, body = server.call("GET", f"{STREAM}?pattern=a&since={since}")
+        assert status == 400
+        return body["code"], body["message"]
+    if door == "ws":
+        with WebSocket(server) as ws:
+            ws.ask("a", startAfterSequence=since)
+            result = ws.result()
+            assert (result["pattern"], result["status"]) == ("a", "error")
+            return result["code"].lower(), result["message"]
+    asked = {"pattern": "a", "options": {"startAfterSequence": since}}
+    with ConnectStream(server, asked) as stream:
+        error = stream.end()["error"]
+        return error["code"], error["message"]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_place_beyond_the_newest_row_is_an_error_that_says_so(
+    server: RunningServer, door: str
+) -> None:
+    """As after a restored backup."""
+    for _ in range(3):
+        server.emit()
+    why, message = refusal_at(door, server, 4)
+    assert why == "out_of_range"
+    assert re.search(r"\b4\b", message) and re.search(r"\b3\b", message)
+
+
+def test_a_place_before_the_oldest_kept_row_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with serve(tmp_path, "--retain", "300ms") as server:
+        for _ in range(3):
+            server.emit()
+        oldest = "SELECT min(seq) FROM journal"
+        eventually(lambda: server.rows(oldest) != [(1,)])
+        eventually(lambda: server.rows(oldest) == [(None,)])
+        server.emit(data={"n": 4})
+        for door in STREAM_DOORS:
+            for since in 0, 1, 2:
+                why, message = refusal_at(door, server, since)
+                assert why == "out_of_range"
+                assert re.search(r"\b4\b", message)
+        with EventStream(server, "events:>", since=3) as stream:
+            server.emit(data={"n": 5})
+            assert stream.told().n in (4, 5)  # 4 may be gone by now
+
+
+def a_life(server: RunningServer) -> None:
+    """Rows of every kind: events, topics, a function, a worker, runs and their steps."""
+    server.register(retry={"initialDelayMs": 1})
+    server.join()
+    (run_id,) = server.emit(data={"n": 1, "text": "\u20ac\U0001f600\0"})["run_ids"]
+    job = server.job()
+    failed = step(job, "b.c", status="failed", error={"message": "oh"})
+    server.tell(job, "progress", steps=[step(job, "a", {"x": [1.0, None]}), failed])
+    server.tell(job, "failed", error={"message": "oh", "retryable": True})
+    job = server.job()
+    nap = {"type": "sleep", "step_id": f"{run_id}:nap:0", "until": ironflow.to_rfc3339(0)}
+    more: dict[str, Any] = {"yield": nap, "steps": [step(job, "b.c", "text")]}
+    server.tell(job, "yielded", **more)
+    server.tell(server.job(), "completed", output=[9])
+    publish(server, "news.today", [1])
+    found = server.rpc("InvokeFunction", {"function_id": "f", "data": {"a": 1}})
+    server.rpc("CancelRun", {"id": found["runId"], "reason": "r"})
+    (run_id,) = server.emit()["run_ids"]
+    job = server.job()
+    server.tell(job, "failed", error={"message": "no", "retryable": False})
+    server.rpc("UpdateFunctionStatus", {"id": "f", "status": "paused"})
+    server.rpc("DeleteFunction", {"id": "f"})
+    server.emit("the.end", {"n": "end"})
+
+
+@pytest.mark.parametrize("pattern", [">", "system.run.*"])
+def test_what_is_replayed_is_byte_for_byte_what_was_told_live(
+    tmp_path: Path, pattern: str
+) -> None:
+    with serve(tmp_path) as server:
+        with WebSocket(server) as live:
+            live.subscribe(pattern, includeMetadata=True)
+            a_life(server)
+            selected = kept(server, pattern)
+            texts = [live.text() for _ in selected]
+        assert len(selected) > 10
+        for again in range(2):
+            for options in {"startAfterSequence": 0}, {"replay": 1000}:
+                with WebSocket(server) as later:
+                    later.subscribe(pattern, includeMetadata=True, **options)
+                    assert [later.text() for _ in selected] == texts
+            if not again:
+                server.kill()
+                server.start()
+        for door in "sse", "connect":
+            with watching(door, server, pattern, since=0) as stream:
+                assert [stream.told() for _ in selected] == selected
+    found = [json.loads(text) for text in texts]
+    assert [Told(said["meta"]["sequence"], said["topic"], said["data"], said["eventId"])
+            for said in found] == selected
+
+
+@dataclass
+class Flood:
+    """Events from two callers, many to a commit, until `stop`; then a last one."""
+
+    server: RunningServer
+    sent: int = 0
+    flowing: bool = True
+
+    def __enter__(self) -> Flood:
+        self.numbers = count()
+        self.threads = ThreadPoolExecutor(2)
+        self.senders = [self.threads.submit(self._send) for _ in range(2)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flowing = False
+        self.threads.shutdown()
+
+    def _send(self) -> None:
+        draw = random.Random()
+        while self.flowing:
+            array = [{"name": f"flood.{draw.choice('abc')}", "data": {"n": next(self.numbers)}}
+                     for _ in range(draw.randrange(1, 40))]
+            with contextlib.suppress(OSError, http.client.HTTPException):  # it was killed
+                self.server.call("POST", "/api/v1/events", array)
+                self.sent += len(array)
+
+    def has_sent(self, number: int) -> None:
+        """Returns once it has sent so many more."""
+        wanted = self.sent + number
+        eventually(lambda: self.sent >= wanted)
+
+    def stop(self) -> None:
+        self.flowing = False
+        for sender in self.senders:
+            sender.result(DEADLINE_S)
+        self.server.emit("flood.a", {"n": "end"})
+
+
+def until_the_end(stream: Any) -> list[Told]:
+    found = [stream.told()]
+    while found[-1].n != "end":
+        found.append(stream.told())
+    return found
+
+
+def test_who_joins_in_a_flood_misses_nothing_and_hears_nothing_twice(
+    server: RunningServer,
+) -> None:
+    draw = random.Random()
+    subscribed = list[int]()
+
+    def join(door: str, pattern: str, asked: dict[str, int]) -> tuple[int | None, list[Told]]:
+        with watching(door, server, pattern, **asked) as stream:
+            subscribed.append(1)
+            return getattr(stream, "begins_at", None), until_the_end(stream)
+
+    with Flood(server) as flood, ThreadPoolExecutor(24) as threads:
+        joiners = []
+        for _ in range(8):
+            flood.has_sent(50)
+            ((newest,),) = server.rows("SELECT max(seq) FROM journal")
+            for door in STREAM_DOORS:
+                pattern = draw.choice([">", "events:flood.*", "events:flood.a", "flood.a"])
+                asked = draw.choice([{}, {"replay": draw.randrange(1001)},
+                                     {"since": draw.randrange(newest + 1)}])
+                joiner = threads.submit(join, door, pattern, asked)
+                joiners.append(((door, pattern, asked), newest, joiner))
+        eventually(lambda: len(subscribed) == len(joiners))
+        flood.stop()
+        everything = kept(server)
+        for who, newest, joiner in joiners:
+            _, pattern, asked = who
+            begins_at, heard = joiner.result(DEADLINE_S)
+            selected = [one for one in everything if ironflow.selects(pattern, one.topic)]
+            later = [one for one in selected if one.seq > newest]
+            if "since" in asked:
+                assert heard == [one for one in selected if one.seq > asked["since"]], who
+            else:
+                assert heard == selected[-len(heard):], who
+                replay = asked.get("replay", 0)
+                assert len(heard) <= replay + len(later), who
+                assert len(heard) >= min(replay, len(selected) - len(later)), who
+            if begins_at is not None:  # from where it could resume before its first message
+                assert heard == [one for one in selected if one.seq > begins_at], who
+
+
+CUT_OFF = (OSError, http.client.HTTPException, Closed)
+
+
+def test_who_resumes_after_each_kill_hears_everything_once(server: RunningServer) -> None:
+    up = threading.Event()
+    up.set()
+    heard_by: dict[tuple[str, str], list[Told]] = {
+        (door, pattern): [] for door in STREAM_DOORS for pattern in (">", "events:flood.*")}
+
+    def listen(door: str, pattern: str) -> None:
+        heard = heard_by[door, pattern]
+        while not heard or heard[-1].n != "end":
+            assert up.wait(DEADLINE_S)  # nobody knocks where nobody listens
+            since = heard[-1].seq if heard else 0
+            with contextlib.suppress(*CUT_OFF), watching(door, server, pattern, since=since) as it:
+                while not heard or heard[-1].n != "end":
+                    heard.append(it.told())
+
+    def all_grew(before: dict[tuple[str, str], int]) -> bool:
+        return all(len(heard_by[who]) > number for who, number in before.items())
+
+    with Flood(server) as flood, ThreadPoolExecutor(6) as threads:
+        listeners = [threads.submit(listen, *who) for who in heard_by]
+        for _ in range(3):
+            flood.has_sent(200)
+            before = {who: len(heard) for who, heard in heard_by.items()}
+            eventually(partial(all_grew, before))
+            up.clear()
+            server.kill()
+            server.start()
+            up.set()
+        flood.stop()
+        for listener in listeners:
+            listener.result(DEADLINE_S)
+    everything = kept(server)
+    for (door, pattern), heard in heard_by.items():
+        assert heard == [one for one in everything
+                         if ironflow.selects(pattern, one.topic)], door
+
+
+def test_a_replay_that_would_read_too_much_says_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ironflow, "REPLAY_ROWS", 1000)
+
+    def program(server: RunningServer) -> None:
+        server.emit("rare", {"n": 0})
+        server.yes("POST", "/api/v1/events", [{"name": "common"}] * 600)
+        server.emit("rare", {"n": 1})
+        server.yes("POST", "/api/v1/events", [{"name": "common"}] * 600)
+        with WebSocket(server) as ws:
+            found = ws.subscribe("events:*", replay=10, filter='name == "rare"')
+            said = ws.hear_of("subscription_error")
+            assert (said["code"], said["retrying"]) == ("REPLAY_CUT", True)
+            assert said["subscriptionId"] == found["subscriptionId"]
+            server.emit("rare", {"n": 2})
+            assert counted(ws.events(2)) == [1, 2]
+
+    inside(tmp_path, {}, program)
+
+
+# ======================================================================================
+# Watching: order, and who is slow
+# ======================================================================================
+# The journal is the buffer: who does not read costs the server a place in it, and nobody
+# else anything.
+
+HEAVY = "x" * 64 * 1024
+
+
+def pour(server: RunningServer, number: int, first: int = 0) -> None:
+    """Events too heavy for a socket that nobody reads, ten to a commit."""
+    for start in range(first, first + number, 10):
+        some = range(start, min(start + 10, first + number))
+        server.yes("POST", "/api/v1/events", [
+            {"name": "heavy", "data": {"n": n, "text": HEAVY}} for n in some])
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_rows_are_told_in_the_order_of_the_journal(server: RunningServer, door: str) -> None:
+    with watching(door, server, ">") as stream, ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: server.emit(new_name(), {"n": n}), range(100)))
+        server.emit("the.end", {"n": "end"})
+        assert until_the_end(stream) == kept(server)
+
+
+STUCK = 120  # heavy events: 8 MB, more than the buffers of two sockets hold
+
+
+@pytest.mark.parametrize("mode", ["buffer", "drop"])
+def test_subscribers_that_never_read_change_nothing_for_others(
+    server: RunningServer, mode: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            stuck = stack.enter_context(WebSocket(server, buffer=4096))
+            stuck.subscribe("events:heavy", backpressure=mode)
+        reader = stack.enter_context(WebSocket(server))
+        reader.subscribe("events:heavy")
+        pour(server, 10)
+        assert counted(reader.events(10)) == [*range(10)]
+        before = peak_mb(server)
+        with ThreadPoolExecutor(1) as other:
+            pouring = other.submit(pour, server, STUCK - 10, 10)
+            assert counted(reader.events(STUCK - 10)) == [*range(10, STUCK)]
+            pouring.result()
+        assert peak_mb(server) - before < 30  # 60 MB if it kept what they do not read
+
+
+@pytest.mark.parametrize(("door", "asked"), [
+    ("ws", {}), ("ws", {"backpressure": "block"}), ("sse", {}), ("connect", {}),
+])
+def test_who_reads_late_is_told_everything(
+    server: RunningServer, door: str, asked: dict[str, Any]
+) -> None:
+    with contextlib.ExitStack() as stack:
+        late = stack.enter_context(watching(door, server, "events:heavy", buffer=4096, **asked))
+        pour(server, STUCK)
+        assert [late.told().n for _ in range(STUCK)] == [*range(STUCK)]
+        pour(server, 1, first=STUCK)
+        assert late.told().n == STUCK
+
+
+def test_who_reads_late_and_lets_drop_is_told_how_many_it_missed(server: RunningServer) -> None:
+    with WebSocket(server, buffer=4096) as late:
+        found = late.subscribe("events:heavy", backpressure="drop")
+        pour(server, STUCK)
+        late.send_frame(PING, b"and now?")
+        said = list[Any]()
+        while (frame := late.frame()) != (PONG, b"and now?"):
+            said.append(json.loads(frame[1]))
+        pour(server, 1, first=STUCK)
+        while said[-1].get("data", {}).get("n") != STUCK:
+            said.append(late.hear())
+        place = 0  # in the row of numbers
+        for each in said:
+            if each["type"] == "event":
+                assert each["data"]["n"] == place
+                place += 1
+            else:
+                (missed,) = re.findall(r"\d+", each.pop("message"))
+                place += int(missed)
+                assert each == {"type": "subscription_error", "code": "MESSAGES_DROPPED",
+                                "subscriptionId": found["subscriptionId"], "retrying": True}
+        assert place == STUCK + 1 > len(said)
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_who_takes_nothing_for_long_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    monkeypatch.setattr(ironflow, "KEEP_ALIVE_S", 0.1)
+    monkeypatch.setattr(ironflow, "STALL_S", 0.3)
+
+    def program(server: RunningServer) -> None:
+        with watching(door, server, "events:heavy", buffer=4096) as stuck:
+            pour(server, STUCK)
+            eventually(lambda: all(outlet.over for outlet in gc.get_objects()
+                                   if isinstance(outlet, ironflow.Outlet)))
+            with pytest.raises(CUT_OFF):
+                [stuck.told() for _ in range(STUCK)]
+
+    inside(tmp_path, {}, program)
+
+
+def test_who_answers_no_ping_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in ("KEEP_ALIVE_S", 0.02), ("PING_S", 0.02), ("STALL_S", 0.1):
+        monkeypatch.setattr(ironflow, name, seconds)
+
+    def program(server: RunningServer) -> None:
+        with WebSocket(server) as dead:
+            dead.subscribe("events:a")
+            with pytest.raises(Closed):
+                while True:
+                    opcode, _ = dead.frame()
+                    if opcode == CLOSE:
+                        raise Closed(1000)
+                    assert opcode == PING
+
+    inside(tmp_path, {}, program)
+
+
+# ======================================================================================
+# Watching: what a filter lets through
+# ======================================================================================
+
+
+@pytest.mark.parametrize(("expression", "data", "through"), [
+    ("data.n > 1", {"n": 2}, True), ("data.n > 1", {"n": 1}, False), ("data.n > 1", {}, False),
+    ("data.n > 1", {"n": "2"}, False), ("data.n > 1", {"n": None}, False),
+    ("data.n > 1", [2], False), ("data.n > 1", {"n": 1.5}, True),
+    ("data.n >= 2 && data.n <= 3 && data.n != 3", {"n": 2}, True),
+    ('data.a == "x" || data.b == "y"', {"a": "z", "b": "y"}, True),
+    ("!data.a", {"a": False}, True), ("!data.a", {"a": True}, False),
+    ('data.kind in ["a", "b"]', {"kind": "b"}, True),
+    ('data.kind in ["a", "b"]', {"kind": "c"}, False),
+    ('data.text.contains("el") && data.text.startsWith("h")', {"text": "hello"}, True),
+    ('data.text.endsWith("lo") && data.text.matches("^h.*o$")', {"text": "hello"}, True),
+    ("has(data.a.b)", {"a": {"b": 1}}, True), ("has(data.a.b)", {"a": {}}, False),
+    ("has(data.a.b)", {}, False), ("size(data.items) == 2", {"items": [1, 2]}, True),
+    ('topic.startsWith("events:name-")', {}, True), ('topic == name', {}, False),
+    ('name.startsWith("name-") && topic == "events:" + name', {}, True),
+    ('string(timestamp).startsWith("20")', {}, True),
+    ("data.a", {"a": 1}, False), ("data.a", {"a": True}, True), ("unheard_of == 1", {}, False),
+    ("1 / data.n == 1", {"n": 0}, False), ("data == 5", 5, True), ("true", None, True),
+])
+def test_a_filter_says_what_is_told(
+    shared: RunningServer, watcher: WebSocket, expression: str, data: Any, through: bool
+) -> None:
+    name = new_name()
+    whole = f"({expression}) || data.end == true"
+    watcher.subscribe(f"events:{name}", filter=expression if through else whole)
+    shared.yes("POST", "/api/v1/events", {"name": name, "data": data})
+    if not through:
+        shared.emit(name, data := {"end": True})
+    assert watcher.event()["data"] == data
+
+
+def test_a_filter_knows_topics_and_state_changes_too(
+    shared: RunningServer, watcher: WebSocket
+) -> None:
+    name = new_name()
+    watcher.subscribe(f"topic:{name}.>", filter=f'name == "{name}.b"')
+    watcher.subscribe("system.run.>", filter=f'data.functionId == "{name}" && '
+                                             'topic.endsWith(".created")')
+    publish(shared, f"{name}.a")
+    publish(shared, f"{name}.b")
+    shared.register(name, name)
+    (run_id,) = shared.emit(name)["run_ids"]
+    assert [said["topic"] for said in watcher.events(2)] == [
+        f"topic:{name}.b", f"system.run.{run_id}.created"]
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_a_filter_holds_for_later_events_as_for_replayed_ones(
+    shared: RunningServer, door: str
+) -> None:
+    name = new_name()
+    for n in range(4):
+        shared.emit(name, {"n": n})
+    asked: Any = {"replay": 100, "filter": "data.n % 2 == 1"}
+    with watching(door, shared, f"events:{name}", **asked) as stream:
+        for n in range(4, 8):
+            shared.emit(name, {"n": n})
+        assert [stream.told().n for _ in range(4)] == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize(("expression", "place"), [
+    ("data.total >", "1:13"), ("1 +", "1:4"), ("data.a ==\n== 1", "2:"), ("(data.a", "1:8"),
+])
+def test_a_filter_that_is_no_cel_is_an_error_with_its_place(
+    watcher: WebSocket, expression: str, place: str
+) -> None:
+    watcher.ask("a", filter=expression)
+    result = watcher.result()
+    assert (result["status"], result["code"]) == ("error", "INVALID_FILTER")
+    assert "no CEL" in result["message"] and place in result["message"]
+
+
+def test_without_the_extra_a_subscription_with_a_filter_is_refused_by_its_name(
+    without_cel: RunningServer,
+) -> None:
+    expression = "data.n > 1"
+    with WebSocket(without_cel) as ws:
+        ws.ask("a", filter=expression)
+        result = ws.result()
+    asked = {"pattern": "a", "options": {"filter": expression}}
+    with ConnectStream(without_cel, asked) as stream:
+        error = stream.end()["error"]
+    path = f"{STREAM}?{urllib.parse.urlencode({'pattern': 'a', 'filter': expression})}"
+    status, body = without_cel.call("GET", path)
+    assert (result["code"], error["code"]) == ("INVALID_FILTER", "invalid_argument")
+    assert code((status, body)) == INVALID
+    for message in result["message"], error["message"], body["message"]:
+        assert "the extra `cel`" in message and "pip install" in message
+
+
+# ======================================================================================
+# Consumer groups
+# ======================================================================================
+# Subscribers that share the work: each message goes to one of them, and to another if
+# that one does not say that it is done.
+
+
+def groups(server: RunningServer, method: str, **body: Any) -> Any:
+    return server.yes("POST", f"{PUBSUB}{method}", body)
+
+
+@dataclass
+class Team:
+    """A consumer group and its messages, of names that no other test uses."""
+
+    server: RunningServer
+    name: str = field(default_factory=new_name)
+
+    @property
+    def pattern(self) -> str:
+        return f"events:{self.name}"
+
+    def create(self, **more: Any) -> Any:
+        asked = {"name": self.name, "pattern": self.pattern, "ackMode": "manual"}
+        return groups(self.server, "CreateConsumerGroup", **asked | more)
+
+    def known(self) -> Any:
+        return groups(self.server, "GetConsumerGroup", name=self.name)
+
+    @contextlib.contextmanager
+    def member(self, ack: str = "manual", buffer: int = 0, **options: Any
+               ) -> Iterator[WebSocket]:
+        with WebSocket(self.server, buffer=buffer) as ws:
+            ws.subscribe(self.pattern, consumerGroup=self.name, ackMode=ack, **options)
+            yield ws
+
+    def says(self, *ns: Any) -> None:
+        events = [{"name": self.name, "data": {"n": n}} for n in ns]
+        self.server.yes("POST", "/api/v1/events", events)
+
+    def ack(self, event: Any, kind: str = "ACK_TYPE_ACK", **more: Any) -> None:
+        """By the call, whose yes says that it is on disk."""
+        asked = {"groupName": self.name, "eventId": event["eventId"], "ackType": kind}
+        assert groups(self.server, "AckEvent", **asked | more) == {}
+
+    def dead(self, query: str = "") -> Any:
+        path = f"/api/v1/consumer-groups/{self.name}/dead?{query}"
+        return self.server.yes("GET", path)
+
+    def replay(self, body: Any = None) -> int:
+        path = f"/api/v1/consumer-groups/{self.name}/replay"
+        return int(self.server.yes("POST", path, body or {})["replayed"])
+
+    def members(self, number: int) -> None:
+        """Returns once it has so many members."""
+        eventually(lambda: self.known().get("memberCount", 0) == number)
+
+    def nothing_more(self, ws: WebSocket) -> None:
+        """All was told and taken: the next message is the next that is said."""
+        quiet(ws)
+        self.says(mark := new_name())
+        event = ws.event()
+        assert event["data"]["n"] == mark
+        self.ack(event)
+
+
+def quiet(ws: WebSocket) -> None:
+    """Nothing comes while the server answers a few pings."""
+    for n in range(5):
+        ws.send_frame(PING, str(n).encode())
+        assert ws.frame() == (PONG, str(n).encode())
+
+
+@pytest.fixture
+def team(shared: RunningServer) -> Team:
+    return Team(shared)
+
+
+# --- What is known of a group ----------------------------------------------------------
+
+GROUP_DEFAULTS = {
+    "namespace": "default", "ackMode": "ACK_MODE_AUTO",
+    "backpressure": "BACKPRESSURE_MODE_BUFFER", "maxInflight": 100, "maxRedeliveries": 3,
+    "redeliverDelayMs": 5000, "memberCount": 0, "status": "CONSUMER_GROUP_STATUS_ACTIVE"}
+
+
+def test_a_group_is_made_with_defaults(shared: RunningServer) -> None:
+    name = new_name()
+    made = groups(shared, "CreateConsumerGroup", name=name, pattern="events:a.>")
+    assert made == made | GROUP_DEFAULTS | {"name": name, "pattern": "events:a.>"}
+    assert made["id"] and made["createdAt"] == made["updatedAt"]
+    assert ironflow.from_rfc3339(made["createdAt"]) > 0
+    assert not has_null(made)
+    assert groups(shared, "GetConsumerGroup", namespace="default", name=name) == made
+
+
+@pytest.mark.parametrize("asked", [
+    {"filterExpr": "data.n > 1", "ackMode": "ACK_MODE_MANUAL", "maxInflight": 5,
+     "backpressure": "BACKPRESSURE_MODE_DROP", "maxRedeliveries": 0, "redeliverDelayMs": 10},
+    {"filter_expr": "data.n > 1", "ack_mode": "manual", "max_inflight": 5,
+     "backpressure": "drop", "max_redeliveries": 0, "redeliver_delay_ms": 10},
+    {"filter_expr": "data.n > 1", "ack_mode": 2, "max_inflight": 5, "backpressure": 1,
+     "max_redeliveries": 0, "redeliver_delay_ms": 10},
+])
+def test_a_group_is_made_in_every_spelling(team: Team, asked: dict[str, Any]) -> None:
+    body = {"name": team.name, "pattern": team.pattern, "metadata": {"by": [1]}}
+    made = groups(team.server, "CreateConsumerGroup", **body | asked)
+    assert made == made | {
+        "filterExpr": "data.n > 1", "ackMode": "ACK_MODE_MANUAL", "maxInflight": 5,
+        "backpressure": "BACKPRESSURE_MODE_DROP", "maxRedeliveries": 0, "redeliverDelayMs": 10,
+        "metadata": {"by": [1]}}
+
+
+@pytest.mark.parametrize("wrong", one_wrong({
+    "name": ["", None, 7, [], "a\n", "x" * 1025], "pattern": ["", None, 7, "a..b", "ord*"],
+    "filterExpr": [7, "data."], "ackMode": ["sing", 9, [1]], "backpressure": ["sing", 9, [1]],
+    "maxInflight": ["x", -1, 1.5, True], "maxRedeliveries": ["x", -1, 1.5],
+    "redeliverDelayMs": ["x", -1, 1.5], "metadata": [7, [1], "x"], "namespace": ["other"],
+}), ids=json.dumps)
+def test_a_group_of_the_wrong_kind_is_refused(team: Team, wrong: dict[str, Any]) -> None:
+    body = {"name": team.name, "pattern": team.pattern} | wrong
+    assert code(team.server.call("POST", f"{PUBSUB}CreateConsumerGroup", body)) == INVALID
+
+
+def test_a_groups_name_is_taken_once(team: Team) -> None:
+    team.create()
+    body = {"name": team.name, "pattern": "another"}
+    answer = team.server.call("POST", f"{PUBSUB}CreateConsumerGroup", body)
+    assert code(answer) == (409, "already_exists")
+    assert team.known()["pattern"] == team.pattern
+
+
+@pytest.mark.parametrize("call", [
+    "GetConsumerGroup", "DeleteConsumerGroup", "UpdateConsumerGroup", "AckEvent",
+    "GET dead", "POST replay"])
+def test_a_group_that_is_not_there_is_not_found(shared: RunningServer, call: str) -> None:
+    name = new_name()
+    if " " in call:
+        method, what = call.split()
+        answer = shared.call(method, f"/api/v1/consumer-groups/{name}/{what}")
+    else:
+        body = {"name": name, "groupName": name, "eventId": "evt_1", "ackType": "ack",
+                "group": {"name": name, "maxInflight": 1}, "updateMask": "maxInflight"}
+        answer = shared.call("POST", f"{PUBSUB}{call}", body)
+    assert code(answer) == UNKNOWN
+    assert name in answer[1]["message"]
+
+
+def test_groups_are_listed_in_pages(server: RunningServer) -> None:
+    assert groups(server, "ListConsumerGroups")["groups"] == []
+    teams = [Team(server) for _ in range(5)]
+    made = {team.name: team.create() for team in teams}
+    page = groups(server, "ListConsumerGroups", limit=2)
+    found = page["groups"]
+    while page.get("nextCursor"):
+        assert len(page["groups"]) == 2 and page["totalCount"] == 5
+        page = groups(server, "ListConsumerGroups", limit=2, cursor=page["nextCursor"])
+        found += page["groups"]
+    assert len(found) == 5
+    assert {group["name"]: group for group in found} == made
+    assert len(groups(server, "ListConsumerGroups")["groups"]) == 5
+
+
+@pytest.mark.parametrize("mask", ["maxInflight,redeliverDelayMs", "max_inflight,redeliver_delay_ms",
+                                  {"paths": ["max_inflight", "redeliver_delay_ms"]}])
+def test_an_update_changes_what_its_mask_names(team: Team, mask: Any) -> None:
+    made = team.create()
+    asked = {"name": team.name, "maxInflight": 7, "redeliverDelayMs": 8, "maxRedeliveries": 9}
+    changed = groups(team.server, "UpdateConsumerGroup", group=asked, updateMask=mask)
+    assert changed.pop("updatedAt") >= made.pop("updatedAt")
+    assert changed == made | {"maxInflight": 7, "redeliverDelayMs": 8}
+    assert team.known() == team.known() | changed
+
+
+def test_a_deleted_group_is_gone_and_its_members_are_told(team: Team) -> None:
+    team.create()
+    with team.member() as ws:
+        team.says(1)
+        assert ws.event()["data"] == {"n": 1}
+        assert groups(team.server, "DeleteConsumerGroup", name=team.name) == {}
+        said = ws.hear()
+        assert (said["type"], said["code"], said["retrying"]) == (
+            "subscription_error", "GROUP_DELETED", False)
+        ws.subscribe(name := new_name())
+        team.server.emit(name)
+        assert ws.event()["topic"] == f"events:{name}"
+    answer = team.server.call("POST", f"{PUBSUB}GetConsumerGroup", {"name": team.name})
+    assert code(answer) == UNKNOWN
+    with team.member() as ws:  # a new one, which knows nothing of 1
+        team.nothing_more(ws)
+
+
+@pytest.mark.parametrize("options", [{"pattern": "other"}, {"filter": "data.n > 1"}])
+def test_a_subscription_to_a_group_names_its_pattern_and_filter(
+    team: Team, watcher: WebSocket, options: dict[str, str]
+) -> None:
+    team.create()
+    pattern = options.pop("pattern", team.pattern)
+    assert watcher.refused(pattern, consumerGroup=team.name, **options) == "INVALID_OPTION"
+
+
+# --- Who gets what ---------------------------------------------------------------------
+
+
+def test_each_message_goes_to_one_member_and_each_has_its_share(team: Team) -> None:
+    with team.member() as one, team.member() as two, team.member() as three:
+        team.says(*range(60))
+        shares = [counted(member.events(20)) for member in (one, two, three)]
+    assert sorted(n for share in shares for n in share) == [*range(60)]
+    assert all(share == sorted(share) for share in shares)
+
+
+def test_who_is_in_no_group_hears_everything_besides(team: Team) -> None:
+    with team.member("auto") as one, WebSocket(team.server) as other:
+        other.subscribe(team.pattern)
+        team.says(1, 2, 3)
+        assert counted(one.events(3)) == counted(other.events(3)) == [1, 2, 3]
+
+
+def test_groups_are_nothing_to_each_other(team: Team, watcher: WebSocket) -> None:
+    ids = [watcher.subscribe(team.pattern, consumerGroup=f"{team.name}.{n}")["subscriptionId"]
+           for n in range(2)]
+    team.says(1)
+    assert {event["subscriptionId"] for event in watcher.events(2)} == {*ids}
+
+
+def test_a_group_that_is_made_by_subscribing_begins_with_what_comes(team: Team) -> None:
+    team.says(1)
+    with team.member() as ws:
+        team.says(2)
+        assert ws.event()["data"] == {"n": 2}
+    assert team.known()["pattern"] == team.pattern
+
+
+def test_a_new_group_may_begin_earlier(team: Team) -> None:
+    team.says(1, 2, 3)
+    first = kept(team.server, team.pattern)[0]
+    with team.member(startAfterSequence=first.seq) as ws:
+        assert counted(ws.events(2)) == [2, 3]
+
+
+def test_a_groups_place_outlives_its_members(team: Team) -> None:
+    team.create()
+    team.says(0, 1)
+    for n in range(4):
+        with team.member(replay=100) as ws:  # a replay is nothing to a group
+            event = ws.event()
+            assert event["data"] == {"n": n}
+            team.ack(event)
+        team.says(n + 2)
+
+
+def test_a_group_has_a_filter(team: Team) -> None:
+    team.create(filterExpr="data.n % 2 == 0")
+    with team.member(filter="data.n % 2 == 0") as ws:
+        team.says(1, 2, 3, 4)
+        assert counted(ws.events(2)) == [2, 4]
+
+
+# --- Acks ------------------------------------------------------------------------------
+
+
+def test_what_is_acked_does_not_come_again(team: Team) -> None:
+    with team.member() as ws:
+        team.says(1, 2)
+        first, second = ws.events(2)
+        ws.ack(first)
+        ws.ack(second, subscriptionId=second["subscriptionId"])
+        quiet(ws)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def test_what_is_not_acked_goes_to_another_when_its_member_dies(team: Team) -> None:
+    with team.member() as ws:
+        team.says(1, 2, 3)
+        held = ws.events(3)
+        team.ack(held[1])
+    with team.member() as ws:
+        again = ws.events(2)
+        assert [event["eventId"] for event in again] == [held[0]["eventId"], held[2]["eventId"]]
+        for event in again:
+            team.ack(event)
+        team.nothing_more(ws)
+
+
+def test_what_is_refused_comes_again_after_its_delay(team: Team) -> None:
+    with team.member(includeMetadata=True) as ws:
+        team.says(1)
+        event = ws.event()
+        ws.ack(event, "nak", redeliverDelay=1)
+        assert ws.event() == event
+        ws.ack(event, "nak", redeliverDelay=60_000)
+        team.says(2)
+        later = ws.event()
+        assert later["data"] == {"n": 2}  # nobody waits for the other
+        team.ack(later)
+        team.nothing_more(ws)
+
+
+def test_what_is_given_up_does_not_come_again(team: Team) -> None:
+    with team.member() as ws:
+        team.says(1)
+        ws.ack(ws.event(), "term")
+        quiet(ws)
+    with team.member() as ws:
+        team.nothing_more(ws)
+    assert team.dead()["dead"] == []
+
+
+@pytest.mark.parametrize("kind", ["ACK_TYPE_ACK", "ACK_TYPE_TERM", "ack", "term", "ACK", 1, 3])
+def test_an_ack_by_call_is_read_in_every_spelling(team: Team, kind: Any) -> None:
+    with team.member() as ws:
+        team.says(1)
+        team.ack(ws.event(), kind)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+@pytest.mark.parametrize("kind", ["ACK_TYPE_NAK", "nak", 2])
+def test_a_nak_by_call_brings_it_again(team: Team, kind: Any) -> None:
+    with team.member() as ws:
+        team.says(1)
+        event = ws.event()
+        team.ack(event, kind, redeliverDelayMs=1)
+        assert ws.event() == event
+
+
+@pytest.mark.parametrize("wrong", [
+    {"ackType": "sing"}, {"ackType": 9}, {"ackType": {"a": 1}}, {"eventId": 7}, {"groupName": 7},
+    {"redeliverDelayMs": -1}, {"redeliverDelayMs": "x"}, {"namespace": "other"},
+], ids=json.dumps)
+def test_an_ack_by_call_of_the_wrong_kind_is_refused(team: Team, wrong: Any) -> None:
+    team.create()
+    body = {"groupName": team.name, "eventId": "evt_1", "ackType": "ack"} | wrong
+    assert code(team.server.call("POST", f"{PUBSUB}AckEvent", body)) == INVALID
+
+
+def test_only_so_many_are_out_at_once(team: Team) -> None:
+    team.create(maxInflight=2)
+    with team.member() as one:
+        team.says(*range(6))
+        held = one.events(2)
+        quiet(one)
+        with team.member() as two:
+            quiet(two)  # of the whole group
+        for n in range(2, 6):
+            team.ack(held.pop(0))
+            held.append(one.event())
+            assert held[-1]["data"] == {"n": n}
+            quiet(one)
+
+
+def test_the_same_subscription_ends_and_gives_back_what_it_held(
+    team: Team, watcher: WebSocket
+) -> None:
+    asked = {"consumerGroup": team.name, "ackMode": "manual"}
+    found = watcher.subscribe(team.pattern, **asked)
+    team.says(1)
+    event = watcher.event()
+    watcher.unsubscribe(found["subscriptionId"])
+    assert watcher.subscribe(team.pattern, **asked)["subscriptionId"] == event["subscriptionId"]
+    assert watcher.event() == event
+
+
+def test_an_unacked_message_comes_again_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ironflow, "ACK_S", 0.05)
+
+    def program(server: RunningServer) -> None:
+        team = Team(server)
+        team.create(maxRedeliveries=2, redeliverDelayMs=1)
+        with team.member() as ws:
+            team.says(1)
+            assert counted(ws.events(3)) == [1, 1, 1]
+            (dead,) = eventually(lambda: team.dead()["dead"])
+            assert dead["attempts"] == 3
+
+    inside(tmp_path, {}, program)
+
+
+# --- Acks without words ----------------------------------------------------------------
+
+
+def test_what_an_auto_member_has_read_does_not_come_again(team: Team) -> None:
+    with team.member("auto") as ws:
+        team.says(1, 2, 3)
+        assert counted(ws.events(3)) == [1, 2, 3]
+        eventually(lambda: read_on(ws) and unacked(team) == 0)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def unacked(team: Team) -> int:
+    ((number,),) = team.server.rows("SELECT count(*) FROM delivery WHERE name = ?", team.name)
+    return int(number)
+
+
+def read_on(ws: WebSocket) -> bool:
+    """Answer the pings that are there, as a client's library does by itself."""
+    while ws.unread or select.select([ws.line], [], [], 0)[0]:
+        opcode, payload = ws.frame()
+        assert opcode == PING
+        ws.send_frame(PONG, payload)
+    return True
+
+
+def test_an_auto_member_that_dies_with_messages_unread_loses_none(team: Team) -> None:
+    text = "x" * 30_000
+    with team.member("auto", buffer=4096):
+        team.server.yes("POST", "/api/v1/events", [
+            {"name": team.name, "data": {"n": n, "text": text}} for n in range(60)])
+        eventually(lambda: unacked(team))
+    with team.member() as ws:
+        heard = []
+        for _ in range(60):
+            event = ws.event()
+            heard.append(event["data"]["n"])
+            team.ack(event)
+        assert sorted(heard) == [*range(60)]
+
+
+# --- Dead letters ----------------------------------------------------------------------
+
+
+def killed_off(team: Team, *ns: int) -> list[Any]:
+    """Messages that nobody could do, which are dead letters now; the oldest first."""
+    team.create(maxRedeliveries=1)
+    with team.member() as ws:
+        team.says(*ns)
+        for _ in range(2):
+            events = {event["data"]["n"]: event for event in ws.events(len(ns))}
+            for event in events.values():
+                team.ack(event, "nak", redeliverDelayMs=1)
+        return [events[n] for n in ns]
+
+
+def test_what_nobody_could_do_is_a_dead_letter(team: Team) -> None:
+    (event,) = killed_off(team, 1)
+    found = team.dead()
+    assert not has_null(found)
+    (dead,) = found.pop("dead")
+    assert found == {"count": 1}
+    assert ironflow.from_rfc3339(dead.pop("dead_at")) >= ironflow.from_rfc3339(dead["timestamp"])
+    (told,) = kept(team.server, team.pattern)
+    assert dead == {"event_id": event["eventId"], "sequence": told.seq, "topic": team.pattern,
+                    "data": {"n": 1}, "timestamp": dead["timestamp"], "attempts": 2}
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def test_dead_letters_are_listed_in_pages(team: Team) -> None:
+    killed_off(team, *range(5))
+    page = team.dead("limit=2")
+    found = page["dead"]
+    while page.get("next_cursor"):
+        page = team.dead(f"limit=2&cursor={page['next_cursor']}")
+        found += page["dead"]
+    assert sorted(dead["data"]["n"] for dead in found) == [*range(5)]
+    assert team.dead()["count"] == 5
+
+
+def test_dead_letters_are_replayed(team: Team) -> None:
+    events = killed_off(team, 1, 2, 3)
+    with team.member() as ws:
+        assert team.replay({"event_ids": [events[1]["eventId"], "evt_x"]}) == 1
+        assert ws.event() == events[1]
+        assert team.replay() == 2
+        again = [ws.event() for _ in range(2)]
+        assert counted(again) == [1, 3]
+        for event in [events[1], *again]:
+            team.ack(event)
+        assert team.dead() == {"dead": [], "count": 0}
+        assert team.replay() == 0
+        team.nothing_more(ws)
+
+
+def test_a_replayed_letter_that_fails_again_is_dead_again(team: Team) -> None:
+    (event,) = killed_off(team, 1)
+    assert team.replay() == 1
+    with team.member() as ws:
+        for _ in range(2):
+            assert ws.event() == event
+            team.ack(event, "nak", redeliverDelayMs=1)
+        eventually(lambda: team.dead()["count"] == 1)
+
+
+@pytest.mark.parametrize("body", [[], 7, {"event_ids": "x"}, b"{"])
+def test_a_replay_of_the_wrong_kind_is_refused(team: Team, body: Any) -> None:
+    team.create()
+    answer = team.server.call("POST", f"/api/v1/consumer-groups/{team.name}/replay", body)
+    assert code(answer) == INVALID
+
+
+@pytest.mark.parametrize("query", ["limit=x", "limit=-1", "cursor=x"])
+def test_a_query_for_dead_letters_of_the_wrong_kind_is_refused(team: Team, query: str) -> None:
+    team.create()
+    answer = team.server.call("GET", f"/api/v1/consumer-groups/{team.name}/dead?{query}")
+    assert code(answer) == INVALID
+
+
+# --- Other doors -----------------------------------------------------------------------
+
+
+def test_a_member_may_join_by_connect(team: Team) -> None:
+    team.create()
+    asked = {"groupName": team.name, "consumerId": "c", "clientId": "me"}
+    with ConnectStream(team.server, asked, "JoinConsumerGroup") as stream:
+        team.says(1)
+        first = stream.message()
+        assert (first["data"], first["deliveryAttempt"]) == ({"n": 1}, 1)
+        team.ack(first, "nak", redeliverDelayMs=1)
+        again = stream.message()
+        assert again == first | {"deliveryAttempt": 2}
+        team.ack(again)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def test_joining_a_group_that_is_not_there_ends_with_an_error(shared: RunningServer) -> None:
+    asked = {"groupName": new_name(), "consumerId": "c"}
+    with ConnectStream(shared, asked, "JoinConsumerGroup") as stream:
+        assert stream.error() == "not_found"
+
+
+def test_a_browser_that_subscribes_in_a_group_acks_by_reading(team: Team) -> None:
+    asked = {"pattern": team.pattern, "options": {"consumerGroup": team.name}}
+    with ConnectStream(team.server, asked) as stream:
+        team.says(1)
+        assert stream.told().n == 1
+        eventually(lambda: unacked(team) == 0)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def test_a_stream_may_be_a_member(team: Team) -> None:
+    query: Any = {"group": team.name, "ack": "manual"}
+    with EventStream(team.server, team.pattern, **query) as stream:
+        team.says(1, 2)
+        first, second = stream.told(), stream.told()
+        assert (first.n, second.n) == (1, 2)
+        team.ack({"eventId": first.event_id})
+    with EventStream(team.server, team.pattern, **query) as stream:
+        again = stream.told()
+        assert again == second
+        team.ack({"eventId": again.event_id})
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_who_hangs_up_is_no_member_any_more(team: Team, door: str) -> None:
+    team.create()
+    joined: Any = {
+        "ws": lambda: team.member(),
+        "sse": lambda: EventStream(team.server, team.pattern, group=team.name),
+        "connect": lambda: ConnectStream(
+            team.server, {"groupName": team.name, "consumerId": "c"}, "JoinConsumerGroup"),
+    }[door]
+    with joined():
+        team.members(1)
+        with joined():
+            team.members(2)
+        team.members(1)
+    team.members(0)
+
+
+def test_a_stream_in_a_group_that_is_deleted_ends_with_an_error(team: Team) -> None:
+    team.create()
+    asked = {"groupName": team.name, "consumerId": "c"}
+    with (EventStream(team.server, team.pattern, group=team.name) as stream,
+          ConnectStream(team.server, asked, "JoinConsumerGroup") as connected):
+        groups(team.server, "DeleteConsumerGroup", name=team.name)
+        block = stream.message()
+        assert block["event"] == "ironflow.error"
+        assert json.loads(block["data"]).keys() == {"code", "message"}
+        assert stream.answer.read() == b""
+        assert connected.error() == "not_found"
+
+
+# --- In virtual time -------------------------------------------------------------------
+
+
+@dataclass
+class Crew:
+    """The rules of a group of `a` and `b`, on a stage."""
+
+    stage: Stage
+
+    def deals(self, *seqs: int, to: str = "ab") -> dict[int, str]:
+        """Who is given what."""
+        group = ironflow.known(self.stage.file.tx, ironflow.ConsumerGroup, "g")
+        dealt, _ = self.stage.do(ironflow.deal, "g", group.group_id, list(seqs), list(to))
+        return {each.seq: each.member for each in dealt}
+
+    def ack(self, *seqs: int, how: str = "ack", delay_s: float | None = None) -> None:
+        self.stage.do(ironflow.acked, "g", list(seqs), how, delay_s)
+
+    def held(self) -> dict[int, tuple[str, int]]:
+        """What is not done: its state, and how often it came to nothing."""
+        rows = self.stage.file._db.execute("SELECT seq, state, misses FROM delivery").fetchall()
+        return {seq: (state, misses) for seq, state, misses in rows}
+
+
+@pytest.fixture
+def crew(stage: Stage) -> Crew:
+    group = ironflow.ConsumerGroup("g", "events:e", ack_mode="manual", max_inflight=4)
+    stage.do(ironflow.create_group, replace(group, position=0))
+    for _ in range(9):
+        stage.says()
+    return Crew(stage)
+
+
+def test_messages_are_dealt_to_who_has_the_fewest(crew: Crew) -> None:
+    assert crew.deals(1, 2, 3) == {1: "a", 2: "b", 3: "a"}
+    crew.ack(1, 3)
+    assert crew.deals(4, 5) == {4: "a", 5: "a"}
+    assert crew.deals(6, 7) == {6: "b"}  # four at once
+    crew.ack(2)
+    assert crew.deals(6, 7) == {7: "b"}
+
+
+def test_a_message_is_another_members_thirty_seconds_later(crew: Crew) -> None:
+    assert crew.deals(1, to="a") == {1: "a"}
+    crew.stage.go(29.9)
+    assert crew.deals(to="b") == {}
+    crew.stage.go(0.1)
+    assert crew.deals(to="b") == {1: "b"}
+    assert crew.held() == {1: ("out", 1)}
+
+
+def test_an_ack_that_comes_late_counts(crew: Crew) -> None:
+    crew.deals(1)
+    crew.stage.go(60)
+    crew.ack(1)
+    assert (crew.held(), crew.deals()) == ({}, {})
+
+
+def test_a_refusal_is_put_off_for_as_long_as_it_says_or_five_seconds(crew: Crew) -> None:
+    crew.deals(1, 2)
+    crew.ack(1, how="nak")
+    crew.ack(2, how="nak", delay_s=60)
+    crew.stage.go(4.9)
+    assert crew.deals() == {}
+    crew.stage.go(0.1)
+    assert crew.deals().keys() == {1}
+    crew.ack(1)
+    crew.stage.go(54.9)
+    assert crew.deals() == {}
+    crew.stage.go(0.1)
+    assert crew.deals().keys() == {2}
+
+
+@pytest.mark.parametrize("how", ["nak", "time", "leaves", "all of them"])
+def test_a_fourth_delivery_that_comes_to_nothing_is_the_last(crew: Crew, how: str) -> None:
+    for n in range(4):
+        assert crew.deals(1, to="a") == {1: "a"}
+        assert crew.held() == {1: ("out", n)}
+        if how == "nak" or (how == "all of them" and n == 0):
+            crew.ack(1, how="nak", delay_s=0)
+        elif how == "leaves" or (how == "all of them" and n == 1):
+            crew.stage.do(ironflow.member_left, "g", "a")
+        else:
+            crew.stage.go(30)
+    assert crew.held() == {1: ("dead", 4)}
+    crew.stage.go(3600)
+    assert crew.deals(1, 2) == {2: "a"}
+
+
+def test_a_restart_counts_as_no_delivery_and_due_times_survive_it(crew: Crew) -> None:
+    crew.deals(1, 2, 3)
+    crew.ack(2, how="nak", delay_s=60)
+    crew.ack(3)
+    for _ in range(9):
+        crew.stage.file.close()
+        crew.stage.open()
+        assert crew.deals().keys() == {1}
+    assert crew.held() == {1: ("out", 0), 2: ("later", 1)}
+    crew.stage.go(60)
+    assert crew.deals().keys() == {1, 2}
+
+
+def test_dead_letters_that_are_replayed_begin_anew(crew: Crew) -> None:
+    for _ in range(4):
+        crew.deals(1, 2)
+        crew.ack(1, 2, how="nak", delay_s=0)
+    assert crew.stage.do(ironflow.revive, "g", None) == 2
+    assert crew.held() == {1: ("due", 0), 2: ("due", 0)}
+    assert crew.deals().keys() == {1, 2}
+
+
+# --- Crashes, and what is forgotten ----------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_a_group_goes_on_after_a_restart(server: RunningServer, how: str) -> None:
+    team = Team(server)
+    made = team.create(maxRedeliveries=0)
+    with team.member() as ws:
+        team.says(1, 2, 3)
+        held = ws.events(3)
+        team.ack(held[0])
+        getattr(server, how)()
+    server.start()
+    assert team.known() == made
+    with team.member() as ws:  # a restart counts as no delivery: it is no dead letter
+        again = ws.events(2)
+        assert [event["eventId"] for event in again] == [e["eventId"] for e in held[1:]]
+        for event in again:
+            team.ack(event)
+        team.nothing_more(ws)
+    assert team.dead()["count"] == 0
+
+
+def test_members_and_server_that_are_killed_lose_no_message(server: RunningServer) -> None:
+    team, draw, numbers = Team(server), random.Random(), iter(range(300))
+    team.create(maxRedeliveries=1000)
+    up, over, done = threading.Event(), threading.Event(), set[int]()
+    up.set()
+
+    def emit() -> None:
+        for n in numbers:
+            event = {"name": team.name, "data": {"n": n}, "idempotency_key": f"{team.name} {n}"}
+            said = False
+            while not said:
+                assert up.wait(DEADLINE_S)
+                with contextlib.suppress(*CUT_OFF):
+                    said = server.call("POST", "/api/v1/events", event)[0] == 200
+
+    def work() -> None:
+        while not over.is_set():
+            assert up.wait(DEADLINE_S)
+            with contextlib.suppress(*CUT_OFF), team.member() as ws:
+                ws.line.settimeout(0.3)  # once all is done nothing comes
+                for _ in range(draw.randrange(1, 50)):  # then it dies with some unread
+                    event = ws.event()
+                    if draw.random() < 0.1:
+                        team.ack(event, "nak", redeliverDelayMs=1)
+                    else:
+                        done.add(event["data"]["n"])  # even if the answer is lost
+                        team.ack(event)
+
+    with ThreadPoolExecutor(4) as threads:
+        emitter, *workers = [threads.submit(deed) for deed in (emit, work, work, work)]
+        try:
+            for goal in 60, 120, 180:
+                eventually(partial(more_than, done, goal))
+                up.clear()
+                server.kill()
+                server.start()
+                up.set()
+            emitter.result(DEADLINE_S)
+            eventually(lambda: len(done) == 300 and not unacked(team))
+        finally:
+            over.set()
+        for worker in workers:
+            worker.result(DEADLINE_S)
+    with team.member() as ws:
+        team.nothing_more(ws)
+
+
+def test_a_group_that_was_away_too_long_goes_on_with_what_is_kept(tmp_path: Path) -> None:
+    with serve(tmp_path, "--retain", "300ms") as server:
+        team = Team(server)
+        team.create()
+        team.says(1, 2)
+        with team.member() as ws:
+            assert ws.event()["data"] == {"n": 1}
+        eventually(lambda: server.rows("SELECT 1 FROM journal WHERE kind = 'event'") == [])
+        with team.member() as ws:
+            team.says(3)
+            assert ws.event()["data"] == {"n": 3}
 
 
 # ======================================================================================
