@@ -17301,7 +17301,7 @@ class Audience:
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.seen = world, world.seen
-        self.draw = random.Random(f"audience of {seed}")
+        self.draw = random.Random(f"watchers of {seed}")
         self.witness, self.ledger = world.witness, world.witness.ledger
         self.told: dict[int, list[Any]] = {}  # the same to everybody
         self.group = self.new_group()
@@ -17314,8 +17314,8 @@ class Audience:
 
     def new_watcher(self, name: str) -> Watcher:
         patterns = self.draw.sample(PATTERNS, self.draw.choice([1, 1, 2]))
-        return Watcher(name, tuple(patterns), self.draw.choice(["", "", "", EVEN]),
-                       self.draw.random() < 0.4, self.draw.choice([1, 4, 50]))
+        drops, room = self.draw.choice([(True, 1), (True, 3), (False, 1), (False, 4), (False, 50)])
+        return Watcher(name, tuple(patterns), self.draw.choice(["", "", "", EVEN]), drops, room)
 
     def new_group(self) -> ironflow.ConsumerGroup:
         draw = self.draw
@@ -18552,7 +18552,7 @@ class World:
         offer = self.pick(list(self.held))
         script = self.held[offer].script
         assert script is not None
-        script.owner.silent_until = self.now + self.draw.choice([3.0, 10.0, 60.0])
+        script.owner.silent_until = self.now + self.draw.choice([3.0, 20.0, 60.0])
         self.break_off(offer)
         return f"{offer.worker_id} hangs up"
 
@@ -18790,7 +18790,7 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (0.5, "function was deleted", World.somebody_deletes),
     (2, "silent worker was missed", World.the_server_misses_a_worker),
     (2, "worker died", World.some_worker_dies),
-    (1.5, "poll broke off", World.a_poll_breaks_off),
+    (3, "poll broke off", World.a_poll_breaks_off),
     (3, "worker came back under some id", World.some_worker_comes),
     (3, "worker fell silent with jobs in hand", World.some_worker_falls_silent),
     (1.5, "endpoint was down", World.an_endpoint_is_down),
