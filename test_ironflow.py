@@ -17268,7 +17268,7 @@ class SlowJournal:
             for future, got in answers:
                 ironflow.settle_future(future, got)
             if news:
-                desk.announce(*news)
+                self.loop.call_soon(desk.announce, *news)
 
         answers, news = self.commits.pop(0)
         self.loop.call_soon(answer)
@@ -17328,6 +17328,7 @@ class Audience:
         self.calls: list[Call] = []  # for the next batch
         self.loop = SlowLoop(self.world)
         self.journal = SlowJournal(self.world, self.loop)
+
         async def desk() -> ironflow.Watch:
             newest = ironflow.Queries(self.witness.db).last_seq
             return ironflow.Watch(cast(Any, self.journal), cast(Any, self.loop), newest)
