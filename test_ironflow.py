@@ -16,6 +16,7 @@ import argparse
 import ast
 import asyncio
 import base64
+import bisect
 import configparser
 import contextlib
 import copy
@@ -30,6 +31,7 @@ import http.server
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import pty
@@ -73,6 +75,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from itertools import count
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, assert_type, cast
 from wsgiref.validate import validator
@@ -15529,6 +15532,10 @@ def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
 # a run, but not change how it ends (`destiny`). At last the weather clears up, and a run
 # that is then not over within some rounds is stuck.
 #
+# An `Audience` watches all that: the stream's desk as it is, on a loop that is slow, and
+# clients that are slow as well. Each has to be told of every row that it wants, once and
+# in order, wherever it left and came back; what a group owes is in its `Ledger`.
+#
 # Crashes happen at commit boundaries: before COMMIT, or between it and the answers.
 # Nobody cuts the power here, so the file may lie in memory with `synchronous` off; for
 # kills of the real process see the kill tests.
@@ -15858,7 +15865,11 @@ class Witness:
         self.requests: dict[str, str] = {}  # under way, by run: the URL
         self.failing: dict[str, ironflow.Endpoint] = {}  # by URL
         self.opened_after: dict[str, int] = {}  # so many requests, its breaker; by URL
-        self.rows: list[tuple[Any, ...]] = []  # of the journal, all that were ever seen
+        self.rows: list[tuple[Any, ...]] = []  # of the journal, all that were ever seen ...
+        self.gone: set[int] = set()  # ... but for those that grew old, and were deleted
+        self.forgotten = 0  # the last of them
+        self.topics: list[tuple[int, str, str]] = []  # seq, topic, data: see the view
+        self.ledger = Ledger(self)
         self.bodies: Counter[str] = Counter()  # how often each step was run
         self.recorded: set[str] = set()  # steps whose row says: completed
         self.touched: set[str] = set()  # runs, since the last look
@@ -15903,7 +15914,8 @@ class Witness:
                 self.missing.discard(call.args[0])
         self.missing -= asking
 
-    def hear(self, call: Call, wish: ironflow.Wish) -> None:
+    def hear(self, call: Call, wish: Carried) -> None:
+        self.ledger.hear(call, wish)
         if call.kind in ("emit", "invoke"):
             given, got = call.args[0], wish.result
             many = isinstance(given, list)
@@ -15939,9 +15951,24 @@ class Witness:
                 self.leave_actors(name)
         elif call.kind == "leave":
             self.leave_actors(call.args[0])
-        else:
+        elif call.kind == "forget":
+            self.forget(self.now - call.args[0])
+        elif not hasattr(self.ledger, f"hear_{call.kind}"):
             refused = wish.error is not None and call.kind != "clumsy"
             must(not refused, f"{call.label}: {wish.error}")
+
+    def forget(self, before: float) -> None:
+        """Rows grew too old; those that a run still needs are there."""
+        kept = {seq for seq, in self.all("SELECT seq FROM journal")}
+        gone = [row for row in self.rows if row[0] not in kept]
+        must(all(row[1] < before for row in gone), f"rows of after {before} are lost: {gone}")
+        self.gone |= {row[0] for row in gone}
+        self.forgotten = max(self.gone, default=0)
+        self.rows = [row for row in self.rows if row[0] in kept]
+        self.heard = {seq: event for seq, event in self.heard.items() if seq in kept}
+        lost = {row[7] for row in gone}
+        self.keys = {key: (name, answer) for key, (name, answer) in self.keys.items()
+                     if answer.event_id not in lost}
 
     def settle(self) -> None:
         """The rows of one call were read: whatever it had to bring has come."""
@@ -16449,6 +16476,9 @@ class Witness:
             self.check(self.life(run_id))
         self.check_places(behind)
         self.check_endpoints()
+        self.topics += self.all("SELECT seq, topic, data FROM topic WHERE seq > ? ORDER BY seq",
+                                self.topics[-1][0] if self.topics else 0)
+        self.ledger.check()
         self.touched = set()
 
     def all(self, sql: str, *params: Any) -> list[Any]:
@@ -16472,6 +16502,8 @@ class Witness:
             heard = Heard(seq, at, name, json.loads(data), event_id, source)
             self.heard[seq] = heard
             self.happened(heard, subject)
+        elif kind == "topic":
+            pass
         elif kind == "function" and name.startswith("breaker_"):
             row = name, json.loads(data)
             must(row in self.breakers, f"{subject} {row}, due are {self.breakers}")
@@ -16893,6 +16925,760 @@ class Witness:
         )
 
 
+# --- Those who watch, and what they are owed --------------------------------------------
+
+
+@functools.lru_cache(maxsize=100_000)
+def tells(pattern: str, topic: str) -> bool:
+    """The grammar of subscribers once more, in another language."""
+    if pattern.startswith("system."):
+        lenient = re.fullmatch(r"system\.[^.]+\.\*", pattern) is not None
+        return fits(pattern + ".*" * lenient, topic)
+    kind, _, name = topic.partition(":")
+    wanted = re.sub("^(events|topic):", "", pattern)
+    mine = kind in ("events", "topic") and pattern in (wanted, f"{kind}:{wanted}")
+    return pattern == ">" or (mine and fits(wanted, name))
+
+
+@dataclass(eq=False)
+class Watcher:
+    """A client that watches, through one connection after the other."""
+
+    name: str
+    patterns: tuple[str, ...]
+    filter: str = ""
+    drops: bool = False
+    room: int = 50  # messages that lie on the way to it
+    member: bool = False  # of the group
+    manual: bool = False  # it acks
+    seq: int | None = None  # up to there it was told
+    due: int = 0  # where in the witness's list of topics that is
+    skipped: int = 0  # then so many were dropped, it was told
+    silent_until: float = 0.0
+    line: Wire | None = None
+    hand: list[str] = field(default_factory=list)  # ids of events that it has to ack
+
+    def __str__(self) -> str:
+        return f"{self.name} {' '.join(self.patterns)}"
+
+    def wants(self, topic: str, data: str) -> bool:
+        even = not self.filter or json.loads(data).get("n", 1) % 2 == 0
+        return even and any(tells(pattern, topic) for pattern in self.patterns)
+
+
+class Ledger:
+    """What the consumer group `g` owes, by all that it was asked and what it answered."""
+
+    def __init__(self, witness: Witness) -> None:
+        self.witness, self.seen = witness, witness.seen
+        self.group: ironflow.ConsumerGroup | None = None
+        self.owed: dict[int, ironflow.Delivery] = {}  # dealt out, and not done with
+        self.tries: Counter[int] = Counter()  # of each, but for those that a crash ended
+        self.dealt: set[tuple[str, int, int]] = set()  # to which member, as which attempt
+        self.read: set[int] = set()  # by a member
+
+    def hear(self, call: Call, wish: Carried) -> None:
+        judge = getattr(self, f"hear_{call.kind}", None)
+        if judge is not None:
+            judge(wish, *call.args)
+
+    def known(self, wish: Carried) -> bool:
+        refused = isinstance(wish.error, ironflow.NotFound)
+        must(refused == (self.group is None), f"the group is {self.group}, but {wish.error}")
+        return not refused
+
+    def due(self, upto: float) -> list[int]:
+        """What it has to deal out beyond its position."""
+        group = cast(ironflow.ConsumerGroup, self.group)
+        taste = Watcher("g", (group.pattern,), group.filter)
+        return [seq for seq, *row in self.witness.topics
+                if group.position < seq <= upto and taste.wants(*row)]
+
+    def out(self) -> list[ironflow.Delivery]:
+        return [each for each in self.owed.values() if each.state == "out"]
+
+    def hear_join_group(self, wish: Carried, asked: ironflow.ConsumerGroup) -> None:
+        old = self.group or asked
+        same = (old.pattern, old.filter) == (asked.pattern, asked.filter)
+        must(same == (wish.error is None), f"{asked} joined {old}: {wish.error}")
+        if self.group is None:
+            must(wish.result.position == wish.upto, f"a new group begins at {wish.result}")
+            self.group = wish.result
+
+    def hear_create_group(self, wish: Carried, new: ironflow.ConsumerGroup) -> None:
+        there = isinstance(wish.error, ironflow.AlreadyExists)
+        must(there == (self.group is not None), f"{new} was made: {wish.error}")
+        if not there:
+            self.hear_join_group(wish, new)
+
+    def hear_deal(
+        self, wish: Carried, name: str, group_id: str, seqs: list[int], members: list[str]
+    ) -> None:
+        here = self.group is not None and self.group.group_id == group_id
+        must(here == (wish.error is None), f"dealt for {group_id}: {wish.error}")
+        if not here:
+            return
+        group, (dealt, position) = cast(ironflow.ConsumerGroup, self.group), wish.result
+        must(position >= group.position, f"the group went back to {position}")
+        got = [each.seq for each in dealt if each.seq not in self.owed]
+        newest = self.witness.topics[-1][0]
+        must(max(got, default=0) <= newest, f"{got} were dealt out, and not on disk")
+        due = self.due(position)
+        must({*got} <= {*due}, f"the group dealt out {got}, due were {due}")
+        lost = {*due} - {*got} - self.witness.gone
+        must(not lost, f"the group passed over {lost}")
+        self.group = replace(group, position=position)
+        for each in dealt:
+            self.deal(each, group.max_redeliveries)
+        out = len(self.out())
+        must(not dealt or out <= group.max_inflight, f"{out} are out, of {group.max_inflight}")
+        self.seen["group had all out that it may"] += out == group.max_inflight
+
+    def deal(self, each: ironflow.Delivery, most: int) -> None:
+        old = self.owed.get(each.seq, replace(each, state="due", misses=0))
+        must(old.state == "due", f"{each.seq} went to {each.member}, and is {old}")
+        self.owed[each.seq] = replace(old, state="out", member=each.member,
+                                      due_at=self.witness.now + ironflow.ACK_S)
+        self.tries[each.seq] += 1
+        tries = self.tries[each.seq]
+        must(tries <= 1 + most, f"{each.seq} was dealt out {tries} times")
+        self.dealt.add((each.member, each.seq, old.misses + 1))
+
+    def missed(self, each: ironflow.Delivery, due_at: float, why: str) -> None:
+        """It came to nothing."""
+        now, group = self.witness.now, cast(ironflow.ConsumerGroup, self.group)
+        self.seen[f"delivery came to nothing: {why}"] += 1
+        each = replace(each, misses=each.misses + 1, due_at=due_at,
+                       state="due" if due_at <= now else "later")
+        if each.misses > group.max_redeliveries:
+            each = replace(each, state="dead", due_at=now)
+            self.seen["delivery came to nothing for the last time"] += 1
+        self.owed[each.seq] = each
+
+    def hear_acked(self, wish: Carried, name: str, seqs: list[int], how: str, *more: Any) -> None:
+        """The server says so, of what it knows was read, or is deleted."""
+        if self.known(wish):
+            right = self.read if how == "ack" else self.witness.gone
+            must({*seqs} <= right, f"{how} of {seqs}, and nobody read them")
+            self.done(seqs, how, *more)
+
+    def hear_acked_event(self, wish: Carried, name: str, event_id: str, *more: Any) -> None:
+        if self.known(wish):
+            seqs = [seq for seq, event in self.witness.heard.items() if event.event_id == event_id]
+            seqs += [int(event_id[4:])] if event_id.startswith("seq_") else []
+            self.done(seqs, *more)
+
+    def done(self, seqs: list[int], how: str, delay_s: float | None) -> None:
+        for each in [self.owed[seq] for seq in seqs if seq in self.owed]:
+            if how != "nak" and each.state != "dead":
+                del self.owed[each.seq]
+            elif each.state == "out":
+                group = cast(ironflow.ConsumerGroup, self.group)
+                delay_s = group.redeliver_delay_ms / 1000 if delay_s is None else delay_s
+                self.missed(each, self.witness.now + delay_s, "nak")
+
+    def hear_member_left(self, wish: Carried, name: str, member: str) -> None:
+        for each in self.out():
+            if each.member == member:
+                self.missed(each, self.witness.now, "its member left")
+
+    def hear_revive(self, wish: Carried, name: str, event_ids: None) -> None:
+        for each in [each for each in self.owed.values() if each.state == "dead"]:
+            now = self.witness.now
+            self.owed[each.seq] = replace(each, state="due", misses=0, due_at=now)
+            self.tries[each.seq] = 0
+
+    def hear_delete_group(self, wish: Carried, name: str) -> None:
+        self.known(wish)
+        self.group, self.owed, self.tries = None, {}, Counter()
+
+    def hear_start(self, wish: Carried, *_: Any) -> None:
+        """No member outlived the server; that is no fault of a message."""
+        for each in self.out():
+            must((each.member, each.seq, each.misses + 1) not in self.dealt,
+                 f"{each} was taken from who has it")
+            self.owed[each.seq] = replace(each, state="due")
+            self.tries[each.seq] -= 1
+            self.seen["delivery was out when the server died"] += 1
+
+    def hear_keep(self, wish: Carried, *_: Any) -> None:
+        for each in self.out():
+            until = self.witness.now + ironflow.ACK_S
+            self.owed[each.seq] = replace(each, due_at=until)
+
+    def hear_turn(self, wish: Carried, *_: Any) -> None:
+        for each in [each for each in self.owed.values() if each.due_at <= self.witness.now]:
+            if each.state == "later":
+                self.owed[each.seq] = replace(each, state="due")
+            elif each.state == "out":
+                self.missed(each, self.witness.now, "nobody acked")
+
+    def check(self) -> None:
+        """The file says the same: of each message that is not done with, whose it is."""
+        rows = self.witness.all("SELECT name, seq, state, member, misses, due_at FROM delivery")
+        kept = {row[1]: ironflow.Delivery(*row) for row in rows}
+        lost, more = self.owed.keys() - kept.keys(), kept.keys() - self.owed.keys()
+        must(not lost and not more, f"the group lost {lost}, and is not done with {more}")
+        wrong = [(kept[seq], each) for seq, each in self.owed.items() if kept[seq] != each]
+        must(not wrong, f"the group has, but should have: {wrong}")
+        places = self.witness.all("SELECT position FROM consumer_group")
+        due = [(self.group.position,)] if self.group else []
+        must(places == due, f"the group is at {places}, and should be at {due}")
+
+
+class Wire(ironflow.Outlet):
+    """A connection, in place of a door's; and its socket, where some lies unread."""
+
+    def __init__(self, desk: ironflow.Watch, client: Watcher) -> None:
+        self.unread: list[Any] = []
+        self.client, self.roomy = client, asyncio.Event()
+        self.pings: dict[int, tuple[ironflow.Member, list[int]]] = {}
+        self.member: ironflow.Member | None = None
+        self.task: asyncio.Task[None] | None = None
+        super().__init__(desk, cast(Any, self))
+        self.begin()
+
+    @property
+    def transport(self) -> Wire:
+        return self
+
+    writer = transport
+
+    def write(self, data: bytes) -> None:
+        self.unread += map(json.loads, data.splitlines())
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def has_room(self) -> bool:
+        return len(self.unread) + len(self._parts) < self.client.room
+
+    async def drain(self) -> None:
+        while not self.has_room():
+            self.roomy.clear()
+            await self.roomy.wait()
+
+    def say(self, *words: Any) -> None:
+        self.put(json.dumps(words).encode() + b"\n")
+
+    def skipped(self, subscription: ironflow.Subscription, count: int) -> None:
+        self.say("skipped", count)
+
+    def fail(self, subscription: Any, error: ironflow.IronflowError) -> None:
+        self.say("failed", error.code)
+        self.flush()
+        self.leave()
+
+    def hang_up(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+        self.leave()
+
+    def keep_alive(self, now: float) -> None:
+        """As server-sent events do: who is told of nothing hears where it is."""
+        place = self.watch.place()
+        for each in self.subscriptions.values():
+            if isinstance(each, ironflow.Subscription) and each.live and place:
+                self.say("place", max(place, each.seq))
+
+    def confirm(self, member: ironflow.Member, seqs: list[int]) -> None:
+        """As a WebSocket does: by a ping behind them."""
+        self.pings[len(self.pings)] = member, seqs
+        self.say("ping", len(self.pings) - 1)
+
+    def pong(self, number: int) -> None:
+        member, seqs = self.pings[number]
+        member.done(seqs)
+
+
+def as_line(message: ironflow.Message, attempt: int = 1) -> bytes:
+    words = [message.seq, message.at, message.topic, message.event_id, message.data]
+    return json.dumps(["message", words, attempt]).encode() + b"\n"
+
+
+class SlowLoop(asyncio.SelectorEventLoop):
+    """It turns when it is told to, and its time is the world's."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.trouble = world, list[str]()
+        super().__init__()
+        self.ear = logging.Handler(logging.ERROR)
+        self.ear.emit = lambda record: self.trouble.append(  # type: ignore[method-assign]
+            self.ear.format(record))
+        ironflow.log.addHandler(self.ear)
+
+    def time(self) -> float:
+        return self.world.now - self.world.stepped
+
+    steady = time
+
+    def turn(self, times: int) -> None:
+        async def wait() -> None:
+            for _ in range(times):
+                await asyncio.sleep(0)
+
+        self.run_until_complete(wait())
+        must(not self.trouble, f"it went wrong: {''.join(self.trouble)}")
+
+    def close(self) -> None:
+        if not self.is_closed():
+            ironflow.log.removeHandler(self.ear)
+            while tasks := asyncio.all_tasks(self):
+                for task in tasks:
+                    task.cancel()
+                self.turn(2)
+        super().close()
+
+
+@dataclass
+class SlowJournal:
+    """What `Journal` is to the desk. Rules go into the next batch; what came of them, and
+    of reads, comes to the loop late, but commits in their order."""
+
+    world: World
+    loop: SlowLoop
+    wishes: dict[Call, asyncio.Future[Any]] = field(default_factory=dict)
+    commits: list[tuple[Any, ...]] = field(default_factory=list)
+    asked: list[tuple[Any, ...]] = field(default_factory=list)  # of readers
+    found: list[tuple[Any, ...]] = field(default_factory=list)  # by them
+
+    async def write(self, rule: Callable[..., Any], *args: Any) -> Any:
+        words = " ".join(map(str, args[1:3]))
+        call = Call(rule.__name__, f"{rule.__name__} {words}"[:80], rule, args)
+        self.world.audience.calls.append(call)
+        self.wishes[call] = self.loop.create_future()
+        return await self.wishes[call]
+
+    async def read(self, query: Callable[..., Any], *args: Any) -> Any:
+        future = self.loop.create_future()
+        self.asked.append((future, query, args))
+        return await future
+
+    def written(self, batch: Batch, *news: Any) -> None:
+        answers = [(self.wishes.pop(call), wish.error or wish.result)
+                   for call, wish in batch if call in self.wishes]
+        self.commits.append((answers, news))
+
+    def hear(self, desk: ironflow.Watch) -> None:
+        """The loop is told of a commit, as by `Journal._answer`."""
+        def answer() -> None:
+            for future, got in answers:
+                ironflow.settle_future(future, got)
+            if news:
+                desk.announce(*news)
+
+        answers, news = self.commits.pop(0)
+        self.loop.call_soon(answer)
+
+    def look(self, index: int, looked_at: int, fails: bool) -> None:
+        """A reader sees the file as it is now, so many rows at a time."""
+        future, query, args = self.asked.pop(index)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ironflow, "LOOKED_AT", looked_at)
+            try:
+                if fails:
+                    raise ironflow.Unavailable("busy")
+                got = query(ironflow.Queries(self.world.witness.db), *args)
+            except ironflow.IronflowError as error:
+                got = error
+        self.found.append((future, got))
+
+    def answer(self, index: int) -> None:
+        self.loop.call_soon(ironflow.settle_future, *self.found.pop(index))
+
+
+class Audience:
+    """The server's desk for those who watch, as it is, on a loop that is slow; and its
+    clients, which are slow as well, hang up, and return. It has dice and a weather of
+    its own, beside that of the runs.
+
+    Who watches is told of every row that it wants, once, in order; who is slow and has
+    asked for it, how many were dropped. What a group owes is in the `Ledger`.
+    """
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world, self.seen = world, world.seen
+        self.draw = random.Random(f"audience of {seed}")
+        self.witness, self.ledger = world.witness, world.witness.ledger
+        self.told: dict[int, list[Any]] = {}  # the same to everybody
+        self.clients = [self.new_watcher(f"s{i}") for i in range(1, 5)]
+        self.group = self.new_group()
+        self.clients += [Watcher(f"m{i}", (), room=self.draw.choice([3, 50]), member=True,
+                                 manual=i > 1) for i in range(1, 4)]
+
+    def new_watcher(self, name: str) -> Watcher:
+        patterns = self.draw.sample(PATTERNS, self.draw.choice([1, 1, 2]))
+        return Watcher(name, tuple(patterns), self.draw.choice(["", "", "", EVEN]),
+                       self.draw.random() < 0.4, self.draw.choice([1, 4, 50]))
+
+    def new_group(self) -> ironflow.ConsumerGroup:
+        draw = self.draw
+        return ironflow.ConsumerGroup(
+            "g", draw.choice(PATTERNS[3:]), draw.choice(["", "", EVEN]),
+            max_inflight=draw.choice([2, 4, 20]), max_redeliveries=draw.choice([1, 3]))
+
+    def open(self) -> None:
+        """The server starts."""
+        self.calls: list[Call] = []  # for the next batch
+        self.loop = SlowLoop(self.world)
+        self.journal = SlowJournal(self.world, self.loop)
+        async def desk() -> ironflow.Watch:
+            newest = ironflow.Queries(self.witness.db).last_seq
+            return ironflow.Watch(cast(Any, self.journal), cast(Any, self.loop), newest)
+
+        self.desk = self.loop.run_until_complete(desk())
+        self.frames: list[tuple[Wire, Callable[..., Any], tuple[Any, ...]]] = []
+        self.hung_up: list[Wire] = []
+        if self.ledger.group is None and self.draw.random() < 0.7:
+            self.somebody_makes_the_group()
+
+    def close(self) -> None:
+        """It is gone; some of what it wrote last is still read."""
+        for client in self.clients:
+            if client.line is not None:
+                self.reads(client, self.draw.randint(0, 20))
+                client.line = None
+        self.ledger.dealt.clear()
+        self.loop.close()
+
+    def written(self, batch: Batch, kept: bool) -> None:
+        tx = self.world.file.tx
+        self.journal.written(batch, *((tx.rows, tx.rung) if kept else ()))
+        if kept and any(call.kind == "start" for call, _ in batch):
+            self.loop.call_soon(ironflow.settle_future, self.desk.resumed, None)
+        owed = [each.due_at for each in self.ledger.owed.values()
+                if each.state in ("out", "later")]
+        if not (self.world.starting or self.world.keep or self.world.clock_set):
+            must(self.world.next_at <= min(owed, default=math.inf), "nobody wakes for the group")
+
+    # What clients do
+
+    def connect(self, client: Watcher) -> str:
+        """It goes on where it was, or begins anew: with what comes, or with some before."""
+        if client.seq is not None and self.draw.random() < 0.1:
+            client.seq = None
+        replay = self.draw.choice([0, 0, 2, 10, 1000]) if client.seq is None else 0
+        group = (self.ledger.group or self.group) if client.member else None
+        patterns = (group.pattern,) if group else client.patterns
+        spread = [each for pattern in patterns for each in ironflow.spread(pattern)]
+        wanted = ironflow.Wanted(
+            patterns[0],
+            ironflow.Interest((*dict.fromkeys(spread),), group.filter if group else client.filter),
+            replay, client.seq, "g" if group else "", manual=client.manual, drops=client.drops)
+        self.seen["subscriber went on where it was"] += client.seq is not None
+        client.skipped, client.line = 0, Wire(self.desk, client)
+        client.line.task = self.loop.create_task(self.serve(client.line, wanted))
+        return f"{client.name} watches {wanted}"
+
+    async def serve(self, line: Wire, wanted: ironflow.Wanted) -> None:
+        """As a door does."""
+        head = self.desk.stream.seq
+        try:
+            begun, cut = await self.desk.subscribe(wanted, line, "", (as_line,))
+        except ironflow.IronflowError as error:
+            line.fail(None, error)
+            return
+        must(not cut, f"{line.client} has a short replay")
+        if isinstance(begun, ironflow.Member):
+            line.member = begun
+            line.say("member")
+        else:
+            line.say("begun", begun.seq, head, wanted.replay)
+
+    def reads(self, client: Watcher, number: int) -> None:
+        """So many words of what was said to it."""
+        line = client.line
+        assert line is not None
+        said, line.unread = line.unread[:number], line.unread[number:]
+        for kind, *words in said:
+            getattr(self, f"hears_{kind}")(client, line, *words)
+        if line.has_room():
+            line.roomy.set()
+
+    def hears_member(self, client: Watcher, line: Wire) -> None: ...
+
+    def hears_begun(self, client: Watcher, line: Wire, seq: int, head: int, replay: int) -> None:
+        """Where it begins: with a wish for what was, so many before what was the newest."""
+        if client.seq is not None:
+            must(seq == client.seq, f"{client} was to go on after {client.seq}, not {seq}")
+            return
+        client.seq = seq
+        client.due = bisect.bisect_right(self.witness.topics, seq, key=itemgetter(0))
+        old = [each for each, *row in self.witness.topics if each <= head and client.wants(*row)]
+        got = sum(each > seq for each in old)
+        least = min(replay, sum(each > self.witness.forgotten for each in old))
+        must(least <= got <= replay, f"{client} asked for {replay} of {len(old)}, and got {got}")
+        self.seen["subscriber began with what was"] += got > 0
+
+    def hears_skipped(self, client: Watcher, line: Wire, count: int) -> None:
+        must(client.drops, f"{client} missed {count}")
+        client.skipped += count
+        self.seen["messages were dropped for who was slow"] += 1
+
+    def hears_place(self, client: Watcher, line: Wire, seq: int) -> None:
+        self.moves_to(client, seq)
+
+    def hears_ping(self, client: Watcher, line: Wire, number: int) -> None:
+        self.frames.append((line, line.pong, (number,)))
+
+    def hears_failed(self, client: Watcher, line: Wire, code: str) -> None:
+        client.line = None
+        if code == "out_of_range":
+            deleted = client.seq is not None and client.seq < self.witness.forgotten
+            must(deleted, f"{client} was refused, and nothing is deleted after {client.seq}")
+            self.seen["subscriber was too late: rows were deleted"] += 1
+            client.seq = None
+        else:
+            must(code == "unavailable" or client.member, f"{client} was refused: {code}")
+
+    def hears_message(
+        self, client: Watcher, line: Wire, message: list[Any], attempt: int
+    ) -> None:
+        seq, _, _, event_id, _ = message
+        same = self.told.setdefault(seq, message)
+        must(same == message, f"{client} was told {message}, others {same}")
+        if client.member:
+            assert line.member is not None
+            dealt = (line.member.id, seq, attempt) in self.ledger.dealt
+            must(dealt, f"{client} has {seq}, and it is not dealt out to it on disk")
+            self.ledger.read.add(seq)
+            client.hand += [event_id] * client.manual
+            return
+        self.moves_to(client, seq - 1)
+        due = self.next_due(client)
+        must(due == seq, f"{client} was told of {seq}, due was {due}")
+        client.seq = seq
+
+    def moves_to(self, client: Watcher, seq: int) -> None:
+        """It has all up to there, but for what it knows to be dropped."""
+        assert client.seq is not None
+        must(seq >= client.seq, f"{client} was sent back to {seq}, and has {client.seq}")
+        dropped = 0
+        while (due := self.next_due(client, seq)) is not None:
+            dropped += 1
+            must(dropped <= client.skipped, f"{client} was not told of {due}, and is at {seq}")
+        must(dropped == client.skipped, f"{client} missed {dropped}, it heard {client.skipped}")
+        client.seq, client.skipped = seq, 0
+
+    def next_due(self, client: Watcher, upto: float = math.inf) -> int | None:
+        """What a client has to be told next, up to there: None for nothing."""
+        topics = self.witness.topics
+        while client.due < len(topics) and topics[client.due][0] <= upto:
+            seq, *row = topics[client.due]
+            client.due += 1
+            if client.wants(*row):
+                return seq
+        return None
+
+    # The weather: a move each
+
+    def pick(self, able: Sequence[T]) -> T:
+        if not able:
+            raise Impossible
+        return self.draw.choice(able)
+
+    def readers_look(self) -> None:
+        """Some of them, perhaps while a batch is written that they do not see."""
+        for _ in range(self.draw.randint(0, len(self.journal.asked))):
+            index = self.draw.randrange(len(self.journal.asked))
+            fails = self.draw.random() < 0.03
+            self.journal.look(index, self.draw.choice([20, 1000]), fails)
+
+    def the_desk_gets_on(self) -> None:
+        """It hears of commits, of what readers saw, and of clients; or does not yet."""
+        journal, draw = self.journal, self.draw
+        deeds: list[tuple[Sequence[Any], Callable[[], None]]] = [
+            (journal.commits, lambda: journal.hear(self.desk)),
+            (journal.found, lambda: journal.answer(draw.randrange(len(journal.found)))),
+            (self.frames, self.a_frame_comes)]
+        for queue, deed in draw.sample(deeds, 3):
+            for _ in range(draw.randint(0, len(queue))):
+                deed()
+        self.loop.turn(draw.randint(1, 3))
+
+    def a_frame_comes(self) -> None:
+        line, deed, args = self.frames.pop(0)
+        if not line.over:
+            self.loop.call_soon(deed, *args)
+
+    def there_is_too_much_to_compose(self) -> None:
+        self.pick(self.desk._backlog)
+        self.desk._backlog_bytes += ironflow.COMPOSED_BYTES
+
+    def connected(self) -> list[Watcher]:
+        return [client for client in self.clients
+                if client.line is not None and client.silent_until <= self.loop.time()]
+
+    def somebody_reads(self) -> None:
+        client = self.pick([c for c in self.connected() if c.line and c.line.unread])
+        self.reads(client, self.draw.randint(1, 10))
+
+    def somebody_reads_nothing(self) -> str:
+        client = self.pick(self.connected())
+        client.silent_until = self.loop.time() + self.draw.choice([5.0, 20.0, 60.0])
+        return f"{client.name} reads nothing for a while"
+
+    def the_desk_looks_at_a_connection(self) -> None:
+        line = self.pick([c.line for c in self.clients if c.line is not None])
+        self.loop.call_soon(line.look, self.loop.time())
+
+    def somebody_hangs_up(self) -> str:
+        """Or its machine dies: what lay unread is lost, and the server sees it later."""
+        client = self.pick(self.connected())
+        assert client.line is not None
+        self.hung_up.append(client.line)
+        client.line = None
+        return f"{client.name} hangs up after {client.seq}"
+
+    def the_server_sees_it(self) -> None:
+        line = self.pick(self.hung_up)
+        self.hung_up.remove(line)
+        self.loop.call_soon(line.hang_up)
+
+    def somebody_returns(self) -> str:
+        return self.connect(self.pick([c for c in self.clients if c.line is None]))
+
+    def a_member_acks(self) -> None:
+        """Or not, or never; perhaps it is another's by now."""
+        client = self.pick([c for c in self.connected() if c.hand])
+        for event_id in client.hand[::-1]:
+            how = self.draw.choices(["ack", "nak", "term", ""], [60, 20, 5, 15])[0]
+            self.seen[f"member of a group: {how or 'silence'}"] += 1
+            self.ack(client, event_id, how, self.draw.choice([None, 0.5, 60.0]))
+        client.hand = []
+
+    def ack(self, client: Watcher, event_id: str, how: str, delay_s: float | None = None) -> None:
+        """On the connection that it has now, whichever brought the message."""
+        if how and client.line is not None and client.line.member is not None:
+            args = (ironflow.acked_event, event_id, how, delay_s)
+            self.frames.append((client.line, client.line.member.group.write, args))
+
+    def call(self, rule: Callable[..., Any], *args: Any) -> str:
+        """Somebody asks the server for something, and does not mind the answer."""
+        label = f"{rule.__name__} {' '.join(map(str, args))}"
+        self.calls.append(Call(rule.__name__, label, rule, args))
+        return label
+
+    def the_group_is_deleted(self) -> str:
+        """And made anew, with another pattern perhaps."""
+        self.group = self.new_group()
+        return self.call(ironflow.delete_group, "g")
+
+    def somebody_makes_the_group(self) -> str:
+        """Otherwise the first of its members does."""
+        return self.call(ironflow.create_group, self.group)
+
+    def dead_letters_live(self) -> str:
+        self.pick([each for each in self.ledger.owed.values() if each.state == "dead"])
+        return self.call(ironflow.revive, "g", None)
+
+    def somebody_publishes(self) -> str:
+        event = ironflow.NewEvent(self.draw.choice(["order.placed", "news"]), '{"n":2}',
+                                  kind="topic")
+        return self.call(ironflow.publish, event)
+
+    def old_rows_are_deleted(self) -> str:
+        return self.call(forget, self.draw.choice([600.0, 3600.0]))
+
+    def move(self) -> None:
+        """Some of these, as far as they are possible now."""
+        for _, trouble, move in self.draw.choices(WATCHING, WATCHING_ODDS, k=self.world.WATCHED):
+            with contextlib.suppress(Impossible):
+                if text := move(self):
+                    self.world.say(text)
+                self.seen[trouble] += 1
+
+    # No trouble any more
+
+    def calm_round(self) -> bool:
+        """Everybody does all that there is to do; whether there was anything."""
+        there, journal = 0, self.journal
+        for line in self.hung_up:
+            self.loop.call_soon(line.hang_up)
+        self.hung_up = []
+        while journal.commits or journal.asked or journal.found or self.frames:
+            there += 1
+            while journal.commits:
+                journal.hear(self.desk)
+            while journal.asked:
+                journal.look(0, 1000, fails=False)
+            while journal.found:
+                journal.answer(0)
+            while self.frames:
+                self.a_frame_comes()
+            self.loop.turn(4)
+        for client in self.clients:
+            client.silent_until = 0.0
+            if client.line is None:
+                self.connect(client)
+                there += 1
+            elif client.line.unread:
+                self.reads(client, len(client.line.unread))
+                there += 1
+            while client.hand:
+                self.ack(client, client.hand.pop(), "ack")
+        if there:
+            self.loop.turn(4)
+        return there > 0
+
+    def finish(self) -> None:
+        """Time passes until nobody is owed anything: then everybody was told all."""
+        for _ in range(100):
+            self.world.now += 2 * ironflow.RETRY_S
+            while self.world.a_calm_round():
+                pass
+            for line in [client.line for client in self.clients if client.line is not None]:
+                self.loop.call_soon(line.look, self.loop.time())
+                self.loop.turn(2)
+            while self.world.a_calm_round():
+                pass
+            owed = [each for each in self.ledger.owed.values() if each.state != "dead"]
+            undealt = self.ledger.due(math.inf)
+            if not owed and not undealt:
+                break
+            due_at = min((each.due_at for each in owed), default=0.0)
+            self.world.now = max(self.world.now, due_at)
+        must(not owed and not undealt, f"the group never gets done with {owed} and {undealt}")
+        for client in self.clients:
+            if not client.member:
+                assert client.line is not None
+                late = self.next_due(client)
+                must(late is None, f"{client} was never told of {late}")
+        there = [seq for seq in self.told if seq not in self.witness.gone]
+        for message in ironflow.Queries(self.witness.db).messages_at(there):
+            got, due = self.told[message.seq], [*ironflow.columns_of(message).values()]
+            must(got == due, f"somebody was told {got}, the journal says {due}")
+
+
+def forget(tx: ironflow.Transaction, retain_s: float, now: float) -> None:
+    """As `forget_old`, but the runs stay, and so do their events."""
+    tx.delete_rows(now - retain_s, 0)
+
+
+# What happens to those who watch, as `WEATHER` does to runs.
+WATCHING: list[tuple[float, str, Callable[[Audience], str | None]]] = [
+    (25, "", Audience.the_desk_gets_on),
+    (12, "", Audience.somebody_reads),
+    (10, "", Audience.a_member_acks),
+    (8, "", Audience.somebody_returns),
+    (4, "", Audience.the_server_sees_it),
+    (5, "", Audience.readers_look),
+    (4, "", Audience.somebody_publishes),
+    (2, "", Audience.the_desk_looks_at_a_connection),
+    (3, "subscriber hung up", Audience.somebody_hangs_up),
+    (2, "subscriber read nothing for a while", Audience.somebody_reads_nothing),
+    (1, "too much had to be composed", Audience.there_is_too_much_to_compose),
+    (0.15, "group was deleted", Audience.the_group_is_deleted),
+    (0.3, "", Audience.somebody_makes_the_group),
+    (1, "dead letters were dealt out again", Audience.dead_letters_live),
+    (0.2, "old rows were deleted", Audience.old_rows_are_deleted),
+]
+WATCHING_ODDS = [odds for odds, _, _ in WATCHING]
+EVEN = "data.n % 2 == 0"
+PATTERNS = (">", "system.run.>", "system.run.*.step.>", "system.run.*", "system.*.*.completed",
+            "system.function.>", "events:>", "events:order.*", "order.>", "*.low", "news")
+
+
 # --- The world ------------------------------------------------------------------------
 
 
@@ -17026,6 +17812,7 @@ class World:
     """Everything there is: one server, its file, its clients, and the weather."""
 
     PUSHED = 0.4  # of the functions, as a rule
+    WATCHED = 3  # moves of those who watch, for each of the others
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.draw = random.Random(seed)
@@ -17033,6 +17820,7 @@ class World:
         self.seen: Counter[str] = Counter()
         self.trace: list[str] = []
         self.hostile = False
+        self.stepped = 0.0  # by which somebody set the clock
         self.now = START  # the wall clock ...
         self.clock_set = False  # ... which somebody set, and the server has to find out
         self.scripts: list[Script] = []
@@ -17052,6 +17840,7 @@ class World:
         self.slots = self.draw.choice([1, 2, 3, CROWD])
         self.path = folder / "journal.db"
         self.witness = Witness(self.path, self.programs, self.slots, self.seen)
+        self.audience = Audience(self, seed)
         self.open()
 
     def chance(self, odds: float) -> bool:
@@ -17087,10 +17876,12 @@ class World:
         self.witness.requests.clear()
         self.witness.missing.clear()
         self.witness.look(behind=True, all_of_it=True)
+        self.audience.open()
 
     def crash(self, batch: Batch, away_s: float = 0.0) -> None:
         """Whoever waits for an answer waits in vain; what was committed is there."""
         self.file.close()
+        self.audience.close()
         for call in [*(call for call, _ in batch), *self.held.values(), *self.reading]:
             self.answer(call, None)
         self.now = round(self.now + away_s, 3)
@@ -17125,7 +17916,8 @@ class World:
 
     def a_batch(self, *more: Call) -> str:
         if not (self.wire or self.slow or self.chores or self.reading or self.starting
-                or self.keep or self.next_instant() <= self.now):
+                or self.keep or self.next_instant() <= self.now
+                or (self.audience.calls and not self.hostile)):
             raise Impossible
         batch = self.write(*more)
         filled = self.commit(batch)
@@ -17133,6 +17925,7 @@ class World:
         self.look_at_offers()
         self.look_at_slots()
         self.reply(batch, filled)
+        self.audience.written(batch, kept=True)
         return f"commit: {words_of(batch)}"
 
     def a_batch_with_a_mistake(self) -> str:
@@ -17150,6 +17943,7 @@ class World:
                 self.reading.append(call)  # it is kept until there is room
             elif call.kind != "poll":
                 self.answer(call, wish)
+        self.audience.written(batch, kept=False)
         return f"the disk is full: {words_of(batch)}"
 
     def a_crash_before_a_commit(self) -> str:
@@ -17175,8 +17969,8 @@ class World:
         for post in [post for post in self.posts.values() if post.deadline <= self.now]:
             self.seen["request to an endpoint took too long"] += 1
             self.give_up(post, "TIMEOUT")
-        calls = self.looked_back(calls) + self.chores
-        self.chores = []
+        calls = self.looked_back(calls) + self.chores + self.audience.calls
+        self.chores, self.audience.calls = [], []
         if self.starting:
             start = Call("start", "start", ironflow.resume, (LIMITS,))
             full, self.full = self.full, self.chance(0.3)
@@ -17222,6 +18016,8 @@ class World:
         for offer in list(self.held):
             if self.chance(0.05):
                 self.end_poll(offer)
+        if self.hostile:
+            self.audience.readers_look()
 
     def believe(self, batch: Batch) -> None:
         """It is on disk: what was answered has to be true from here on."""
@@ -17844,6 +18640,7 @@ class World:
         self.clock_set = True
         seconds = self.draw.choice([-7200.0, -100.0, 45.0, 7200.0])
         self.now = round(self.now + seconds, 3)
+        self.stepped += seconds
         self.witness.clock_was_set(seconds)
         for post in self.posts.values():
             post.deadline += seconds
@@ -17873,6 +18670,7 @@ class World:
                 text = move(self)
         self.seen[trouble] += 1
         self.say(text)
+        self.audience.move()
         self.now = round(self.now + self.draw.choice([0.0, 0.001, 0.05, 1.0]), 3)
 
     def say(self, text: str) -> None:
@@ -17920,8 +18718,7 @@ class World:
         """They still believe in the jobs that they have in hand; it must not matter."""
         for worker in self.workers:
             worker.silent_until = 0.0
-        while self.a_calm_round():
-            pass
+        self.audience.finish()
         for offer, call in self.held.items():
             must(self.offers.withdraw(offer), f"{call.label}, and is never answered")
         free = self.offers.free_slots()
@@ -17936,7 +18733,7 @@ class World:
         try:
             self.say(self.a_batch())
         except Impossible:
-            return bool(ready)
+            return bool(ready) or self.audience.calm_round()
         return True
 
 
@@ -18001,7 +18798,7 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (1.0, "server crashed before a commit", World.a_crash_before_a_commit),
     (1.0, "server crashed before its answers", World.a_crash_before_the_answers),
 ]
-TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
+TROUBLES = [trouble for _, trouble, _ in [*WEATHER, *WATCHING] if trouble] + [
     "answer was lost",
     "worker died before its ack",
     "worker died in a step",
@@ -18074,6 +18871,20 @@ TROUBLES = [trouble for _, trouble, _ in WEATHER if trouble] + [
     "breaker stayed open for longer",
     "breaker was open for the longest time",
     "breaker closed",
+    "subscriber began with what was",
+    "subscriber went on where it was",
+    "subscriber was too late: rows were deleted",
+    "messages were dropped for who was slow",
+    "group had all out that it may",
+    "member of a group: ack",
+    "member of a group: nak",
+    "member of a group: term",
+    "member of a group: silence",
+    "delivery was out when the server died",
+    "delivery came to nothing: nak",
+    "delivery came to nothing: nobody acked",
+    "delivery came to nothing: its member left",
+    "delivery came to nothing for the last time",
     "disk was full at the start",
     "event repeated its key",
     "event used the key of another",
@@ -18097,6 +18908,7 @@ def live(seed: int, moves: int = MOVES, kind: type[World] = World) -> World:
                    f"the last batch: {words_of(world.batch)}")
             raise Broken(why) from None
         finally:
+            world.audience.loop.close()
             world.file.close()
             world.witness.db.close()
         return world
@@ -18377,6 +19189,119 @@ def test_the_simulator_sees_a_late_answer_that_counts(
 
     monkeypatch.setattr(ironflow, "push_ended", push_ended)
     caught("was answered too late, and that counts", PushedWorld)
+
+
+PASSED_OVER = "due was|was not told of|was never told of|the group passed over"
+
+
+def test_the_simulator_sees_a_seam_that_forgets_what_came_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.Subscription.take
+
+    def take(each: ironflow.Subscription, found: ironflow.Slice) -> None:
+        each.meanwhile = None if each.meanwhile is None else []
+        real(each, found)
+
+    monkeypatch.setattr(ironflow.Subscription, "take", take)
+    caught(PASSED_OVER)
+
+
+def test_the_simulator_sees_a_seam_that_tells_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ironflow.Batch, "after", lambda batch, seq: batch)
+    caught("was sent back to|it heard")
+
+
+def test_the_simulator_sees_a_late_message_that_is_taken_as_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.Stream.tell
+
+    def tell(stream: ironflow.Stream, found: Any) -> None:
+        real(stream, found)
+        for each in [each for some in stream._watchers.values() for each in some if each.live]:
+            each.seq = stream.seq  # what is committed, and some of it waits for the rest
+
+    monkeypatch.setattr(ironflow.Stream, "tell", tell)
+    caught(PASSED_OVER)
+
+
+def test_the_simulator_sees_a_resume_from_before_what_was_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ironflow.Queries, "check_since", lambda queries, seq: None)
+    caught(PASSED_OVER)
+
+
+def test_the_simulator_sees_dropped_messages_that_nobody_is_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Wire, "skipped", lambda wire, subscription, count: None)
+    caught(PASSED_OVER)
+
+
+def test_the_simulator_sees_a_position_that_moves_in_another_transaction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.Transaction.save
+
+    def save(tx: ironflow.Transaction, row: Any) -> None:
+        if isinstance(row, ironflow.Delivery) and row.state == "out":
+            LATER.append(Call("later", "deal", lambda tx, now: real(tx, row)))
+        else:
+            real(tx, row)
+
+    monkeypatch.setattr(ironflow.Transaction, "save", save)
+    caught("the group lost", LateWorld)
+
+
+def test_the_simulator_sees_a_dead_member_that_keeps_its_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ironflow.Transaction, "deliveries_to", lambda tx, name, member: [])
+    caught("the group has, but should have")
+
+
+def test_the_simulator_sees_a_restart_that_counts_as_a_miss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        ironflow.Transaction, "recall_deliveries", lambda tx: tx._db.execute(
+            "UPDATE delivery SET state = 'due', misses = misses + 1 WHERE state = 'out'"))
+    caught("the group has, but should have")
+
+
+def test_the_simulator_sees_more_out_than_the_group_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ironflow.Transaction, "held_by_members", lambda tx, name: Counter())
+    caught("are out, of")
+
+
+def test_the_simulator_sees_a_message_that_two_members_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        ironflow.Transaction, "due_deliveries", lambda tx, name, limit: tx._rows(
+            ironflow.Delivery, "delivery WHERE state IN ('due', 'out') LIMIT :n", n=limit))
+    caught("went to ., and is")
+
+
+def test_the_simulator_sees_a_group_that_is_told_of_what_is_not_on_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ironflow.Group._hand_out
+
+    async def deal(group: ironflow.Group) -> None:
+        while group.members:
+            dealt = [ironflow.Delivery(group.name, each.seq, "out", min(group.members))
+                     for each in group._ready]
+            await real(group, dealt, group.subscription.seq)
+            group.again.clear()
+            await group.again.wait()
+
+    monkeypatch.setattr(ironflow.Group, "deal", deal)
+    caught("is not dealt out to it on disk")
 
 
 # ======================================================================================
