@@ -12716,6 +12716,34 @@ def test_who_reads_late_and_lets_drop_is_told_how_many_it_missed(shared: Running
         assert place == STUCK + 1 > len(said)
 
 
+def test_who_reads_so_late_that_rows_are_gone_is_told_so(tmp_path: Path) -> None:
+    """At each door; what was told until then is whole and in order."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serve(tmp_path, "--retain", "1s"))
+        ws, sse, connect = [stack.enter_context(
+            watching(door, server, "events:heavy", buffer=4096)) for door in STREAM_DOORS]
+        pour(server, STUCK)
+        eventually(lambda: server.rows("SELECT 1 FROM journal") == [])
+        assert isinstance(ws, WebSocket)
+        n = 0
+        while (said := ws.hear())["type"] == "event":
+            assert said["data"]["n"] == n < STUCK
+            n += 1
+        assert (said["code"], said["retrying"]) == ("OUT_OF_RANGE", False)
+        ws.subscribe("events:other")
+        assert isinstance(sse, EventStream)
+        for n in range(STUCK):
+            if (block := sse.message())["event"] == "ironflow.error":
+                break
+            assert json.loads(block["data"])["data"]["n"] == n
+        assert json.loads(block["data"])["code"] == "OUT_OF_RANGE"
+        assert sse.answer.read() == b""
+        assert isinstance(connect, ConnectStream)
+        while (found := connect.envelope())[0] == 0:
+            pass
+        assert found[1]["error"]["code"] == "out_of_range"
+
+
 @pytest.mark.parametrize("door", ["ws", "connect"])
 def test_who_takes_nothing_for_long_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, door: str
