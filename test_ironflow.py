@@ -12762,6 +12762,21 @@ def test_who_takes_nothing_for_long_is_closed(
     inside(tmp_path, {}, program)
 
 
+def test_who_hangs_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    def program(server: RunningServer) -> None:
+        with contextlib.ExitStack() as stack:
+            for door in STREAM_DOORS:
+                stack.enter_context(watching(door, server, ">", replay=5))
+                stack.enter_context(watching(door, server, f"events:{door}"))
+            watch = next(each for each in gc.get_objects()
+                         if isinstance(each, ironflow.Watch) and len(each.outlets) == 6)
+            assert len(watch.stream._watchers) == 4
+        eventually(lambda: not watch.outlets)
+        assert (len(watch.stream._index), watch.stream._watchers) == (0, {})
+
+    inside(tmp_path, {}, program)
+
+
 def test_who_answers_no_ping_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
