@@ -17220,8 +17220,8 @@ class Wire(ironflow.Outlet):
     def keep_alive(self, now: float) -> None:
         """As server-sent events do: who is told of nothing hears where it is."""
         place = self.watch.place()
-        for each in self.subscriptions.values():
-            if isinstance(each, ironflow.Subscription) and each.live and place:
+        for each in self.subscriptions.values() if place else ():
+            if isinstance(each, ironflow.Subscription) and each.live and not each.skipped:
                 self.say("place", max(place, each.seq))
 
     def confirm(self, member: ironflow.Member, seqs: list[int]) -> None:
@@ -17308,7 +17308,7 @@ class SlowJournal:
             for future, got in answers:
                 ironflow.settle_future(future, got)
             if news:
-                desk.announce(*news)
+                self.loop.call_soon(desk.announce, *news)
 
         answers, news = self.commits.pop(0)
         self.loop.call_soon(answer)
@@ -17341,23 +17341,26 @@ class Audience:
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.seen = world, world.seen
-        self.draw = random.Random(f"audience of {seed}")
+        self.draw = random.Random(f"watchers of {seed}")
         self.witness, self.ledger = world.witness, world.witness.ledger
         self.told: dict[int, list[Any]] = {}  # the same to everybody
-        self.clients = [self.new_watcher(f"s{i}") for i in range(1, 5)]
         self.group = self.new_group()
+        self.clients: list[Watcher] = []
+        if self.draw.random() >= world.WATCHED:
+            return
+        self.clients = [self.new_watcher(f"s{i}") for i in range(1, 5)]
         self.clients += [Watcher(f"m{i}", (), room=self.draw.choice([3, 50]), member=True,
                                  manual=i > 1) for i in range(1, 4)]
 
     def new_watcher(self, name: str) -> Watcher:
         patterns = self.draw.sample(PATTERNS, self.draw.choice([1, 1, 2]))
-        return Watcher(name, tuple(patterns), self.draw.choice(["", "", "", EVEN]),
-                       self.draw.random() < 0.4, self.draw.choice([1, 4, 50]))
+        drops, room = self.draw.choice([(True, 1), (True, 3), (False, 1), (False, 4), (False, 50)])
+        return Watcher(name, tuple(patterns), self.draw.choice(["", "", "", EVEN]), drops, room)
 
     def new_group(self) -> ironflow.ConsumerGroup:
         draw = self.draw
         return ironflow.ConsumerGroup(
-            "g", draw.choice(PATTERNS[3:]), draw.choice(["", "", EVEN]),
+            "g", draw.choice(PATTERNS[3:9]), draw.choice(["", "", EVEN]),
             max_inflight=draw.choice([2, 4, 20]), max_redeliveries=draw.choice([1, 3]))
 
     def open(self) -> None:
@@ -17365,6 +17368,7 @@ class Audience:
         self.calls: list[Call] = []  # for the next batch
         self.loop = SlowLoop(self.world)
         self.journal = SlowJournal(self.world, self.loop)
+
         async def desk() -> ironflow.Watch:
             newest = ironflow.Queries(self.witness.db).last_seq
             return ironflow.Watch(cast(Any, self.journal), cast(Any, self.loop), newest)
@@ -17372,7 +17376,7 @@ class Audience:
         self.desk = self.loop.run_until_complete(desk())
         self.frames: list[tuple[Wire, Callable[..., Any], tuple[Any, ...]]] = []
         self.hung_up: list[Wire] = []
-        if self.ledger.group is None and self.draw.random() < 0.7:
+        if self.clients and self.ledger.group is None and self.draw.random() < 0.7:
             self.somebody_makes_the_group()
 
     def close(self) -> None:
@@ -17385,6 +17389,8 @@ class Audience:
         self.loop.close()
 
     def written(self, batch: Batch, kept: bool) -> None:
+        if not self.clients:
+            return
         tx = self.world.file.tx
         self.journal.written(batch, *((tx.rows, tx.rung) if kept else ()))
         if kept and any(call.kind == "start" for call, _ in batch):
@@ -17625,7 +17631,7 @@ class Audience:
 
     def move(self) -> None:
         """Some of these, as far as they are possible now."""
-        for _, trouble, move in self.draw.choices(WATCHING, WATCHING_ODDS, k=self.world.WATCHED):
+        for _, trouble, move in self.draw.choices(WATCHING, WATCHING_ODDS, k=3):
             with contextlib.suppress(Impossible):
                 if text := move(self):
                     self.world.say(text)
@@ -17676,7 +17682,7 @@ class Audience:
             while self.world.a_calm_round():
                 pass
             owed = [each for each in self.ledger.owed.values() if each.state != "dead"]
-            undealt = self.ledger.due(math.inf)
+            undealt = self.ledger.due(math.inf) if self.clients else []
             if not owed and not undealt:
                 break
             due_at = min((each.due_at for each in owed), default=0.0)
@@ -17855,7 +17861,7 @@ class World:
     """Everything there is: one server, its file, its clients, and the weather."""
 
     PUSHED = 0.4  # of the functions, as a rule
-    WATCHED = 3  # moves of those who watch, for each of the others
+    WATCHED = 0.5  # of the lives
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.draw = random.Random(seed)
@@ -18587,7 +18593,7 @@ class World:
         offer = self.pick(list(self.held))
         script = self.held[offer].script
         assert script is not None
-        script.owner.silent_until = self.now + self.draw.choice([3.0, 10.0, 60.0])
+        script.owner.silent_until = self.now + self.draw.choice([3.0, 20.0, 60.0])
         self.break_off(offer)
         return f"{offer.worker_id} hangs up"
 
@@ -18713,7 +18719,8 @@ class World:
                 text = move(self)
         self.seen[trouble] += 1
         self.say(text)
-        self.audience.move()
+        if self.audience.clients:
+            self.audience.move()
         self.now = round(self.now + self.draw.choice([0.0, 0.001, 0.05, 1.0]), 3)
 
     def say(self, text: str) -> None:
@@ -18824,7 +18831,7 @@ WEATHER: list[tuple[float, str, Callable[[World], str]]] = [
     (0.5, "function was deleted", World.somebody_deletes),
     (2, "silent worker was missed", World.the_server_misses_a_worker),
     (2, "worker died", World.some_worker_dies),
-    (1.5, "poll broke off", World.a_poll_breaks_off),
+    (3, "poll broke off", World.a_poll_breaks_off),
     (3, "worker came back under some id", World.some_worker_comes),
     (3, "worker fell silent with jobs in hand", World.some_worker_falls_silent),
     (1.5, "endpoint was down", World.an_endpoint_is_down),
@@ -19234,6 +19241,15 @@ def test_the_simulator_sees_a_late_answer_that_counts(
     caught("was answered too late, and that counts", PushedWorld)
 
 
+class WatchedWorld(World):
+    """Somebody watches."""
+
+    WATCHED = 1.0
+
+
+class LateWatchedWorld(WatchedWorld, LateWorld): ...
+
+
 PASSED_OVER = "due was|was not told of|was never told of|the group passed over"
 
 
@@ -19247,12 +19263,12 @@ def test_the_simulator_sees_a_seam_that_forgets_what_came_meanwhile(
         real(each, found)
 
     monkeypatch.setattr(ironflow.Subscription, "take", take)
-    caught(PASSED_OVER)
+    caught(PASSED_OVER, WatchedWorld)
 
 
 def test_the_simulator_sees_a_seam_that_tells_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ironflow.Batch, "after", lambda batch, seq: batch)
-    caught("was sent back to|it heard")
+    caught("was sent back to|it heard", WatchedWorld)
 
 
 def test_the_simulator_sees_a_late_message_that_is_taken_as_told(
@@ -19266,21 +19282,21 @@ def test_the_simulator_sees_a_late_message_that_is_taken_as_told(
             each.seq = stream.seq  # what is committed, and some of it waits for the rest
 
     monkeypatch.setattr(ironflow.Stream, "tell", tell)
-    caught(PASSED_OVER)
+    caught(PASSED_OVER, WatchedWorld)
 
 
 def test_the_simulator_sees_a_resume_from_before_what_was_deleted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ironflow.Queries, "check_since", lambda queries, seq: None)
-    caught(PASSED_OVER)
+    caught(PASSED_OVER, WatchedWorld)
 
 
 def test_the_simulator_sees_dropped_messages_that_nobody_is_told_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Wire, "skipped", lambda wire, subscription, count: None)
-    caught(PASSED_OVER)
+    caught(PASSED_OVER, WatchedWorld)
 
 
 def test_the_simulator_sees_a_position_that_moves_in_another_transaction(
@@ -19295,14 +19311,14 @@ def test_the_simulator_sees_a_position_that_moves_in_another_transaction(
             real(tx, row)
 
     monkeypatch.setattr(ironflow.Transaction, "save", save)
-    caught("the group lost", LateWorld)
+    caught("the group lost", LateWatchedWorld)
 
 
 def test_the_simulator_sees_a_dead_member_that_keeps_its_messages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ironflow.Transaction, "deliveries_to", lambda tx, name, member: [])
-    caught("the group has, but should have")
+    caught("the group has, but should have", WatchedWorld)
 
 
 def test_the_simulator_sees_a_restart_that_counts_as_a_miss(
@@ -19311,14 +19327,14 @@ def test_the_simulator_sees_a_restart_that_counts_as_a_miss(
     monkeypatch.setattr(
         ironflow.Transaction, "recall_deliveries", lambda tx: tx._db.execute(
             "UPDATE delivery SET state = 'due', misses = misses + 1 WHERE state = 'out'"))
-    caught("the group has, but should have")
+    caught("the group has, but should have", WatchedWorld)
 
 
 def test_the_simulator_sees_more_out_than_the_group_may(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ironflow.Transaction, "held_by_members", lambda tx, name: Counter())
-    caught("are out, of")
+    caught("are out, of", WatchedWorld)
 
 
 def test_the_simulator_sees_a_message_that_two_members_have(
@@ -19327,7 +19343,7 @@ def test_the_simulator_sees_a_message_that_two_members_have(
     monkeypatch.setattr(
         ironflow.Transaction, "due_deliveries", lambda tx, name, limit: tx._rows(
             ironflow.Delivery, "delivery WHERE state IN ('due', 'out') LIMIT :n", n=limit))
-    caught("went to ., and is")
+    caught("went to ., and is", WatchedWorld)
 
 
 def test_the_simulator_sees_a_group_that_is_told_of_what_is_not_on_disk(
@@ -19344,7 +19360,7 @@ def test_the_simulator_sees_a_group_that_is_told_of_what_is_not_on_disk(
             await group.again.wait()
 
     monkeypatch.setattr(ironflow.Group, "deal", deal)
-    caught("is not dealt out to it on disk")
+    caught("is not dealt out to it on disk", WatchedWorld)
 
 
 # ======================================================================================
