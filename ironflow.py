@@ -5493,6 +5493,7 @@ class Group(Sink):
         self.watch, self.name, self.id = watch, row.name, row.group_id
         self._most = min(row.max_inflight, LOOKED_AT)  # in memory
         self.members: dict[str, Member] = {}
+        self._turn = 0
         self.again = asyncio.Event()  # there may be something to deal
         self._roomy = asyncio.Event()
         self._ready: deque[Message] = deque()
@@ -5529,6 +5530,8 @@ class Group(Sink):
         while self.members:
             self.again.clear()
             able = [each.id for each in self.members.values() if each.outlet.has_room()]
+            self._turn = (self._turn + 1) % (len(able) or 1)
+            able = able[self._turn:] + able[: self._turn]  # in turn, if all have as few
             seqs = [each.seq for each in islice(self._ready, self._most)]
             dealt, patience_s = list[Delivery](), None
             try:
@@ -6009,6 +6012,8 @@ async def ack_event(api: Api, request: web.BaseRequest) -> web.Response:
 
 def read_ack(body: Fields) -> tuple[str, str, float | None]:
     """Which event, ack, nak or term, and after how many seconds it may come again."""
+    if not body.text("eventId"):
+        raise InvalidInput(f"{body.where}eventId is empty: name the event that you ack")
     names = ("redeliverDelayMs", "redeliverDelay")
     delay_ms = body.whole(*names, default=-1, high=MAX_INT32)
     return (body.text("eventId"), read_word(body, "ack_type", "ackType") or "ack",

@@ -11175,9 +11175,9 @@ def test_finding_subscribers_takes_no_longer_with_100_000_other_patterns() -> No
     wanted = ["system.run.run_1.*", "system.run.>", "system.run.*", ">"]
     work = []
     for others in 10, 100_000:
-        crowd = [f"system.run.other_{n}.>" if n % 2 else f"events:other_{n}.*.>"
-                 for n in range(others)]
-        index = index_of(wanted + crowd)
+        index = index_of(wanted)
+        for n in range(others):
+            index.add(f"system.run.other_{n}.>" if n % 2 else f"events:.other_{n}.*.>", -1)
         topic = "system.run.run_1.created"
         spent, found = bytecodes(partial(index.find, topic))
         assert sorted(found) == [0, 1, 2, 3]
@@ -11660,9 +11660,9 @@ def frames(texts: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
     return texts.map(json.dumps).map(str.encode)
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(max_examples=4, deadline=None, suppress_health_check=[*HealthCheck])
 @given(st.lists(frames(ws_messages) | frames(ws_values) | st.text().map(str.encode),
-                min_size=20, max_size=60))
+                min_size=20, max_size=40))
 def test_no_message_breaks_a_socket(shared: RunningServer, texts: list[bytes]) -> None:
     """Each is answered, if it asks for an answer, and the socket is served on."""
     with WebSocket(shared) as ws:
@@ -12374,13 +12374,13 @@ def test_who_resumes_is_told_what_came_after_that_place(
 
 @pytest.mark.parametrize("door", STREAM_DOORS)
 def test_who_resumes_at_the_newest_row_is_told_what_comes(
-    server: RunningServer, door: str
+    shared: RunningServer, door: str
 ) -> None:
-    with watching(door, server, ">", since=0) as stream:
-        server.emit(data={"n": 1})
-        place = stream.told().seq
-    with watching(door, server, ">", since=place) as stream:
-        server.emit(data={"n": 2})
+    name = new_name()
+    shared.emit(name, {"n": 1})
+    ((newest,),) = shared.rows("SELECT max(seq) FROM journal")
+    with watching(door, shared, f"events:{name}", since=newest) as stream:
+        shared.emit(name, {"n": 2})
         assert stream.told().n == 2
 
 
@@ -12404,32 +12404,29 @@ def refusal_at(door: str, server: RunningServer, since: int) -> tuple[str, str]:
 
 @pytest.mark.parametrize("door", STREAM_DOORS)
 def test_a_place_beyond_the_newest_row_is_an_error_that_says_so(
-    server: RunningServer, door: str
+    shared: RunningServer, door: str
 ) -> None:
     """As after a restored backup."""
-    for _ in range(3):
-        server.emit()
-    why, message = refusal_at(door, server, 4)
+    shared.emit()
+    ((newest,),) = shared.rows("SELECT max(seq) FROM journal")
+    why, message = refusal_at(door, shared, newest + 1)
     assert why == "out_of_range"
-    assert re.search(r"\b4\b", message) and re.search(r"\b3\b", message)
+    assert {str(newest), str(newest + 1)} <= {*re.findall(r"\d+", message)}
 
 
 def test_a_place_before_the_oldest_kept_row_is_an_error_that_names_it(tmp_path: Path) -> None:
     with serve(tmp_path, "--retain", "300ms") as server:
         for _ in range(3):
             server.emit()
-        oldest = "SELECT min(seq) FROM journal"
-        eventually(lambda: server.rows(oldest) != [(1,)])
-        eventually(lambda: server.rows(oldest) == [(None,)])
-        server.emit(data={"n": 4})
+        eventually(lambda: server.rows("SELECT 1 FROM journal") == [])
         for door in STREAM_DOORS:
             for since in 0, 1, 2:
                 why, message = refusal_at(door, server, since)
                 assert why == "out_of_range"
                 assert re.search(r"\b4\b", message)
         with EventStream(server, "events:>", since=3) as stream:
-            server.emit(data={"n": 5})
-            assert stream.told().n in (4, 5)  # 4 may be gone by now
+            server.emit(data={"n": 4})
+            assert stream.told().n == 4
 
 
 def a_life(server: RunningServer) -> None:
@@ -12468,17 +12465,16 @@ def test_what_is_replayed_is_byte_for_byte_what_was_told_live(
             selected = kept(server, pattern)
             texts = [live.text() for _ in selected]
         assert len(selected) > 10
-        for again in range(2):
-            for options in {"startAfterSequence": 0}, {"replay": 1000}:
-                with WebSocket(server) as later:
-                    later.subscribe(pattern, includeMetadata=True, **options)
-                    assert [later.text() for _ in selected] == texts
-            if not again:
-                server.kill()
-                server.start()
         for door in "sse", "connect":
             with watching(door, server, pattern, since=0) as stream:
                 assert [stream.told() for _ in selected] == selected
+        if pattern == ">":
+            server.kill()
+            server.start()
+        for options in {"startAfterSequence": 0}, {"replay": 1000}:
+            with WebSocket(server) as later:
+                later.subscribe(pattern, includeMetadata=True, **options)
+                assert [later.text() for _ in selected] == texts
     found = [json.loads(text) for text in texts]
     assert [Told(said["meta"]["sequence"], said["topic"], said["data"], said["eventId"])
             for said in found] == selected
@@ -12543,7 +12539,7 @@ def test_who_joins_in_a_flood_misses_nothing_and_hears_nothing_twice(
 
     with Flood(server) as flood, ThreadPoolExecutor(24) as threads:
         joiners = []
-        for _ in range(8):
+        for _ in range(6):
             flood.has_sent(50)
             ((newest,),) = server.rows("SELECT max(seq) FROM journal")
             for door in STREAM_DOORS:
@@ -12594,7 +12590,7 @@ def test_who_resumes_after_each_kill_hears_everything_once(server: RunningServer
 
     with Flood(server) as flood, ThreadPoolExecutor(6) as threads:
         listeners = [threads.submit(listen, *who) for who in heard_by]
-        for _ in range(3):
+        for _ in range(2):
             flood.has_sent(200)
             before = {who: len(heard) for who, heard in heard_by.items()}
             eventually(partial(all_grew, before))
@@ -12641,20 +12637,21 @@ def test_a_replay_that_would_read_too_much_says_where_it_stopped(
 HEAVY = "x" * 64 * 1024
 
 
-def pour(server: RunningServer, number: int, first: int = 0) -> None:
+def pour(server: RunningServer, number: int, first: int = 0, name: str = "heavy") -> None:
     """Events too heavy for a socket that nobody reads, ten to a commit."""
     for start in range(first, first + number, 10):
         some = range(start, min(start + 10, first + number))
         server.yes("POST", "/api/v1/events", [
-            {"name": "heavy", "data": {"n": n, "text": HEAVY}} for n in some])
+            {"name": name, "data": {"n": n, "text": HEAVY}} for n in some])
 
 
 @pytest.mark.parametrize("door", STREAM_DOORS)
-def test_rows_are_told_in_the_order_of_the_journal(server: RunningServer, door: str) -> None:
-    with watching(door, server, ">") as stream, ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda n: server.emit(new_name(), {"n": n}), range(100)))
-        server.emit("the.end", {"n": "end"})
-        assert until_the_end(stream) == kept(server)
+def test_rows_are_told_in_the_order_of_the_journal(shared: RunningServer, door: str) -> None:
+    pattern = f"events:{(name := new_name())}.*"
+    with watching(door, shared, pattern) as stream, ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: shared.emit(f"{name}.{n % 3}", {"n": n}), range(60)))
+        shared.emit(f"{name}.0", {"n": "end"})
+        assert until_the_end(stream) == kept(shared, pattern)
 
 
 STUCK = 120  # heavy events: 8 MB, more than the buffers of two sockets hold
@@ -12684,25 +12681,26 @@ def test_subscribers_that_never_read_change_nothing_for_others(
     ("ws", {}), ("ws", {"backpressure": "block"}), ("sse", {}), ("connect", {}),
 ])
 def test_who_reads_late_is_told_everything(
-    server: RunningServer, door: str, asked: dict[str, Any]
+    shared: RunningServer, door: str, asked: dict[str, Any]
 ) -> None:
-    with contextlib.ExitStack() as stack:
-        late = stack.enter_context(watching(door, server, "events:heavy", buffer=4096, **asked))
-        pour(server, STUCK)
+    name = new_name()
+    with watching(door, shared, f"events:{name}", buffer=4096, **asked) as late:
+        pour(shared, STUCK, name=name)
         assert [late.told().n for _ in range(STUCK)] == [*range(STUCK)]
-        pour(server, 1, first=STUCK)
+        pour(shared, 1, STUCK, name)
         assert late.told().n == STUCK
 
 
-def test_who_reads_late_and_lets_drop_is_told_how_many_it_missed(server: RunningServer) -> None:
-    with WebSocket(server, buffer=4096) as late:
-        found = late.subscribe("events:heavy", backpressure="drop")
-        pour(server, STUCK)
+def test_who_reads_late_and_lets_drop_is_told_how_many_it_missed(shared: RunningServer) -> None:
+    name = new_name()
+    with WebSocket(shared, buffer=4096) as late:
+        found = late.subscribe(f"events:{name}", backpressure="drop")
+        pour(shared, STUCK, name=name)
         late.send_frame(PING, b"and now?")
         said = list[Any]()
         while (frame := late.frame()) != (PONG, b"and now?"):
             said.append(json.loads(frame[1]))
-        pour(server, 1, first=STUCK)
+        pour(shared, 1, STUCK, name)
         while said[-1].get("data", {}).get("n") != STUCK:
             said.append(late.hear())
         place = 0  # in the row of numbers
@@ -12718,7 +12716,35 @@ def test_who_reads_late_and_lets_drop_is_told_how_many_it_missed(server: Running
         assert place == STUCK + 1 > len(said)
 
 
-@pytest.mark.parametrize("door", STREAM_DOORS)
+def test_who_reads_so_late_that_rows_are_gone_is_told_so(tmp_path: Path) -> None:
+    """At each door; what was told until then is whole and in order."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serve(tmp_path, "--retain", "1s"))
+        ws, sse, connect = [stack.enter_context(
+            watching(door, server, "events:heavy", buffer=4096)) for door in STREAM_DOORS]
+        pour(server, STUCK)
+        eventually(lambda: server.rows("SELECT 1 FROM journal") == [])
+        assert isinstance(ws, WebSocket)
+        n = 0
+        while (said := ws.hear())["type"] == "event":
+            assert said["data"]["n"] == n < STUCK
+            n += 1
+        assert (said["code"], said["retrying"]) == ("OUT_OF_RANGE", False)
+        ws.subscribe("events:other")
+        assert isinstance(sse, EventStream)
+        for n in range(STUCK):
+            if (block := sse.message())["event"] == "ironflow.error":
+                break
+            assert json.loads(block["data"])["data"]["n"] == n
+        assert json.loads(block["data"])["code"] == "OUT_OF_RANGE"
+        assert sse.answer.read() == b""
+        assert isinstance(connect, ConnectStream)
+        while (found := connect.envelope())[0] == 0:
+            pass
+        assert found[1]["error"]["code"] == "out_of_range"
+
+
+@pytest.mark.parametrize("door", ["ws", "connect"])
 def test_who_takes_nothing_for_long_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, door: str
 ) -> None:
@@ -12732,6 +12758,21 @@ def test_who_takes_nothing_for_long_is_closed(
                                    if isinstance(outlet, ironflow.Outlet)))
             with pytest.raises(CUT_OFF):
                 [stuck.told() for _ in range(STUCK)]
+
+    inside(tmp_path, {}, program)
+
+
+def test_who_hangs_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    def program(server: RunningServer) -> None:
+        with contextlib.ExitStack() as stack:
+            for door in STREAM_DOORS:
+                stack.enter_context(watching(door, server, ">", replay=5))
+                stack.enter_context(watching(door, server, f"events:{door}"))
+            watch = next(each for each in gc.get_objects()
+                         if isinstance(each, ironflow.Watch) and len(each.outlets) == 6)
+            assert len(watch.stream._watchers) == 4
+        eventually(lambda: not watch.outlets)
+        assert (len(watch.stream._index), watch.stream._watchers) == (0, {})
 
     inside(tmp_path, {}, program)
 
@@ -13566,7 +13607,7 @@ def test_a_group_goes_on_after_a_restart(server: RunningServer, how: str) -> Non
 
 
 def test_members_and_server_that_are_killed_lose_no_message(server: RunningServer) -> None:
-    team, draw, numbers = Team(server), random.Random(), iter(range(300))
+    team, draw, numbers = Team(server), random.Random(), iter(range(150))
     team.create(maxRedeliveries=1000)
     up, over, done = threading.Event(), threading.Event(), set[int]()
     up.set()
@@ -13584,7 +13625,7 @@ def test_members_and_server_that_are_killed_lose_no_message(server: RunningServe
         while not over.is_set():
             assert up.wait(DEADLINE_S)
             with contextlib.suppress(*CUT_OFF), team.member() as ws:
-                ws.line.settimeout(0.3)  # once all is done nothing comes
+                ws.line.settimeout(1)  # once all is done nothing comes
                 for _ in range(draw.randrange(1, 50)):  # then it dies with some unread
                     event = ws.event()
                     if draw.random() < 0.1:
@@ -13596,14 +13637,14 @@ def test_members_and_server_that_are_killed_lose_no_message(server: RunningServe
     with ThreadPoolExecutor(4) as threads:
         emitter, *workers = [threads.submit(deed) for deed in (emit, work, work, work)]
         try:
-            for goal in 60, 120, 180:
+            for goal in 40, 90:
                 eventually(partial(more_than, done, goal))
                 up.clear()
                 server.kill()
                 server.start()
                 up.set()
             emitter.result(DEADLINE_S)
-            eventually(lambda: len(done) == 300 and not unacked(team))
+            eventually(lambda: len(done) == 150 and not unacked(team))
         finally:
             over.set()
         for worker in workers:
@@ -13613,11 +13654,10 @@ def test_members_and_server_that_are_killed_lose_no_message(server: RunningServe
 
 
 def test_a_group_that_was_away_too_long_goes_on_with_what_is_kept(tmp_path: Path) -> None:
-    with serve(tmp_path, "--retain", "300ms") as server:
+    with serve(tmp_path, "--retain", "1s") as server:
         team = Team(server)
-        team.create()
-        team.says(1, 2)
         with team.member() as ws:
+            team.says(1, 2)
             assert ws.event()["data"] == {"n": 1}
         eventually(lambda: server.rows("SELECT 1 FROM journal WHERE kind = 'event'") == [])
         with team.member() as ws:
