@@ -17361,7 +17361,7 @@ class Audience:
         draw = self.draw
         return ironflow.ConsumerGroup(
             "g", draw.choice(self.world.PATTERNS[3:9]), draw.choice(["", "", EVEN]),
-            max_inflight=draw.choice([2, 4, 20]), max_redeliveries=draw.choice([1, 3]))
+            max_inflight=draw.choice([2, 4, 20]), max_redeliveries=draw.choice([0, 1, 3]))
 
     def open(self) -> None:
         """The server starts."""
