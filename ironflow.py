@@ -5836,7 +5836,7 @@ class EventSource(Body):
     def keep_alive(self, now: float) -> None:
         told, place = self.watch.place(), ""
         for each in self.subscriptions.values():
-            if isinstance(each, Subscription) and each.live and told:
+            if isinstance(each, Subscription) and each.live and told and not each.skipped:
                 place = f"id: {max(told, each.seq)}\n"  # it may have read on
         self.add(f": keep-alive\n{place}\n")
 

@@ -4750,7 +4750,8 @@ def test_a_backup_that_cannot_be_made_says_why_and_leaves_nothing(
 
 
 # Files that these wrote are out there: a schema that was released stays as it was.
-RELEASED = ["6d6fd6f930edb290", "3ef5f25ac5cdd589", "1db48f11fec8b7ea", "d4995bc5ff65051b"]
+RELEASED = ["6d6fd6f930edb290", "3ef5f25ac5cdd589", "1db48f11fec8b7ea", "d4995bc5ff65051b",
+            "7183118c8b8de3b2"]
 
 
 def test_a_released_schema_never_changes() -> None:
