@@ -4467,14 +4467,15 @@ def span(pattern: str, number: int, given: dict[str, Any]) -> str:
     """Which rows to look at for a dotted pattern, as few as an index can tell; `given`
     gets what it has to be compared with, under a name with this number."""
     few = "INDEXED BY journal_of_kind WHERE kind NOT IN ('event', 'run', 'step') AND"
+    value = f"value{number}"
     prefix, _, name = pattern.partition(".")
     match pattern.split("."):
         case ["events:" | "topic:", *_] if not is_wild(name):
-            test, given[f"value{number}"] = f"kind = '{prefix.strip('s:')}' AND name", name
+            test, given[value] = f"kind = '{prefix.strip('s:')}' AND name", name
         case ["system", "run", "*", verb] if not is_wild(verb):
-            test, given[f"value{number}"] = "kind = 'run' AND name", verb
+            test, given[value] = "kind = 'run' AND name", verb
         case ["system", "run", run_id, *_] if not is_wild(run_id):
-            test, given[f"value{number}"] = "subject", run_id
+            test, given[value] = "subject", run_id
         case ["events:", *_]:
             return "INDEXED BY journal_events WHERE kind = 'event'"
         case ["topic:", *_]:
@@ -4483,7 +4484,7 @@ def span(pattern: str, number: int, given: dict[str, Any]) -> str:
             return f"{few} kind = '{kind}'"
         case _:
             return "WHERE 1"
-    return f"WHERE {test} = :value{number}"
+    return f"WHERE {test} = :{value}"
 
 def run_message(run: Run, data: Json, verb: str, change: dict[str, Any],
                 at: float) -> Json:
@@ -5367,7 +5368,7 @@ class Outlet(Sink):
     def __init__(self, watch: Watch, request: web.BaseRequest) -> None:
         self.watch, self.request, self._wire = watch, request, request.transport
         self.subscriptions: dict[str, Subscription | Member] = {}
-        self.begun = self.over = False  # its head was sent; nothing may be sent any more
+        self.begun = self.over = False  # its head was sent; nothing may be sent now
         self._parts: list[bytes] = []
         self._unsent = self._put = self._moved = 0  # bytes
         self._moved_at = watch.clock.steady()
@@ -5657,8 +5658,9 @@ class Socket(Outlet):
             form = (as_frame, name, wanted.metadata)
             begun, cut = await self.watch.subscribe(wanted, self, name, form)
         except IronflowError as error:
-            found = {"status": "error", "code": error.word, "message": error.message}
-            self.say(type="subscription_result", results=[{"pattern": pattern, **found}])
+            self.say(type="subscription_result", results=[{
+                "pattern": pattern, "status": "error", "code": error.word,
+                "message": error.message}])
             return
         found = {"pattern": pattern, "status": "ok", "subscriptionId": name}
         self.say(type="subscription_result", results=[
@@ -5836,8 +5838,8 @@ class EventSource(Body):
     def keep_alive(self, now: float) -> None:
         told, place = self.watch.place(), ""
         for each in self.subscriptions.values():
-            if isinstance(each, Subscription) and each.live and told:
-                place = f"id: {max(told, each.seq)}\n"  # it may have read on
+            if isinstance(each, Subscription) and each.live and not each.skipped:
+                place = f"id: {max(told, each.seq)}\n" if told else ""
         self.add(f": keep-alive\n{place}\n")
 
     def complain(self, code: str, message: str) -> None:
@@ -6001,7 +6003,8 @@ async def update_consumer_group(api: Api, request: web.BaseRequest) -> web.Respo
         update_group, group.name, changes)))
 
 async def delete_consumer_group(api: Api, request: web.BaseRequest) -> web.Response:
-    await api.journal.write(delete_group, (await asked_of_group(api, request)).text("name"))
+    asks = await asked_of_group(api, request)
+    await api.journal.write(delete_group, asks.text("name"))
     return answer("{}")
 
 async def ack_event(api: Api, request: web.BaseRequest) -> web.Response:
@@ -7045,8 +7048,8 @@ class Server:
                 task = asyncio.create_task(loop)
                 task.add_done_callback(self._time_stopped)
                 stack.push_async_callback(end_task, task)
-            api = Api(journal, desk, pushes, watch, guard, self.limits, self.environment,
-                      self.clock, Doors(doors()), self.clock.wall())
+            api = Api(journal, desk, pushes, watch, guard, self.limits,
+                      self.environment, self.clock, Doors(doors()), self.clock.wall())
             await self._open_doors(stack, sockets, api)
             stack.push_async_callback(watch.close)
             stack.push_async_callback(desk.close)
