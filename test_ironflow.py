@@ -6633,6 +6633,7 @@ def neighbour(pushing: RunningServer) -> Iterator[Pusher]:
         yield Pusher(pushing, endpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "codes"), [
     pytest.param(*more, id=name) for name, *more in HOSTILE])
 def test_a_hostile_endpoint_harms_only_its_own_run(
@@ -14680,6 +14681,7 @@ def test_a_program_that_ends_lets_its_job_end(
     assert ("Traceback" in errors) == ("ValueError" in end), errors
 
 
+@pytest.mark.slow
 @AT_EXIT
 @pytest.mark.parametrize("hang", [
     "async def handler(ctx): begun.set(); await asyncio.sleep(3600)",
@@ -15285,6 +15287,7 @@ def same_in_any_weather(folder: Path, seeds: Sequence[int], kills: int) -> str:
             f"{failed} of them failed; steps: {dict(steps)}; the same as without")
 
 
+@pytest.mark.slow
 def test_a_random_program_gives_the_same_in_any_weather(tmp_path: Path) -> None:
     print(same_in_any_weather(tmp_path, range(10), kills=3))
 
@@ -20872,6 +20875,7 @@ def crashed(tmp_path: Path, done: int, *handler: str) -> tuple[Any, list[str], l
         return run, lines(ledger), seen(running, run_id, "step_id", "status", "attempt")
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_crash_in_the_middle_of_nested_branches_repeats_nothing(
     tmp_path: Path, kind: str
@@ -20894,6 +20898,7 @@ def test_a_crash_in_the_middle_of_nested_branches_repeats_nothing(
         [f"R:out:{n}:in:{i}:{x}:0", "completed", 1] for x in "ab" for n in (0, 1) for i in (0, 1))
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_crash_in_the_middle_of_undos_goes_on_undoing_and_tries_nothing_again(
     tmp_path: Path, kind: str
@@ -21406,6 +21411,7 @@ def test_emit_sync_waits_no_longer_than_its_timeout_and_the_run_goes_on(
         assert server.run_becomes(late.run_id, "completed")["output"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goodbye", ["stop", "kill"])
 def test_emit_sync_outlasts_a_restart_of_the_server(
     server: RunningServer, client: Client, goodbye: str
@@ -21454,6 +21460,7 @@ def test_an_invoke_without_output_says_why(server: RunningServer, client: Client
     assert (unknown.value.status, unknown.value.code) == (404, "not_found")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "count"),
     [
@@ -22255,6 +22262,7 @@ def test_a_line_that_breaks_at_any_byte_costs_no_event(
     assert places(seen) == committed(server)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begin", [{"since": 0}, {"replay": 3}, {}])
 def test_what_is_committed_while_the_line_is_down_comes_all_the_same(
     server: RunningServer, transport: str, begin: dict[str, Any]
@@ -22811,6 +22819,7 @@ def without_colours(shown: str) -> str:
     return re.sub(r"\x1b\[[0-9]*m", "", shown)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["version", *SCREENS])
 def test_every_command_fits_a_terminal(
     past: RunningServer, ids: dict[str, str], command: str
