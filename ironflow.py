@@ -5591,6 +5591,9 @@ async def get_ws(api: Api, request: web.BaseRequest) -> web.WebSocketResponse:
                            " /api/v1/stream")
     with Socket(api, request, socket) as outlet:
         await socket.prepare(request)
+        for name in ("_parser", "_request_parser"):  # aiohttp has no use for it now, and
+            if hasattr(request.protocol, name):  # an eighth of a quiet watcher's memory
+                setattr(request.protocol, name, None)
         outlet.begin()
         async for frame in socket:
             if frame.type is WSMsgType.PING:
