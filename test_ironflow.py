@@ -11841,27 +11841,17 @@ def test_the_server_asks_the_silent_whether_they_are_there(
 STREAM = "/api/v1/stream"
 
 
-class EventStream:
-    """What `curl -N` sees of a stream, block by block."""
+class Streamed:
+    """The head of an answer whose body goes on and on."""
 
-    def __init__(self, server: RunningServer, *patterns: str,
-                 headers: dict[str, str] | None = None, buffer: int = 0,
-                 **query: Any) -> None:
+    def __init__(self, server: RunningServer, buffer: int, method: str, path: str,
+                 body: bytes | None, headers: dict[str, str]) -> None:
         self.line = server.connection()
         self.line.sock = narrow(server, buffer)
-        asked = [("pattern", pattern) for pattern in patterns] + [*query.items()]
-        self.group = "group" in query
-        path = f"{STREAM}?{urllib.parse.urlencode(asked)}"
         with closed_if_it_fails(self.line):
-            self.line.request("GET", path, headers=headers or {})
+            self.line.request(method, path, body, headers)
             self.answer = self.line.getresponse()
         self.status = self.answer.status
-
-    def __enter__(self) -> EventStream:
-        assert self.status == 200, self.answer.read()
-        if not self.group:  # which has a place of its own
-            self.begins_at = int(self.block()["id"])
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -11869,6 +11859,24 @@ class EventStream:
     def close(self) -> None:
         self.answer.close()
         self.line.close()
+
+
+class EventStream(Streamed):
+    """What `curl -N` sees of a stream, block by block."""
+
+    def __init__(self, server: RunningServer, *patterns: str,
+                 headers: dict[str, str] | None = None, buffer: int = 0,
+                 **query: Any) -> None:
+        asked = [("pattern", pattern) for pattern in patterns] + [*query.items()]
+        self.group = "group" in query
+        path = f"{STREAM}?{urllib.parse.urlencode(asked)}"
+        super().__init__(server, buffer, "GET", path, None, headers or {})
+
+    def __enter__(self) -> EventStream:
+        assert self.status == 200, self.answer.read()
+        if not self.group:  # which has a place of its own
+            self.begins_at = int(self.block()["id"])
+        return self
 
     def block(self) -> dict[str, str]:
         """The fields up to an empty line, a comment as the field without a name."""
@@ -12081,32 +12089,20 @@ def envelope(message: Any, flag: int = 0) -> bytes:
     return struct.pack(">BI", flag, len(text)) + text
 
 
-class ConnectStream:
+class ConnectStream(Streamed):
     """A Connect server stream, envelope by envelope."""
 
     def __init__(self, server: RunningServer, body: Any, method: str = "Subscribe",
                  buffer: int = 0, **headers: str) -> None:
-        self.line = server.connection()
-        self.line.sock = narrow(server, buffer)
         body = body if isinstance(body, bytes) else envelope(body)
         headers = ENVELOPES | {name.replace("_", "-"): value for name, value in headers.items()}
-        with closed_if_it_fails(self.line):
-            self.line.request("POST", f"{PUBSUB}{method}", body, headers)
-            self.answer = self.line.getresponse()
-        self.status = self.answer.status
+        super().__init__(server, buffer, "POST", f"{PUBSUB}{method}", body, headers)
 
     def __enter__(self) -> ConnectStream:
         assert self.status == 200, self.answer.read()
         kind = self.answer.headers["Content-Type"]
         assert kind == "application/connect+json"
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.answer.close()
-        self.line.close()
 
     def envelope(self) -> tuple[int, Any]:
         flag, size = struct.unpack(">BI", self._read(5))
